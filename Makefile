@@ -1,0 +1,44 @@
+# `make demo` and `make test` set themselves up: a virtual environment with the tested versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow test-gpu lint format benchmarks clean
+
+help:
+	@echo "make demo        fine-tune, evaluate and report with AdamW and IVON on a small generated task"
+	@echo "make test        the default test suite (no network, no GPU)"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make lint        ruff and the type checker"
+	@echo "make format      let ruff rewrite what it can"
+	@echo "make benchmarks  all benchmarks; results go to benchmarks/results"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/varlora demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

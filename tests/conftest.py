@@ -1,0 +1,25 @@
+"""What every test may use: the folder of real data and models, and a tiny random model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def shared_folder() -> Path:
+    """Return the folder of development data and models (`$VARLORA_SHARED` or `../shared`), whether it exists or not."""
+    return Path(os.environ.get("VARLORA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models; skips, saying so, where it is absent."""
+    folder = shared_folder()
+    if not folder.is_dir():
+        pytest.skip(f"real data and models are absent: {folder} (set VARLORA_SHARED)")
+    return folder
