@@ -1,0 +1,353 @@
+"""Metrics of class probabilities: accuracy, likelihood, calibration, Brier score, uncertainties.
+
+Everything here takes probabilities `probs: (N, C)`, rows sum to 1, and `labels: (N,)`, integers in [0, C). Classes that
+a row does not have (fewer answers than C) carry probability 0. Logits become probabilities by `average_probs`, which is
+called by name: no metric applies a softmax of its own accord. Sums are in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from varlora.errors import VarloraError, did_you_mean
+
+__all__ = [
+    "MetricError",
+    "Reliability",
+    "Rule",
+    "Uncertainty",
+    "accuracy",
+    "average_probs",
+    "brier",
+    "ece",
+    "evaluate",
+    "nll",
+    "reliability",
+    "standard_error",
+    "uncertainty",
+]
+
+Rule = Literal["right", "left", "adaptive"]
+
+
+class MetricError(VarloraError):
+    """Probabilities, labels or logits that a metric cannot be computed from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """What a reliability diagram shows, bin by bin; in an empty bin confidence and accuracy are NaN."""
+
+    confidence: Tensor  # (bins,) float64, mean of the largest probability
+    accuracy: Tensor  # (bins,) float64, share of rows that are right
+    count: Tensor  # (bins,) int64, rows
+
+
+class Uncertainty(NamedTuple):
+    """Uncertainties of each row in nats; total = aleatoric + epistemic."""
+
+    total: Tensor  # (N,) float64, entropy of the averaged probabilities
+    aleatoric: Tensor  # (N,) float64, average entropy of the draws
+    epistemic: Tensor  # (N,) float64, mutual information of answer and draw, >= 0
+
+
+def accuracy(probs: Tensor, labels: Tensor) -> float:
+    """Return the share of rows whose most probable class is the label; of equal classes the first counts.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+
+    Raises:
+        MetricError: wrong shapes, labels out of range, rows that are no probabilities, or no rows.
+
+    Example:
+        >>> accuracy(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
+        0.5
+    """
+    _check(probs, labels)
+    return (probs.argmax(dim=1) == labels).double().mean().item()
+
+
+def nll(probs: Tensor, labels: Tensor) -> float:
+    """Return the mean negative natural logarithm of the label's probability.
+
+    A probability below the smallest normal float64 (2.2e-308) counts as that number, so that a label of probability 0
+    costs 708.4 nats rather than infinity.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+
+    Raises:
+        MetricError: wrong shapes, labels out of range, rows that are no probabilities, or no rows.
+
+    Example:
+        >>> round(nll(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)  # log 2
+        0.6931
+    """
+    _check(probs, labels)
+    chosen = probs.double().gather(1, labels.long()[:, None])
+    return 0.0 - chosen.clamp(torch.finfo(torch.float64).tiny, 1.0).log().mean().item()  # 0.0 -: no negative zero
+
+
+def brier(probs: Tensor, labels: Tensor) -> float:
+    """Return the Brier score: squared errors summed over classes, averaged over rows; from 0 (best) to 2.
+
+    A class of probability 0 that is not the label adds nothing, so classes that a row does not have do not matter.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+
+    Raises:
+        MetricError: wrong shapes, labels out of range, rows that are no probabilities, or no rows.
+
+    Example:
+        >>> brier(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([0]))  # 0.25 + 0.25
+        0.5
+    """
+    _check(probs, labels)
+    truth = torch.nn.functional.one_hot(labels.long(), probs.shape[1])
+    return (probs.double() - truth).square().sum(dim=1).mean().item()
+
+
+def reliability(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> Reliability:
+    """Return mean confidence, accuracy and number of rows of each bin of confidence.
+
+    A row's confidence is its largest probability. The rules differ in where a row goes:
+
+    - `right`: equal-width bins (lo, hi], as in the IVON-LoRA paper's code; confidence 1 is in the last.
+    - `left`: equal-width bins [lo, hi), confidence 1 in the last.
+    - `adaptive`: bins of equal mass. The row with r rows of smaller confidence is in bin floor(r * bins / N), so equal
+      confidences share a bin and the order of rows does not matter.
+
+    Borders are k / bins rounded to the type of `probs`: a float32 0.3 lies on the border 0.3.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+        bins: number of bins, at least 1.
+        rule: "right", "left" or "adaptive".
+
+    Raises:
+        MetricError: wrong shapes, labels out of range, rows that are no probabilities, no rows, bins or rule unknown.
+
+    Example:
+        >>> reliability(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([0, 0]), bins=2).count.tolist()
+        [0, 2]
+    """
+    _check(probs, labels)
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise MetricError(f"Expected `bins` to be a whole number of bins >= 1, but got {bins!r}. Pass bins=10.")
+    confidence, predicted = probs.max(dim=1)
+    confidence = confidence.clamp_max(1.0)  # rounding may leave 1 + 1e-7
+    if rule == "adaptive":
+        rank = torch.searchsorted(confidence.sort().values, confidence)
+        index = rank * bins // len(confidence)
+    elif rule in ("right", "left"):
+        borders = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence)
+        index = (torch.bucketize(confidence, borders, right=rule == "left") - 1).clamp(0, bins - 1)
+    else:
+        raise MetricError(
+            f"Expected `rule` to be a rule of bins, but got {rule!r}. {did_you_mean(str(rule), get_args(Rule))}"
+        )
+
+    def total(values: Tensor) -> Tensor:  # (N,) -> (bins,)
+        return torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add_(0, index, values.double())
+
+    count = torch.bincount(index, minlength=bins)
+    return Reliability(total(confidence) / count, total(predicted == labels) / count, count)
+
+
+def ece(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> float:
+    r"""Return the expected calibration error, from 0 to 1.
+
+    .. math:: \text{ECE} = \sum_b \frac{n_b}{N} \, |\text{accuracy}_b - \text{confidence}_b|
+
+    It is not one number: it depends on bins and rule, which belong beside each figure. The default is that of the
+    IVON-LoRA paper's code, 10 equal-width bins (lo, hi].
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+        bins: number of bins, at least 1.
+        rule: "right" (lo, hi], "left" [lo, hi) or "adaptive" (equal mass); see `reliability`.
+
+    Raises:
+        MetricError: as `reliability`.
+
+    Example:
+        >>> round(ece(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([0, 0])), 4)  # (0.2 + 0.6) / 2
+        0.4
+
+    References:
+        Guo et al., On calibration of modern neural networks, 2017; Nixon et al., Measuring calibration in deep
+        learning, 2019 (adaptive bins).
+    """
+    found = reliability(probs, labels, bins, rule)
+    gaps = (found.accuracy - found.confidence).abs().nan_to_num(0.0)  # an empty bin has none
+    return ((found.count * gaps).sum() / found.count.sum()).item()
+
+
+def average_probs(logits: Tensor) -> Tensor:
+    """Return the average over draws of the draws' probabilities: softmax, then mean; never the mean of logits.
+
+    Args:
+        logits: (S, N, C), S draws; -inf where a row does not have the class.
+
+    Returns:
+        Probabilities, (N, C) float64, exactly 0 at -inf.
+
+    Raises:
+        MetricError: wrong shape, NaN or +inf, or a row that is -inf throughout.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0]], [[100.0, 0.0]]])  # one row: unsure in one draw, sure in the other
+        >>> average_probs(logits).tolist()
+        [[0.75, 0.25]]
+    """
+    return _softmax(logits).mean(dim=0)
+
+
+def uncertainty(logits: Tensor) -> Uncertainty:
+    r"""Return total, aleatoric and epistemic uncertainty of each row, in nats.
+
+    .. math:: H[\bar p] = \frac{1}{S} \sum_s H[p_s] + I, \qquad H[p] = -\sum_c p_c \log p_c
+
+    The entropy of the averaged probabilities (total) is the draws' average entropy (aleatoric: they agree that it is
+    open) plus the mutual information of answer and draw (epistemic: they disagree), which is at least 0.
+
+    Args:
+        logits: (S, N, C), S draws; -inf where a row does not have the class.
+
+    Returns:
+        Three tensors (N,) float64.
+
+    Raises:
+        MetricError: wrong shape, NaN or +inf, or a row that is -inf throughout.
+
+    Example:
+        >>> agree = uncertainty(torch.zeros(2, 1, 2))
+        >>> round(agree.total.item(), 4), agree.epistemic.item()
+        (0.6931, 0.0)
+        >>> disagree = uncertainty(torch.tensor([[[99.0, 0.0]], [[0.0, 99.0]]]))
+        >>> round(disagree.total.item(), 4), round(disagree.epistemic.item(), 4)
+        (0.6931, 0.6931)
+
+    References:
+        Depeweg et al., Decomposition of uncertainty in Bayesian deep learning, 2018.
+    """
+    draws = _softmax(logits)
+    total = torch.special.entr(draws.mean(dim=0)).sum(dim=-1)
+    aleatoric = torch.special.entr(draws).sum(dim=-1).mean(dim=0)
+    return Uncertainty(total, aleatoric, (total - aleatoric).clamp_min(0.0))
+
+
+def evaluate(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> dict[str, float]:
+    """Return accuracy, nll, ece and brier by name.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+        bins: number of bins of the ECE.
+        rule: rule of the ECE's bins; see `reliability`.
+
+    Raises:
+        MetricError: as `reliability`.
+
+    Example:
+        >>> evaluate(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+        {'accuracy': 1.0, 'nll': 0.0, 'ece': 0.0, 'brier': 0.0}
+    """
+    return {
+        "accuracy": accuracy(probs, labels),
+        "nll": nll(probs, labels),
+        "ece": ece(probs, labels, bins, rule),
+        "brier": brier(probs, labels),
+    }
+
+
+def standard_error(values: Sequence[float]) -> float:
+    r"""Return the standard error of the mean, with the sample standard deviation (n - 1); NaN for one value.
+
+    .. math:: \sqrt{\frac{1}{n (n - 1)} \sum_i (x_i - \bar x)^2}
+
+    Args:
+        values: one number for each seed.
+
+    Raises:
+        MetricError: no values, or one that is not finite.
+
+    Example:
+        >>> standard_error([1.0, 3.0])
+        1.0
+        >>> standard_error([1.0])
+        nan
+    """
+    numbers = [float(value) for value in values]
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise MetricError(f"Expected `values` to be one or more finite numbers, but got {numbers}.")
+    n = len(numbers)
+    if n == 1:
+        return math.nan
+    mean = math.fsum(numbers) / n
+    return math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (n - 1) / n)
+
+
+def _softmax(logits: Tensor) -> Tensor:  # (S, N, C) -> (S, N, C)
+    if logits.ndim != 3 or 0 in logits.shape:
+        raise MetricError(
+            f"Expected `logits` to have shape (S, N, C) with none of them 0, but got {tuple(logits.shape)}. "
+            "For a single draw pass logits[None]."
+        )
+    if logits.isnan().any() or logits.isposinf().any():
+        raise MetricError("Expected `logits` to be finite or -inf (no such class), but got NaN or +inf.")
+    empty = logits.isneginf().all(dim=-1).nonzero()
+    if len(empty):
+        raise MetricError(
+            "Expected each row of `logits` to have a finite entry, but in draw {} row {} is -inf throughout.".format(
+                *empty[0].tolist()
+            )
+        )
+    return logits.double().softmax(dim=-1)
+
+
+def _check(probs: Tensor, labels: Tensor) -> None:
+    if probs.ndim != 2 or labels.ndim != 1 or len(probs) != len(labels):
+        raise MetricError(
+            "Expected `probs` of shape (N, C) and `labels` of shape (N,), "
+            f"but got {tuple(probs.shape)} and {tuple(labels.shape)}."
+        )
+    if probs.numel() == 0:
+        raise MetricError(f"Expected at least one row and one class, but got `probs` of shape {tuple(probs.shape)}.")
+    if not probs.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise MetricError(
+            "Expected `probs` to be floating-point and `labels` to be integers (int64), "
+            f"but got {probs.dtype} and {labels.dtype}."
+        )
+    if not probs.isfinite().all():
+        raise MetricError("Expected `probs` to be finite, but got NaN or infinity.")
+    sums = probs.double().sum(dim=1)
+    tolerance = max(1e-3, 4 * torch.finfo(probs.dtype).eps)  # probabilities read from text are rounded
+    off = ((sums - 1).abs() > tolerance) | (probs < 0).any(dim=1)
+    if off.any():
+        row = int(off.nonzero()[0])
+        raise MetricError(
+            "Expected each row of `probs` to be probabilities that sum to 1, "
+            f"but row {row} is {[round(p, 4) for p in probs[row].tolist()]} (sum {sums[row]:.4g}). "
+            "If these are logits, pass average_probs(logits[None])."
+        )
+    outside = (labels < 0) | (labels >= probs.shape[1])
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise MetricError(
+            f"Expected `labels` to be in [0, {probs.shape[1]}), but label {row} is {int(labels[row])}. "
+            "Leave rows without a known label (-1) out: known = labels >= 0."
+        )
