@@ -1,0 +1,271 @@
+"""Save and load: the adapter with its posterior, and training checkpoints, as safetensors and JSON with checksums.
+
+`adapter/` is a plain PEFT checkpoint of the posterior mean; `posterior.safetensors` and `posterior_config.json` lie
+beside it. A training checkpoint is `transformers.Trainer`'s, except that nothing in it has to be unpickled, and that a
+manifest, written last, tells a complete one from one that was cut short.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import Trainer
+
+from varlora.errors import DamagedFileError
+from varlora.params import check_same_parameters, trainable
+from varlora.posterior import Posterior, posterior_from_tensors
+from varlora.run import (
+    atomic_folder,
+    load_tensors,
+    read_json,
+    save_tensors,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+
+__all__ = [
+    "CheckpointTrainer",
+    "latest_checkpoint",
+    "load_adapter",
+    "load_posterior",
+    "load_state",
+    "save_adapter",
+    "save_state",
+]
+
+ADAPTER_FILE = "adapter_model.safetensors"
+STEP = re.compile(r"checkpoint-(\d+)$")
+
+
+# --- the adapter and its posterior ---
+
+
+def save_adapter(model: nn.Module, posterior: Posterior, folder: Path) -> None:
+    """Write the adapter at the posterior mean as a PEFT checkpoint, and the posterior beside it.
+
+    Args:
+        model: the `peft` model; its own weights are left as they are.
+        posterior: the posterior over its trainable parameters.
+        folder: where to; replaced as a whole once everything is written.
+    """
+    with atomic_folder(folder) as temporary:
+        with posterior.at_mean(model):
+            model.save_pretrained(temporary)  # type: ignore[operator]
+        save_tensors(temporary / "posterior.safetensors", posterior.tensors())
+        write_json(temporary / "posterior_config.json", {"kind": posterior.kind})
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Put a PEFT checkpoint's weights into an adapter that exists already, keeping its type and parameters.
+
+    Raises:
+        DamagedFileError: the file is absent or damaged, or of another model or rank.
+    """
+    tensors, _ = load_tensors(folder / ADAPTER_FILE)
+    try:
+        result: Any = set_peft_model_state_dict(model, tensors)
+    except RuntimeError as error:  # torch's message for wrong shapes
+        raise DamagedFileError(
+            f"The adapter in {folder} is not of this model: {' '.join(str(error).split())[:300]}. "
+            "Load it with the base model and the LoRA settings that it was trained with."
+        ) from error
+    wanted = set(trainable(model))
+    missing = wanted & set(result.missing_keys)
+    if missing or result.unexpected_keys:
+        example = min(missing) if missing else result.unexpected_keys[0]
+        raise DamagedFileError(
+            f"The adapter in {folder} is not of this model: `{example}` is {'missing' if missing else 'unknown'}. "
+            "Load it with the base model and the LoRA settings that it was trained with."
+        )
+
+
+def load_posterior(model: nn.Module, folder: Path) -> Posterior:
+    """Read the posterior that lies beside an adapter.
+
+    Args:
+        model: the model that it is of, to check names and shapes and for the device.
+        folder: what `save_adapter` wrote.
+
+    Raises:
+        DamagedFileError: a file is absent, altered or of another model.
+    """
+    verify_manifest(folder)
+    config = read_json(folder / "posterior_config.json")
+    tensors, _ = load_tensors(folder / "posterior.safetensors")
+    parameters = trainable(model)
+    device = next(iter(parameters.values())).device
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    posterior = posterior_from_tensors(config["kind"], on_device, config)
+    mean = getattr(posterior, "mean", None)
+    if mean is not None:
+        check_same_parameters(parameters, mean, f"the posterior in {folder}")
+    return posterior
+
+
+# --- nested state as safetensors and JSON ---
+
+
+def save_state(folder: Path, name: str, state: Any) -> None:
+    """Write nested dicts, lists and tuples of tensors, arrays and plain values as `name.safetensors` and `name.json`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_state(Path(folder), "state", {0: (torch.ones(2), 0.1), "a": [None, True]})
+        ...     load_state(Path(folder), "state")
+        {0: (tensor([1., 1.]), 0.1), 'a': [None, True]}
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(value, np.ndarray):
+            return {"array": plain(torch.from_numpy(value.astype(np.int64)))["tensor"], "dtype": str(value.dtype)}
+        if isinstance(value, Mapping):
+            return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [plain(item) for item in value]}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        raise TypeError(f"Expected tensors and plain values in a state, but got {type(value).__name__}.")
+
+    tree = plain(state)
+    save_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(folder / f"{name}.json", tree)
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """Read what `save_state` wrote.
+
+    Raises:
+        DamagedFileError: a file is absent or damaged.
+    """
+    tensors, _ = load_tensors(folder / f"{name}.safetensors")
+
+    def value(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [value(item) for item in tree]
+        if not isinstance(tree, dict):
+            return tree
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        if "array" in tree:
+            return tensors[tree["array"]].numpy().astype(tree["dtype"])
+        if "tuple" in tree:
+            return tuple(value(item) for item in tree["tuple"])
+        return {value(key): value(item) for key, item in tree["dict"]}
+
+    return value(read_json(folder / f"{name}.json"))
+
+
+# --- training checkpoints ---
+
+
+def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None if there is none.
+
+    Args:
+        run_dir: the run directory.
+        warn: told about each newer checkpoint that is not used, and why.
+    """
+    steps = sorted((int(m[1]), path) for path in run_dir.glob("checkpoint-*") if (m := STEP.search(path.name)))
+    for _, path in reversed(steps):
+        try:
+            verify_manifest(path)
+        except DamagedFileError as error:
+            warn(f"{error} Going on from the checkpoint before it.")
+        else:
+            return path
+    return None
+
+
+class CheckpointTrainer(Trainer):
+    """A `Trainer` whose checkpoints are safetensors and JSON with a manifest; FSDP and DeepSpeed keep their formats."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model: Any = self.model
+        model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # peft's own loading would turn a 16-bit adapter into a 32-bit one
+        chosen = model or self.model
+        assert chosen is not None
+        load_adapter(chosen, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            optimizer, scheduler = self._stateful()
+            save_state(Path(output_dir), "optimizer", optimizer.state_dict())
+            save_state(Path(output_dir), "scheduler", scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = self._stateful()
+        optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+        scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+
+    def _stateful(self) -> tuple[Any, Any]:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        return self.optimizer, self.lr_scheduler
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            save_state(Path(output_dir), "scaler", scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (Path(checkpoint) / "scaler.json").is_file():
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        save_state(Path(output_dir), f"rng_state_{self.args.process_index}", state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        name = f"rng_state_{self.args.process_index}"
+        if checkpoint is None or not (Path(checkpoint) / f"{name}.json").is_file():
+            return
+        state = load_state(Path(checkpoint), name)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer would delete older checkpoints before this one is known to be complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, cut short
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            write_manifest(folder)
+            if limit is not None:
+                steps = sorted((int(m[1]), p) for p in folder.parent.glob("checkpoint-*") if (m := STEP.search(p.name)))
+                for _, old in steps[: -max(limit, 1)]:
+                    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,220 @@
+"""A run directory: what it holds, written so that a crash leaves the old or the new file, never half of one.
+
+| file | what |
+| --- | --- |
+| `config.json` | resolved settings, versions, commit, task and prompt version |
+| `adapter/` | a plain PEFT checkpoint of the mean, with the posterior beside it |
+| `predictions.safetensors` | logits of every draw, labels, row ids |
+| `metrics.json` | metrics at the mean and with S draws |
+| `training.jsonl` | what was logged while training |
+| `checkpoint-<step>/` | training checkpoints |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varlora.errors import DamagedFileError, VarloraError
+
+__all__ = [
+    "atomic_folder",
+    "load_tensors",
+    "origin",
+    "prepare_run_dir",
+    "read_json",
+    "save_tensors",
+    "verify_manifest",
+    "write_json",
+    "write_manifest",
+    "write_text",
+]
+
+MANIFEST = "manifest.json"
+PACKAGES = ("varlora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make a run directory, or refuse one that exists.
+
+    Args:
+        path: the directory.
+        resume: go on in an existing directory.
+        overwrite: delete an existing run first; a folder that is no run of ours is never deleted.
+
+    Raises:
+        VarloraError: it exists and neither `resume` nor `overwrite` is given, or `overwrite` on some other folder.
+    """
+    if resume and overwrite:
+        raise VarloraError("Expected `resume` or `overwrite`, but got both. Pass one of them.")
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and not path.is_dir():
+        raise VarloraError(f"Expected `run_dir` to be a folder, but {path} is a file. Choose another name.")
+    if occupied and overwrite:
+        if not (path / "config.json").is_file():
+            raise VarloraError(f"{path} is not a run directory (no config.json), so it is not deleted. Choose another.")
+        shutil.rmtree(path)
+    elif occupied and not resume:
+        raise VarloraError(
+            f"The run directory {path} exists already. Pass `--resume` to go on with it, `--overwrite` to replace it, "
+            "or another `--run-dir`."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary name in the same folder, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; numbers come back bit for bit."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        DamagedFileError: the file is absent, cut short or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFileError(f"Expected a file {path}, but it is absent. Is {path.parent} complete?") from None
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"Expected JSON in {path}, but it cannot be read ({error}).") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write safetensors whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(own, temporary, metadata=dict(metadata or {}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read safetensors: tensors and metadata.
+
+    Raises:
+        DamagedFileError: the file is absent, cut short or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise DamagedFileError(f"Expected a file {path}, but it is absent. Is {path.parent} complete?") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFileError(
+            f"Expected safetensors in {path}, but it is damaged or cut short ({error}). "
+            "Restore it from a copy, or make it anew."
+        ) from error
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down the size and SHA-256 of each file of a folder; its presence says that the folder is complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _digest(path) for path in files})
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check a folder against its manifest.
+
+    Raises:
+        DamagedFileError: the manifest is absent (writing was interrupted), or a file is absent or altered.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DamagedFileError(f"{folder} has no {MANIFEST}: writing it was interrupted, so it is not used.")
+    for name, digest in read_json(folder / MANIFEST).items():
+        if not (folder / name).is_file():
+            raise DamagedFileError(f"{folder / name} is absent, but {MANIFEST} lists it. Restore it from a copy.")
+        if _digest(folder / name) != digest:
+            raise DamagedFileError(f"{folder / name} is damaged: it differs from {MANIFEST}. Restore it from a copy.")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to write to; on success it gets a manifest and takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        write_manifest(temporary)
+        temporary.chmod(0o755)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def origin() -> dict[str, Any]:
+    """Where a result comes from: versions, commit, machine and time."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+` if it has changes; None for an installed one."""
+    here = Path(__file__).resolve().parent
+    try:
+        lines = [
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "."])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() + ("+" if lines[1].strip() else "")
