@@ -1,0 +1,438 @@
+"""Reports from run directories that are written here by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import accuracy_score, log_loss
+
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.report import build_report, read_predictions, to_table
+
+
+def write_run(
+    folder: Path,
+    task: str = "arc_easy",
+    method: str = "ivon",
+    seed: int = 21,
+    n: int = 60,
+    c: int = 4,
+    samples: int = 10,
+    evaluated: str | None = None,
+    tau: float = 1.0,
+    unknown: int = 0,
+    commit: str | None = "0123456789abcdef",
+    **settings: object,
+) -> Path:
+    """Write a run directory; the draws of adamw are its mean. The last answer of every third row is masked."""
+    generator = torch.Generator().manual_seed(
+        int(hashlib.sha256(f"{task}{method}{seed}".encode()).hexdigest(), 16) % 2**31
+    )
+    mask = torch.ones(n, c, dtype=torch.bool)
+    mask[::3, -1] = c <= 2
+    mean = (2 * torch.randn(n, c, generator=generator)).masked_fill(~mask, -math.inf)
+    labels = torch.multinomial(mean.softmax(1), 1, generator=generator)[:, 0]
+    labels[:unknown] = -1
+    logits = mean.expand(max(samples, 1), n, c).clone()
+    if method != "adamw" and samples:
+        logits += torch.randn(logits.shape, generator=generator)
+    folder.mkdir(parents=True)
+    metadata = {
+        "ids": json.dumps([f"row-{i}" for i in range(n)]),
+        "task": evaluated or task,
+        "split": "dev",
+        "seed": "0",
+        "tau": str(tau),
+        "samples": str(samples),
+    }
+    tensors = {"logits": logits, "logits_mean": mean, "mask": mask, "labels": labels}
+    save_file(tensors, folder / "predictions.safetensors", metadata=metadata)
+    config = {
+        "settings": {"task": task, "model": "tiny", "method": method, "seed": seed, "out": str(folder), **settings},
+        "versions": {"varlora": "0.1.0", "torch": "2.6.0"},
+        "commit": commit,
+        "task_version": "1",
+        "prompt_version": "1",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        write_run(root / f"{task}-{method}-{seed}", task, method, seed)
+        for task in ("arc_easy", "openbookqa")
+        for method in ("adamw", "ivon")
+        for seed in (21, 42, 87)
+    ]
+
+
+@pytest.fixture(scope="module")
+def built(runs, tmp_path_factory):
+    return build_report(runs, tmp_path_factory.mktemp("out"))
+
+
+def text_of(report, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(to_table(report))
+    return console.export_text()
+
+
+def damage(run: Path, change) -> None:
+    path = run / "predictions.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    path.unlink()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+# --- numbers
+
+
+def test_rows_are_methods_at_the_mean_and_with_draws(built):
+    assert [(row.task, row.label, row.draws) for row in built.rows] == [
+        (task, label, draws)
+        for task in ("arc_easy", "openbookqa")
+        for label, draws in (("adamw", 0), ("ivon@mean", 0), ("ivon x10", 10))
+    ]
+    assert all(len(row.runs) == 3 for row in built.rows)
+    assert not built.skipped
+    assert not built.notes
+
+
+def test_numbers_agree_with_scikit_learn_and_scipy(runs, built):
+    for row in built.rows:
+        accuracies, losses, briers, eces = [], [], [], []
+        for run in row.runs:
+            tensors = load_file(run.run / "predictions.safetensors")
+            logits = tensors["logits"] if row.draws else tensors["logits_mean"][None]
+            probs = scipy.special.softmax(logits.double().numpy(), axis=-1).mean(0)
+            y = tensors["labels"].numpy()
+            accuracies.append(accuracy_score(y, probs.argmax(1)))
+            losses.append(log_loss(y, probs / probs.sum(1, keepdims=True), labels=range(4)))
+            briers.append(((probs - np.eye(4)[y]) ** 2).sum(1).mean())
+            confidence, right = probs.max(1), probs.argmax(1) == y
+            bins = np.ceil(confidence * 10)
+            eces.append(sum(abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(1, 11)) / len(y))
+        for name, values in (("accuracy", accuracies), ("nll", losses), ("brier", briers), ("ece", eces)):
+            assert row.stats[name].values == pytest.approx(values, rel=1e-9), name
+            assert row.stats[name].mean == pytest.approx(np.mean(values))
+            assert row.stats[name].stderr == pytest.approx(scipy.stats.sem(values))
+
+
+def test_reliability_pools_the_rows_of_all_seeds(built):
+    for row in built.rows:
+        assert row.reliability.count.sum() == 3 * 60
+
+
+def test_bins_are_passed_on(runs, tmp_path):
+    one = build_report(runs[:1], tmp_path, bins=1)
+    ece = one.rows[0].stats["ece"].mean
+    tensors = load_file(runs[0] / "predictions.safetensors")
+    confidence = scipy.special.softmax(tensors["logits_mean"].double().numpy(), axis=-1).max(1)
+    assert ece == pytest.approx(abs(confidence.mean() - one.rows[0].stats["accuracy"].mean))
+    assert json.loads((tmp_path / "report.json").read_text())["ece"] == {
+        "bins": 1,
+        "rule": "right",
+        "intervals": "(lo, hi]",
+    }
+    with pytest.raises(VarloraError, match="`bins`"):
+        build_report(runs[:1], tmp_path, bins=0)
+
+
+def test_one_seed_has_no_standard_error(runs, tmp_path):
+    report = build_report(runs[:1], tmp_path)
+    assert "±" not in (tmp_path / "report.md").read_text()
+    row = json.loads((tmp_path / "report.json").read_text())["rows"][0]
+    assert row["metrics"]["nll"]["stderr"] is None
+    assert row["metrics"]["nll"]["mean"] == report.rows[0].stats["nll"].mean
+
+
+def test_without_draws_a_posterior_has_its_mean_and_a_point_its_name(tmp_path):
+    ivon = write_run(tmp_path / "ivon", samples=0)
+    adamw = write_run(tmp_path / "adamw", method="adamw", samples=0)
+    (adamw / "adapter").mkdir()
+    (adamw / "adapter" / "posterior_config.json").write_text('{"kind": "point"}')
+    report = build_report([ivon, adamw], tmp_path / "out")
+    assert [row.label for row in report.rows] == ["adamw", "ivon@mean"]
+
+
+def test_one_draw_is_not_the_mean(tmp_path):
+    report = build_report([write_run(tmp_path / "run", samples=1)], tmp_path / "out")
+    assert [(row.label, row.draws) for row in report.rows] == [("ivon@mean", 0), ("ivon x1", 1)]
+
+
+# --- groups
+
+
+def test_settings_tell_groups_apart_and_are_shown(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{lr}-{seed}", seed=seed, optimizer={"lr": lr, "name": str(seed)})
+        for lr in (0.1, 0.3)
+        for seed in (1, 2)
+    ]
+    report = build_report(runs, tmp_path / "out")
+    assert [(row.label, row.differs, len(row.runs)) for row in report.rows] == [
+        ("ivon@mean", "optimizer.lr=0.1", 2),
+        ("ivon x10", "optimizer.lr=0.1", 2),
+        ("ivon@mean", "optimizer.lr=0.3", 2),
+        ("ivon x10", "optimizer.lr=0.3", 2),
+    ]
+    assert "optimizer.lr=0.3" in text_of(report)
+    assert "| ivon@mean | optimizer.lr=0.1 | 2 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("change", [{"tau": 0.5}, {"samples": 5}, {"model": "other"}, {"evaluated": "openbookqa"}])
+def test_what_was_evaluated_tells_groups_apart(tmp_path, change):
+    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, **change)]
+    report = build_report(runs, tmp_path / "out")
+    assert [len(row.runs) for row in report.rows] == [1, 1, 1, 1]
+    if "evaluated" in change:
+        assert [row.task for row in report.rows] == ["arc_easy", "arc_easy", "openbookqa", "openbookqa"]
+    else:
+        assert all(next(iter(change)) in row.differs for row in report.rows)
+
+
+def test_another_model_is_named_across_methods(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="adamw", model="other")]
+    assert [row.differs for row in build_report(runs, tmp_path / "out").rows] == [
+        "model=other",
+        "model=tiny",
+        "model=tiny",
+    ]
+
+
+def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_skipped(tmp_path):
+    first, again = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    report = build_report([first, first, tmp_path / "x" / ".." / "a", again], tmp_path / "out")
+    assert [len(row.runs) for row in report.rows] == [1, 1]
+    assert [skip.run for skip in report.skipped] == [str(again)]
+    assert "same seed 21" in report.skipped[0].reason
+
+
+def test_order_of_the_arguments_does_not_matter(runs, tmp_path):
+    for name, order in (("a", runs), ("b", runs[::-1])):
+        build_report(order, tmp_path / name)
+    for name in ("report.md", "report.json", "reliability.png", "reliability.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_unknown_labels_are_left_out_and_noted(tmp_path):
+    report = build_report([write_run(tmp_path / "a", unknown=10)], tmp_path / "out")
+    assert report.rows[0].size == "50"
+    assert report.rows[0].reliability.count.sum() == 50
+    assert "10 of 60 rows have no label" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_seeds_evaluated_on_different_rows_are_noted(tmp_path):
+    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, n=50)]
+    report = build_report(runs, tmp_path / "out")
+    assert report.rows[0].size == "50-60"
+    assert report.notes == ("arc_easy, ivon: the seeds were evaluated on different rows.",)
+
+
+# --- files
+
+
+def test_markdown_has_each_number_and_its_rule(built):
+    text = built.files["report.md"].read_text()
+    row = built.rows[2]
+    mean, error = 100 * row.stats["accuracy"].mean, 100 * row.stats["accuracy"].stderr
+    assert f"| arc_easy | ivon x10 | 3 | 60 | 10 | {mean:.1f} ± {error:.1f} |" in text
+    assert "10 equal-width bins (lo, hi]" in text
+    assert "![Reliability diagram](reliability.png)" in text
+    assert "| 0123456789ab |" in text
+    table = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert table == [10] * 8 + [10] * 14
+
+
+def test_json_carries_the_origin_of_each_number(runs, built):
+    content = json.loads(built.files["report.json"].read_text(), parse_constant=pytest.fail)
+    assert len(content["rows"]) == 6
+    for row, found in zip(content["rows"], built.rows):
+        assert row["label"] == found.label
+        assert row["seeds"] == [21, 42, 87]
+        assert row["metrics"]["ece"]["values"] == list(found.stats["ece"].values)
+        assert sum(row["reliability"]["count"]) == 180
+        for run in row["runs"]:
+            assert Path(run["run"]) in runs
+            assert run["rows"] == run["labelled"] == 60
+            assert run["predictions"] == {
+                "task": row["task"],
+                "split": "dev",
+                "seed": "0",
+                "tau": "1.0",
+                "samples": "10",
+            }
+            assert run["config"] == json.loads((Path(run["run"]) / "config.json").read_text())
+            assert run["config"]["commit"] == "0123456789abcdef"
+            assert run["config"]["versions"]["torch"] == "2.6.0"
+
+
+def test_json_is_strict_where_a_setting_is_infinite(tmp_path):
+    report = build_report([write_run(tmp_path / "run", clip_radius=math.inf)], tmp_path / "out")
+    content = json.loads(report.files["report.json"].read_text(), parse_constant=pytest.fail)
+    assert content["rows"][0]["runs"][0]["config"]["settings"]["clip_radius"] == "Infinity"
+
+
+def test_diagrams_are_images_and_carry_no_date(built):
+    with Image.open(built.files["reliability.png"]) as image:
+        image.verify()
+        assert min(image.size) > 300
+    with Image.open(built.files["reliability.png"]) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == (0, 0x72, 0xB2)).all(1).mean() > 0.05  # bars of accuracy
+    svg = built.files["reliability.svg"].read_text()
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "dc:date" not in svg
+
+
+def test_user_style_does_not_change_the_diagram(runs, built, tmp_path):
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black"}):
+        report = build_report(runs, tmp_path)
+    for name, path in built.files.items():
+        assert report.files[name].read_bytes() == path.read_bytes()
+
+
+def test_files_are_replaced_whole(runs, tmp_path, monkeypatch):
+    build_report(runs[:1], tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["reliability.png", "reliability.svg", "report.json", "report.md"]
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(VarloraError, match="No space left"):
+        build_report(runs, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    name = "[bold]my|task[/nope] $x_1$ <b>"
+    report = build_report([write_run(tmp_path / "run", task=name)], tmp_path / "out")
+    assert name in text_of(report)
+    assert r"\[bold\]my\|task\[/nope\] $x_1$ \<b\>" in report.files["report.md"].read_text()
+    ElementTree.fromstring(report.files["reliability.svg"].read_text())
+
+
+def test_table_has_all_columns_at_80(built):
+    text = " ".join(text_of(built, 80).split())
+    for word in ("task", "method", "seeds", "rows", "draws", "ACC (%)", "ECE", "NLL", "Brier", "ivon@mean", "(lo, hi]"):
+        assert word in text
+
+
+# --- wrong input
+
+
+def test_a_run_without_predictions_says_what_to_run(runs, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(runs[0] / "config.json", run)
+    with pytest.raises(VarloraError, match=f"run `varlora evaluate {run}` first"):
+        build_report([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_directories_are_named(tmp_path):
+    with pytest.raises(VarloraError, match="nowhere is not a directory"):
+        build_report([tmp_path / "nowhere"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VarloraError, match=r"not a run directory: it has no config\.json"):
+        build_report([tmp_path / "empty"], tmp_path / "out")
+    with pytest.raises(VarloraError, match="at least one run directory"):
+        build_report([], tmp_path / "out")
+
+
+def cut(run: Path) -> None:
+    path = run / "predictions.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "cut short": cut,
+    "empty": lambda run: (run / "predictions.safetensors").write_bytes(b""),
+    "no ids": lambda run: damage(run, lambda tensors, meta: meta.pop("ids")),
+    "ids of other rows": lambda run: damage(run, lambda tensors, meta: meta.update(ids='["a"]')),
+    "no number of samples": lambda run: damage(run, lambda tensors, meta: meta.update(samples="ten")),
+    "no labels": lambda run: damage(run, lambda tensors, meta: tensors.pop("labels")),
+    "other shape": lambda run: damage(
+        run, lambda tensors, meta: tensors.update(labels=torch.zeros(3, dtype=torch.int64))
+    ),
+    "not finite": lambda run: damage(run, lambda tensors, meta: tensors["logits"][0, 0, 0].fill_(math.nan)),
+    "masked label": lambda run: damage(run, lambda tensors, meta: tensors["labels"][0].fill_(3)),
+    "label out of range": lambda run: damage(run, lambda tensors, meta: tensors["labels"][0].fill_(4)),
+    "config cut": lambda run: (run / "config.json").write_text('{"settings": {"task"'),
+    "config a list": lambda run: (run / "config.json").write_text("[]"),
+    "config without seed": lambda run: (run / "config.json").write_text(
+        '{"settings": {"task": "t", "model": "m", "method": "ivon"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_named(tmp_path, name):
+    run = write_run(tmp_path / "run")
+    DAMAGES[name](run)
+    file = "config.json" if name.startswith("config") else "predictions.safetensors"
+    with pytest.raises(DamagedFileError, match=str(run / file)):
+        build_report([run], tmp_path / "out")
+
+
+def test_labels_all_unknown(tmp_path):
+    run = write_run(tmp_path / "run", unknown=60)
+    with pytest.raises(VarloraError, match=r"all 60 labels .* are unknown"):
+        build_report([run], tmp_path / "out")
+
+
+def test_bad_runs_among_good_ones_are_listed(runs, tmp_path):
+    broken = write_run(tmp_path / "broken")
+    cut(broken)
+    report = build_report([runs[0], broken, tmp_path / "nowhere"], tmp_path / "out")
+    assert len(report.rows) == 1
+    assert [skip.run for skip in report.skipped] == [str(broken), str(tmp_path / "nowhere")]
+    text = report.files["report.md"].read_text()
+    assert "## Skipped" in text
+    assert "is damaged" in text
+    assert json.loads(report.files["report.json"].read_text())["skipped"][1]["reason"] == report.skipped[1].reason
+
+
+def test_no_usable_run_lists_all_reasons(tmp_path):
+    with pytest.raises(VarloraError, match=r"None of the 2 run directories.*\n.*one is not.*\n.*two is not"):
+        build_report([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+
+
+def test_out_dir_that_is_a_file(runs, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(VarloraError, match="`out_dir`"):
+        build_report(runs[:1], tmp_path / "out")
+
+
+def test_read_predictions_returns_what_was_saved(runs):
+    run = read_predictions(runs[3])
+    assert run.logits.shape == (10, 60, 4)
+    assert run.drawn
+    assert run.ids[0] == "row-0"
+    assert run.settings["method"] == "ivon"
+    assert not read_predictions(runs[0]).drawn
