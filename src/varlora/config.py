@@ -1,0 +1,316 @@
+"""Settings of a training run: a frozen dataclass, read from YAML recipes and the command line.
+
+This is the only module besides the command line that knows YAML. All problems of a configuration are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from varlora.errors import ConfigError, VarloraError, did_you_mean
+from varlora.fit import check_training_arguments
+from varlora.methods import METHODS, Method
+from varlora.model import LoRA
+from varlora.tasks import get_task
+
+__all__ = ["Settings", "load_settings", "read_recipe", "settings_from"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a training run, with the paper's values as defaults."""
+
+    task: str
+    """A task's name, or the path of a task file for your own data."""
+    model: str
+    """The base model: a folder, or a name on the Hugging Face hub."""
+    method: str = "ivon"
+    """How to reach a posterior: a key of METHODS."""
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method; in a recipe they stand under `method:`, beside `name:`."""
+    data_dir: str | None = None
+    """Folder with the task's files in their official layout; left out: from the hub."""
+    run_dir: str | None = None
+    """Where the run is written; left out: runs/<task>-<model>-<method>-seed<seed>."""
+    seed: int = 0
+    """Seed of the adapter's start, the order of rows, dropout and the method's noise."""
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Rows a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the base's weights."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Keep the base's weights in 8bit or 4bit (bitsandbytes)."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the hub."""
+    lora: LoRA = field(default_factory=LoRA)
+    """The adapter."""
+    max_length: int | None = None
+    """Longest prompt in tokens; left out: what the model can read."""
+    chat: bool = False
+    """Put prompts through the tokenizer's chat template."""
+    row_filter: bool = False
+    """Keep only the rows that the paper keeps (four answers, for ARC and OpenBookQA)."""
+    skip_bad_rows: bool = False
+    """Leave out malformed rows and count them, rather than stop."""
+    calibration_fraction: float = 0.1
+    """Share of the training rows that is held out for calibration, never trained on and never reported."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    max_not_finite: int = 25
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    training_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Any other fields of `transformers.TrainingArguments`."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        if self.run_dir is not None:
+            return Path(self.run_dir)
+        names = (Path(self.task).stem, Path(self.model).name, self.method)
+        return Path("runs") / f"{'-'.join(names)}-seed{self.seed}"
+
+    def build_method(self) -> Method:
+        """Make the method from its settings."""
+        return METHODS[self.method](**self.method_settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `config.json`, the method's defaults filled in."""
+        plain = dataclasses.asdict(self)
+        plain["method_settings"] = dataclasses.asdict(self.build_method())  # type: ignore[call-overload]
+        plain["run_dir"] = str(self.folder)
+        return plain
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe: a YAML mapping of settings.
+
+    Raises:
+        ConfigError: the file is absent, no YAML or no mapping.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise ConfigError([f"There is no recipe {path}. {near}".strip()]) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path} cannot be read as YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(recipe, dict):
+        raise ConfigError([f"Expected a mapping of settings in {path}, but got {type(recipe).__name__}."])
+    return recipe
+
+
+def load_settings(
+    recipe: Path | None = None, overrides: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+) -> Settings:
+    """Combine a recipe, named settings and `key=value` assignments; later ones win.
+
+    Args:
+        recipe: a YAML file.
+        overrides: settings by name; None values are left out.
+        assignments: `key=value` with dots for nesting and the value in YAML, such as `method.ess=1e6`.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    values = _method_as_mapping(read_recipe(recipe) if recipe is not None else {})
+    problems: list[str] = []
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            _assign(values, name, value, problems)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            problems.append(f"Expected `key=value`, but got `{assignment}`. Write e.g. `steps=500`.")
+            continue
+        try:
+            _assign(values, key.strip(), yaml.safe_load(text), problems)
+        except yaml.YAMLError:
+            problems.append(f"The value of `{assignment}` is not YAML. Put quotes around it.")
+    return settings_from(values, problems)
+
+
+def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Settings:
+    """Check plain values and make settings of them.
+
+    Args:
+        values: settings by name; `method` may be a name, or a mapping with `name` and the method's settings.
+        problems: what was found wrong already, to be reported with the rest.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    Example:
+        >>> settings_from({"task": "boolq", "model": "m", "method": {"name": "ivon", "ess": "1e7"}}).method_settings
+        {'ess': 10000000.0}
+        >>> settings_from({"task": "boolq", "model": "m", "stepps": 5, "batch_size": "many"})
+        Traceback (most recent call last):
+            ...
+        varlora.errors.ConfigError: 2 problems in the configuration:
+          - Unknown setting `stepps`. Did you mean `steps`?
+          - Expected `batch_size` to be a whole number, but got 'many'.
+    """
+    found = list(problems)
+    values = _method_as_mapping(dict(values))
+    method_values = dict(values.pop("method"))
+    name = method_values.pop("name", "ivon")
+    method_values |= values.pop("method_settings", None) or {}
+    lora = values.pop("lora", None)
+    known = _convert_all(Settings, values, "", found)
+    if name not in METHODS:
+        found.append(f"Unknown method `{name}`. {did_you_mean(str(name), METHODS)}")
+    else:
+        known["method"] = name
+        method_class: Any = METHODS[name]
+        known["method_settings"] = _convert_all(method_class, method_values, "method.", found)
+        _try(lambda: method_class(**known["method_settings"]), found)
+    if lora is not None:
+        if isinstance(lora, LoRA):
+            known["lora"] = lora
+        elif isinstance(lora, Mapping):
+            lora_values = _convert_all(LoRA, lora, "lora.", found)
+            known["lora"] = _try(lambda: LoRA(**lora_values), found)
+        else:
+            found.append(f"Expected `lora` to be a mapping, but got {lora!r}. Write e.g. `lora: {{rank: 8}}`.")
+    _check(known, found)
+    if found:
+        raise ConfigError(found)
+    return Settings(**known)
+
+
+def _check(known: Mapping[str, Any], problems: list[str]) -> None:
+    for name in ("task", "model"):
+        if name not in known:
+            problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
+    if "task" in known:
+        _try(lambda: get_task(known["task"]), problems)
+    at_least = {
+        "steps": 1,
+        "batch_size": 1,
+        "accumulation": 1,
+        "checkpoint_every": 1,
+        "max_not_finite": 1,
+        "max_length": 8,
+    }
+    for name, least in at_least.items():
+        if known.get(name) is not None and known[name] < least:
+            problems.append(f"Expected `{name}` to be at least {least}, but got {known[name]}.")
+    fraction = known.get("calibration_fraction", 0.0)
+    if not 0 <= fraction < 1:
+        problems.append(f"Expected `calibration_fraction` to be within 0 and 1, but got {fraction}.")
+    problems += check_training_arguments(known.get("training_arguments", {}))
+
+
+def _try(make: Any, problems: list[str]) -> Any:
+    """Call `make`; what it raises becomes problems."""
+    try:
+        return make()
+    except ConfigError as error:
+        problems += error.problems
+    except VarloraError as error:
+        problems.append(str(error))
+    return None
+
+
+def _method_as_mapping(values: dict[str, Any]) -> dict[str, Any]:
+    method = values.get("method")
+    if method is None or isinstance(method, str):
+        values["method"] = {"name": method} if method else {}
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    """Set `a.b.c` in nested mappings; a bare `method` is its name."""
+    *path, last = ["method", "name"] if key == "method" else key.split(".")
+    if key == "method" and values["method"].get("name") not in (None, value):
+        values["method"] = {}  # settings of one method mean nothing to another
+    here = values
+    for part in path:
+        inner = here.setdefault(part, {})
+        if not isinstance(inner, dict):
+            problems.append(f"`{key}` cannot be set: `{part}` is no mapping.")
+            return
+        here = inner
+    here[last] = value
+
+
+def _convert_all(cls: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """Convert values to the types of a dataclass's fields; unknown names and wrong types become problems."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    converted = {}
+    for name, value in values.items():
+        if name not in names:
+            problems.append(f"Unknown setting `{prefix}{name}`. {did_you_mean(str(name), names)}")
+            continue
+        try:
+            converted[name] = _convert(value, hints[name])
+        except (TypeError, ValueError):
+            problems.append(f"Expected `{prefix}{name}` to be {_in_words(hints[name])}, but got {value!r}.")
+    return converted
+
+
+def _in_words(hint: Any) -> str:
+    """Name a type as a person would."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("nothing" if arg is type(None) else _in_words(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return "a list"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, "a mapping")
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Convert a YAML value to a type; `1e6`, a string to YAML, is taken for the number that is meant."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        if value not in args:
+            raise ValueError
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError
+        return tuple(_convert(item, args[0]) for item in value)
+    if origin is not None or hint is Mapping:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return dict(value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if isinstance(value, bool):
+        raise TypeError
+    if hint is int:
+        number = float(value)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    if hint is float:
+        number = float(value)
+        if math.isnan(number):
+            raise ValueError
+        return number
+    if hint is str:
+        if not isinstance(value, (str, Path, int, float)):
+            raise TypeError
+        return str(value)
+    return value

@@ -1,0 +1,344 @@
+"""The main job from settings to files: train, evaluate, predict. The command line and the demo only call these."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from varlora import metrics
+from varlora.checkpoint import load_adapter, load_posterior
+from varlora.config import Settings, settings_from
+from varlora.data import EncodedSet, encode_all
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.fit import fit
+from varlora.model import load_model
+from varlora.params import trainable
+from varlora.posterior import Posterior
+from varlora.predict import predict, save_predictions
+from varlora.prompt import PROMPT_VERSION
+from varlora.run import origin, prepare_run_dir, read_json, write_json
+from varlora.tasks import Task, get_task, load_rows, split_calibration
+from varlora.tasks.base import Example
+
+__all__ = ["Loaded", "answer_rows", "evaluate", "load", "resume_run", "rows_of_split", "train", "validate"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run directory holds."""
+
+    model: nn.Module
+    """Base and adapter, at the posterior mean, in evaluation mode."""
+    posterior: Posterior
+    """The posterior over the adapter."""
+    tokenizer: PreTrainedTokenizerBase
+    """The base's tokenizer."""
+    settings: Settings
+    """The settings that it was trained with."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpack as `model, posterior = load(run_dir)`."""
+        return iter((self.model, self.posterior))
+
+
+def load(run_dir: str | Path, *, model: str | None = None, device: str | None = None) -> Loaded:
+    """Load a trained run: `model, posterior = varlora.load(run_dir)`, bit for bit what was saved.
+
+    Args:
+        run_dir: a run directory.
+        model: the base, if it is no longer where it was.
+        device: where to load it to; left out: the current GPU, else the CPU.
+
+    Raises:
+        DamagedFileError: a file is absent, altered or of another model.
+        VarloraError: the run is not finished, or its base cannot be loaded.
+    """
+    run_dir = Path(run_dir)
+    settings = _settings_of(run_dir)
+    if not (run_dir / "adapter").is_dir():
+        raise VarloraError(
+            f"{run_dir} has no adapter yet: training is not finished. Go on with `varlora train --resume`."
+        )
+    loaded, tokenizer = load_model(
+        model or settings.model,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        lora=settings.lora,
+        seed=settings.seed,
+        device=device,
+        revision=settings.revision,
+    )
+    posterior = load_posterior(loaded, run_dir / "adapter")
+    load_adapter(loaded, run_dir / "adapter")
+    return Loaded(loaded, posterior, tokenizer, settings)
+
+
+def train(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Train as `settings` say and write the run directory.
+
+    Args:
+        settings: what to do; all of it is checked before the run directory is touched.
+        resume: go on where an interrupted run stopped.
+        overwrite: replace an existing run.
+        say: told in words what a user should know.
+        callbacks: more callbacks for the Trainer (a progress bar).
+
+    Returns:
+        The run directory.
+
+    Raises:
+        VarloraError: a problem with settings, data, model or run directory; see `fit` for those of training itself.
+    """
+    run_dir = settings.folder
+    if resume and (run_dir / "config.json").is_file():
+        settings = _settings_of(run_dir, run_dir)
+        if (run_dir / "adapter").is_dir():
+            say(f"{run_dir} is trained already; nothing is left to do.")
+            return run_dir
+    elif not overwrite and run_dir.exists():
+        prepare_run_dir(run_dir, resume=resume)  # refuse before the work of loading
+    method = settings.build_method()
+    task = get_task(settings.task)
+    examples, _ = training_rows(task, settings, say)
+    model, tokenizer = load_model(
+        settings.model,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        lora=settings.lora,
+        seed=settings.seed,
+        revision=settings.revision,
+    )
+    encoded = _encode(model, tokenizer, examples, settings, say)
+    prepare_run_dir(run_dir, resume=resume or not run_dir.exists(), overwrite=overwrite)
+    config = {"settings": settings.to_dict(), "task_version": task.version, "prompt_version": PROMPT_VERSION}
+    if not (run_dir / "config.json").is_file():
+        write_json(
+            run_dir / "config.json", config | {"training_rows": len(encoded.rows), "cut": encoded.cut} | origin()
+        )
+    fit(
+        model,
+        method,
+        encoded.rows,
+        run_dir,
+        pad_token_id=_pad(tokenizer),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        seed=settings.seed,
+        checkpoint_every=settings.checkpoint_every,
+        max_not_finite=settings.max_not_finite,
+        training_arguments=settings.training_arguments,
+        resume=resume,
+        callbacks=callbacks,
+        warn=say,
+    )
+    return run_dir
+
+
+def resume_run(run_dir: Path, *, say: Say = print, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Go on with an interrupted run, with the settings that it was started with."""
+    return train(_settings_of(run_dir), resume=True, say=say, callbacks=callbacks)
+
+
+def validate(settings: Settings) -> list[str]:
+    """Check data, answers and prompt lengths without training.
+
+    Args:
+        settings: checked already by themselves.
+
+    Returns:
+        What was found, line by line.
+
+    Raises:
+        VarloraError: the first thing that training would stop at.
+    """
+    found: list[str] = []
+    task = get_task(settings.task)
+    train_examples, calibration = training_rows(task, settings, found.append)
+    evaluation = rows_of_split(task, task.evaluation, settings, found.append)
+    found.append(
+        f"{task.name}: {len(train_examples)} training, {len(calibration)} calibration and {len(evaluation)} "
+        f"{task.evaluation} rows."
+    )
+    model, tokenizer = load_model(
+        settings.model, dtype=settings.dtype, quantization=settings.quantization, lora=settings.lora
+    )
+    count = sum(p.numel() for p in trainable(model).values())
+    found.append(f"{settings.model}: {count:,} trainable parameters in {len(trainable(model))} matrices.")
+    encoded = _encode(model, tokenizer, [*train_examples, *calibration, *evaluation], settings, found.append)
+    longest = max(len(row.input_ids) for row in encoded.rows)
+    example = train_examples[0]
+    tokens = tokenizer.convert_ids_to_tokens(list(encoded.rows[0].label_tokens))
+    found.append(f"Longest prompt: {longest} tokens.")
+    found.append(f"First prompt: {example.prompt!r}")
+    found.append("Answers and their tokens: " + ", ".join(f"{a!r} {t!r}" for a, t in zip(example.answers, tokens)))
+    return found
+
+
+def training_rows(task: Task, settings: Settings, say: Say) -> tuple[list[Example], list[Example]]:
+    """Return the training rows and the calibration rows that were held out of them."""
+    rows = load_rows(task, "train", settings.data_dir, settings.skip_bad_rows, settings.row_filter)
+    _say_skipped(rows.skipped, rows.problems, say)
+    return split_calibration(rows.examples, settings.calibration_fraction, settings.seed)
+
+
+def rows_of_split(task: Task, split: str, settings: Settings, say: Say) -> list[Example]:
+    """Return the rows of an official split, or of `calibration`: the training rows that were held out."""
+    if split == "calibration":
+        calibration = training_rows(task, settings, say)[1]
+        if not calibration:
+            raise VarloraError("This run held no rows out for calibration. Train with `--calibration-fraction 0.1`.")
+        return calibration
+    rows = load_rows(task, split, settings.data_dir, settings.skip_bad_rows, settings.row_filter)
+    _say_skipped(rows.skipped, rows.problems, say)
+    return rows.examples
+
+
+def evaluate(
+    run_dir: str | Path,
+    *,
+    split: str | None = None,
+    samples: int = 10,
+    tau: float = 1.0,
+    seed: int = 0,
+    token_budget: int = 4096,
+    data_dir: str | None = None,
+    model: str | None = None,
+    say: Say = print,
+    progress: Callable[[int], AbstractContextManager[Callable[[int], None] | None]] | None = None,
+) -> dict[str, Any]:
+    """Predict a split's rows, and write `predictions.safetensors` and `metrics.json` to the run directory.
+
+    Args:
+        run_dir: a trained run.
+        split: the split to report on; left out: the task's own (dev, as in the paper).
+        samples: draws; 0: only the mean.
+        tau: factor of the posterior variance.
+        seed: seed of the draws.
+        token_budget: tokens a batch, padding included.
+        data_dir: where the data lie now, if not where they were.
+        model: where the base lies now, if not where it was.
+        say: told in words what a user should know.
+        progress: given the number of rows, a context that gives a function to call with the rows done.
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    run_dir = Path(run_dir)
+    settings = _settings_of(run_dir)
+    task = get_task(settings.task)
+    split = split or task.evaluation
+    if data_dir is not None:
+        settings = dataclasses.replace(settings, data_dir=data_dir)
+    examples = rows_of_split(task, split, settings, say)
+    loaded = load(run_dir, model=model)
+    encoded = _encode(loaded.model, loaded.tokenizer, examples, settings, say)
+    with (progress or _no_progress)(len(encoded.rows)) as advance:
+        predictions = predict(
+            loaded.model,
+            loaded.posterior,
+            encoded.rows,
+            pad_token_id=_pad(loaded.tokenizer),
+            samples=samples,
+            tau=tau,
+            seed=seed,
+            token_budget=token_budget,
+            progress=advance,
+        )
+    meta = {**predictions.meta, "task": task.name, "split": split, "task_version": task.version}
+    predictions = dataclasses.replace(predictions, meta=meta)
+    save_predictions(predictions, run_dir / "predictions.safetensors")
+    known = predictions.labels >= 0
+    results: dict[str, Any] = {
+        "task": task.name,
+        "split": split,
+        "samples": len(predictions.logits) if samples else 0,
+        "tau": tau,
+        "rows": int(known.sum()),
+        "cut": encoded.cut,
+        "bins": "10 equal-width bins (lo, hi]",
+    }
+    if known.any():
+        results["mean"] = metrics.evaluate(predictions.probs_mean[known], predictions.labels[known])
+        results["draws"] = metrics.evaluate(predictions.probs[known], predictions.labels[known]) if samples else None
+    write_json(run_dir / "metrics.json", results | origin())
+    return results
+
+
+def answer_rows(
+    loaded: Loaded, examples: Sequence[Example], *, samples: int = 10, tau: float = 1.0, seed: int = 0, say: Say = print
+) -> Iterable[dict[str, Any]]:
+    """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats."""
+    encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
+    predictions = predict(
+        loaded.model,
+        loaded.posterior,
+        encoded.rows,
+        pad_token_id=_pad(loaded.tokenizer),
+        samples=samples,
+        tau=tau,
+        seed=seed,
+    )
+    parts = predictions.uncertainty._asdict()
+    for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
+        probabilities = dict(zip(example.answers, probs))
+        yield {
+            "id": example.id,
+            "answer": max(probabilities, key=lambda answer: probabilities[answer]),
+            "probabilities": probabilities,
+            "uncertainty": {name: values[i].item() for name, values in parts.items()},
+        }
+
+
+def _settings_of(run_dir: Path, new_place: Path | None = None) -> Settings:
+    if not run_dir.is_dir():
+        raise VarloraError(f"There is no run directory {run_dir}. `varlora ls runs` lists those under runs/.")
+    config = read_json(run_dir / "config.json")
+    if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
+        raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
+    values = dict(config["settings"])
+    return settings_from({**values, "run_dir": str(new_place or run_dir)})
+
+
+def _encode(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings, say: Say
+) -> EncodedSet:
+    config: Any = model.config
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if settings.max_length is not None and settings.max_length > context:
+        say(f"`max_length` {settings.max_length} is more than the model's context; {context} tokens are used.")
+    length = min(settings.max_length or math.inf, context)
+    encoded = encode_all(tokenizer, examples, None if length == math.inf else int(length), settings.chat)
+    if encoded.cut:
+        say(f"{encoded.cut} of {len(examples)} prompts were longer than {length} tokens and have been cut.")
+    return encoded
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.pad_token_id or 0)
+
+
+def _say_skipped(skipped: int, problems: Sequence[str], say: Say) -> None:
+    if skipped:
+        say(f"{skipped} malformed rows were left out; the first: {problems[0]}")
+
+
+def _no_progress(rows: int) -> AbstractContextManager[None]:
+    return nullcontext()
