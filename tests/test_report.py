@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss
 
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.report import build_report, read_predictions, to_table
+from varlora.report import build_report, read_run, to_table
 
 
 def write_run(
@@ -64,7 +64,7 @@ def write_run(
     tensors = {"logits": logits, "logits_mean": mean, "mask": mask, "labels": labels}
     save_file(tensors, folder / "predictions.safetensors", metadata=metadata)
     config = {
-        "settings": {"task": task, "model": "tiny", "method": method, "seed": seed, "out": str(folder), **settings},
+        "settings": {"task": task, "model": "tiny", "method": method, "seed": seed, "run_dir": str(folder), **settings},
         "versions": {"varlora": "0.1.0", "torch": "2.6.0"},
         "commit": commit,
         "task_version": "1",
@@ -187,7 +187,7 @@ def test_one_draw_is_not_the_mean(tmp_path):
 
 def test_settings_tell_groups_apart_and_are_shown(tmp_path):
     runs = [
-        write_run(tmp_path / f"{lr}-{seed}", seed=seed, optimizer={"lr": lr, "name": str(seed)})
+        write_run(tmp_path / f"{lr}-{seed}", seed=seed, optimizer={"lr": lr, "run_name": str(seed)})
         for lr in (0.1, 0.3)
         for seed in (1, 2)
     ]
@@ -429,10 +429,10 @@ def test_out_dir_that_is_a_file(runs, tmp_path):
         build_report(runs[:1], tmp_path / "out")
 
 
-def test_read_predictions_returns_what_was_saved(runs):
-    run = read_predictions(runs[3])
-    assert run.logits.shape == (10, 60, 4)
+def test_read_run_returns_what_was_saved(runs):
+    run = read_run(runs[3])
+    assert run.predictions.logits.shape == (10, 60, 4)
     assert run.drawn
-    assert run.ids[0] == "row-0"
+    assert run.predictions.ids[0] == "row-0"
     assert run.settings["method"] == "ivon"
-    assert not read_predictions(runs[0]).drawn
+    assert not read_run(runs[0]).drawn

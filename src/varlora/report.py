@@ -8,60 +8,45 @@ depends on when or where they are written.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.style
-import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.patches import Patch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from varlora import __version__, metrics
+from varlora.diagram import reliability_diagram
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.predict import Predictions, load_predictions
+from varlora.run import read_json
 
-__all__ = ["Predictions", "Report", "Row", "Skipped", "Stat", "build_report", "read_predictions", "to_table"]
+__all__ = ["EvaluatedRun", "Report", "Row", "Skipped", "Stat", "build_report", "read_run", "to_table"]
 
-NOT_METHOD = frozenset({"seed", "data_seed", "out", "output", "output_dir", "run_dir", "run_name", "name"})
-"""Settings in which runs of one group may differ: the seed, and where a run was written."""
+NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every"})
+"""Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
-    """The saved predictions of one run, and where they come from."""
+class EvaluatedRun:
+    """A run directory with predictions."""
 
     run: Path
     """The run directory."""
     config: Mapping[str, Any]
     """Its config.json: settings, versions, commit, task and prompt version."""
-    meta: Mapping[str, str]
-    """Metadata of predictions.safetensors: task, split, seed, tau, samples."""
-    ids: tuple[str, ...]
-    """One id for each row."""
-    logits: Tensor
-    """(S, N, C), -inf where a row does not have the class."""
-    logits_mean: Tensor
-    """(N, C), logits at the posterior mean."""
-    labels: Tensor
-    """(N,), -1 where unknown."""
+    predictions: Predictions
+    """Its predictions, with task, split, tau and samples in `meta`."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -69,9 +54,20 @@ class Predictions:
         return self.config["settings"]
 
     @property
+    def meta(self) -> Mapping[str, str]:
+        """Where the predictions come from."""
+        return self.predictions.meta
+
+    @property
+    def known(self) -> Tensor:
+        """(N,) whether a row's label is known."""
+        return self.predictions.labels >= 0
+
+    @property
     def drawn(self) -> bool:
         """Whether the draws are draws: not the mean itself."""
-        return not torch.equal(self.logits, self.logits_mean.expand_as(self.logits))
+        logits, mean = self.predictions.logits, self.predictions.logits_mean
+        return not torch.equal(logits, mean.expand_as(logits))
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Row:
     """accuracy, nll, ece, brier, each from 0 to 1 except nll (nats) and brier (0 to 2)."""
     reliability: metrics.Reliability
     """Bins of confidence, all seeds pooled."""
-    runs: tuple[Predictions, ...]
+    runs: tuple[EvaluatedRun, ...]
     """The runs, one for each seed, ordered by seed."""
 
     @property
@@ -124,7 +120,7 @@ class Row:
     @property
     def size(self) -> str:
         """Number of rows with a known label, as a range where it differs between seeds."""
-        sizes = sorted({int((run.labels >= 0).sum()) for run in self.runs})
+        sizes = sorted({int(run.known.sum()) for run in self.runs})
         return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
 
 
@@ -190,14 +186,14 @@ def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Rep
         paths.setdefault(run_dir.resolve(), run_dir)  # a directory named twice counts once
     if not paths:
         raise VarloraError("Expected at least one run directory, but got none. Pass what `varlora train` wrote.")
-    runs: list[Predictions] = []
+    runs: list[EvaluatedRun] = []
     skipped: list[Skipped] = []
     for path in paths.values():
         try:
-            run = read_predictions(path)
-            if not (run.labels >= 0).any():
+            run = read_run(path)
+            if not run.known.any():
                 raise VarloraError(
-                    f"Expected rows with labels, but all {len(run.labels)} labels of {path} are unknown. "
+                    f"Expected rows with labels, but all {len(run.known)} labels of {path} are unknown. "
                     "Evaluate a split that has labels: `varlora evaluate RUN`."
                 )
             runs.append(run)
@@ -215,7 +211,7 @@ def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Rep
     names = ("report.md", "report.json", "reliability.png", "reliability.svg")
     files = {name: out_dir / name for name in names}
     report = Report(rows, (*skipped, *repeated), _notes(groups), bins, files)
-    figures = {f"reliability.{kind}": image for kind, image in _diagram(rows, bins).items()}
+    figures = {f"reliability.{kind}": image for kind, image in reliability_diagram(rows, bins).items()}
     contents = {"report.md": _markdown(report).encode(), "report.json": _json(report).encode(), **figures}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -252,7 +248,7 @@ def to_table(report: Report) -> Table:
 # --- reading
 
 
-def read_predictions(run_dir: Path) -> Predictions:
+def read_run(run_dir: Path) -> EvaluatedRun:
     """Read config.json and predictions.safetensors of a run directory.
 
     Args:
@@ -264,61 +260,33 @@ def read_predictions(run_dir: Path) -> Predictions:
     """
     if not run_dir.is_dir():
         raise VarloraError(f"Expected a run directory, but {run_dir} is not a directory.")
-    config = _read_json(run_dir / "config.json")
-    settings = config.get("settings")
+    if not (run_dir / "config.json").is_file():
+        raise VarloraError(f"{run_dir} is not a run directory: it has no config.json.")
+    config = read_json(run_dir / "config.json")
+    settings = config.get("settings") if isinstance(config, dict) else None
     missing = [k for k in ("task", "model", "method", "seed") if not isinstance(settings, dict) or k not in settings]
     if missing:
         raise DamagedFileError(f"Expected {run_dir / 'config.json'} to have settings {', '.join(missing)}.")
-
     path = run_dir / "predictions.safetensors"
     if not path.is_file():
         raise VarloraError(f"{run_dir} has no predictions: run `varlora evaluate {run_dir}` first.")
-    again = f"Run `varlora evaluate {run_dir}` again."
+    predictions = load_predictions(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            logits, logits_mean, mask, labels = (
-                file.get_tensor(name) for name in ("logits", "logits_mean", "mask", "labels")
-            )
-        ids = tuple(map(str, json.loads(meta["ids"])))
-        int(meta["samples"]), float(meta["tau"]), meta["task"], meta["split"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged ({type(error).__name__}: {error}). {again}") from error
-    n, c = mask.shape if mask.ndim == 2 else (-1, -1)
-    if (
-        (logits.shape, logits_mean.shape, labels.shape) != ((*logits.shape[:1], n, c), (n, c), (n,))
-        or 0 in logits.shape
-        or len(ids) != n
-    ):
-        raise DamagedFileError(
-            f"{path} is damaged: expected logits (S, N, C), logits_mean (N, C), mask (N, C), labels (N,) and N ids, "
-            f"but got {[tuple(t.shape) for t in (logits, logits_mean, mask, labels)]} and {len(ids)} ids. {again}"
+        (
+            int(predictions.meta["samples"]),
+            float(predictions.meta["tau"]),
+            predictions.meta["task"],
+            predictions.meta["split"],
         )
-    present = mask.bool()
-    if not (torch.equal(logits.isfinite(), present.expand_as(logits)) and torch.equal(logits_mean.isfinite(), present)):
-        raise DamagedFileError(f"{path} is damaged: logits have to be finite where `mask` says so, else -inf. {again}")
-    known = labels >= 0
-    if (labels >= c).any() or not present[known].gather(1, labels[known].long()[:, None]).all():
-        raise DamagedFileError(f"{path} is damaged: a label is none of its row's answers. {again}")
-    return Predictions(run_dir, config, meta, ids, logits, logits_mean, labels)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)  # "Infinity": report.json is strict
-    except FileNotFoundError as error:
-        raise VarloraError(f"{path.parent} is not a run directory: it has no {path.name}.") from error
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged ({error}).") from error
-    if not isinstance(value, dict):
-        raise DamagedFileError(f"{path} is damaged: expected a JSON object.")
-    return value
+    except (KeyError, ValueError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}). Run `varlora evaluate {run_dir}` again.") from error
+    return EvaluatedRun(run_dir, config, predictions)
 
 
 # --- grouping
 
 
-def _traits(run: Predictions) -> dict[str, str]:
+def _traits(run: EvaluatedRun) -> dict[str, str]:
     """Return all by which a run is told from others, apart from its seed; nested settings by dotted name."""
 
     def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -335,9 +303,9 @@ def _traits(run: Predictions) -> dict[str, str]:
     return {**dict(flat(run.settings)), "task evaluated": run.meta["task"], **evaluated, **origin}
 
 
-def _groups(runs: Iterable[Predictions]) -> tuple[list[list[Predictions]], list[Skipped]]:
+def _groups(runs: Iterable[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
     """Return the runs by what they have in common, each group ordered by seed, and the repetitions left out."""
-    groups: dict[tuple[str, ...], dict[str, Predictions]] = {}
+    groups: dict[tuple[str, ...], dict[str, EvaluatedRun]] = {}
     repeated = []
     for run in runs:
         key = (run.meta["task"], str(run.settings["method"]), json.dumps(_traits(run), sort_keys=True))
@@ -349,7 +317,7 @@ def _groups(runs: Iterable[Predictions]) -> tuple[list[list[Predictions]], list[
     return [[group[seed] for seed in sorted(group, key=lambda s: (len(s), s))] for group in ordered], repeated
 
 
-def _differences(groups: Sequence[Sequence[Predictions]]) -> list[str]:
+def _differences(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
     """Return for each group the traits that tell it from others: of its task and method, or (model, split) its task."""
     traits = [_traits(group[0]) for group in groups]
     found = []
@@ -362,21 +330,18 @@ def _differences(groups: Sequence[Sequence[Predictions]]) -> list[str]:
     return found
 
 
-def _rows(group: Sequence[Predictions], differs: str, bins: int) -> Iterable[Row]:
+def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Row]:
     method = str(group[0].settings["method"])
     drawn = any(run.drawn for run in group)
     # Draws that all equal the mean come from a point; without draws the adapter's kind of posterior says.
     point = not drawn and all(int(run.meta["samples"]) > 0 or _is_point(run.run) for run in group)
     variants = [(method if point else f"{method}@mean", 0)]
     if drawn:
-        samples = len(group[0].logits)
+        samples = len(group[0].predictions.logits)
         variants.append((f"{method} x{samples}", samples))
     for label, draws in variants:
-        known = [run.labels >= 0 for run in group]
-        labels = [run.labels[k].long() for run, k in zip(group, known)]
-        probs = [
-            metrics.average_probs(run.logits if draws else run.logits_mean[None])[k] for run, k in zip(group, known)
-        ]
+        labels = [run.predictions.labels[run.known] for run in group]
+        probs = [(run.predictions.probs if draws else run.predictions.probs_mean)[run.known] for run in group]
         values = [metrics.evaluate(p, y, bins) for p, y in zip(probs, labels)]
         width = max(p.shape[1] for p in probs)
         pooled = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in probs])
@@ -393,19 +358,19 @@ def _rows(group: Sequence[Predictions], differs: str, bins: int) -> Iterable[Row
 
 def _is_point(run_dir: Path) -> bool:
     try:
-        return _read_json(run_dir / "adapter" / "posterior_config.json").get("kind") == "point"
+        return read_json(run_dir / "adapter" / "posterior_config.json").get("kind") == "point"
     except VarloraError:  # without the adapter's files the predictions still stand
         return False
 
 
-def _notes(groups: Sequence[Sequence[Predictions]]) -> tuple[str, ...]:
+def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> tuple[str, ...]:
     notes = []
     for group in groups:
         for run in group:
-            unknown = int((run.labels < 0).sum())
+            unknown = int((~run.known).sum())
             if unknown:
-                notes.append(f"{run.run}: {unknown} of {len(run.labels)} rows have no label and are left out.")
-        if len({frozenset(run.ids) for run in group}) > 1:
+                notes.append(f"{run.run}: {unknown} of {len(run.known)} rows have no label and are left out.")
+        if len({frozenset(run.predictions.ids) for run in group}) > 1:
             name = f"{group[0].meta['task']}, {group[0].settings['method']}"
             notes.append(f"{name}: the seeds were evaluated on different rows.")
     return tuple(notes)
@@ -498,14 +463,21 @@ def _row_json(row: Row) -> dict[str, Any]:
         "runs": [
             {
                 "run": str(run.run),
-                "rows": len(run.labels),
-                "labelled": int((run.labels >= 0).sum()),
-                "predictions": {key: value for key, value in sorted(run.meta.items()) if key != "ids"},
-                "config": run.config,
+                "rows": len(run.known),
+                "labelled": int(run.known.sum()),
+                "predictions": dict(sorted(run.meta.items())),
+                "config": _strict(run.config),
             }
             for run in row.runs
         ],
     }
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no infinity; a setting may be one."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -515,61 +487,3 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# --- the diagram
-
-BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#555555"  # Okabe and Ito's colours, told apart by colour-blind readers
-
-
-def _diagram(rows: Sequence[Row], bins: int) -> dict[str, bytes]:
-    """Return the reliability diagram as PNG and SVG, a panel for each row."""
-    style = {"font.size": 8, "axes.linewidth": 0.6, "hatch.linewidth": 0.6, "svg.hashsalt": "varlora"}
-    columns = len(rows) if len(rows) <= 4 else 3
-    lines = math.ceil(len(rows) / columns)
-    with matplotlib.style.context(["default", style]):
-        figure = Figure(figsize=(2.6 * columns + 0.2, 3.3 * lines + 0.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subfigures(lines, columns, squeeze=False).ravel()
-        for panel, row in zip(panels, rows):
-            _panel(panel, row, bins)
-        handles = [
-            Patch(facecolor=BLUE, edgecolor="white", label="accuracy"),
-            Patch(facecolor="none", edgecolor=ORANGE, hatch="////", label="gap to mean confidence"),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-        images = {}
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            image = io.BytesIO()
-            figure.savefig(image, format=kind, dpi=150, metadata=metadata)
-            images[kind] = image.getvalue()
-    return images
-
-
-def _panel(panel: SubFigure, row: Row, bins: int) -> None:
-    axes: tuple[Axes, Axes] = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top, bottom = axes
-    count = row.reliability.count.numpy()
-    used = count > 0
-    left, width = np.arange(bins)[used] / bins, 1 / bins
-    right, confidence = row.reliability.accuracy.numpy()[used], row.reliability.confidence.numpy()[used]
-    top.bar(left, right, width, align="edge", color=BLUE, edgecolor="white", linewidth=0.5)
-    top.bar(
-        left,
-        confidence - right,
-        width,
-        bottom=right,
-        align="edge",
-        fill=False,
-        edgecolor=ORANGE,
-        hatch="////",
-        linewidth=0.8,
-    )
-    top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.0)
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", yticks=[0, 0.25, 0.5, 0.75, 1])
-    lines = [row.task, row.label, row.differs, f"ECE {row.stats['ece'].text(100, 1)} (x100)"]
-    title = "\n".join(part for line in lines for part in textwrap.wrap(line, 34, max_lines=2, placeholder="…"))
-    top.set_title(title, fontsize=8, parse_math=False)
-    bottom.bar(left, count[used], width, align="edge", color=GREY, edgecolor="white", linewidth=0.5)
-    bottom.set(xlabel="confidence", ylabel="rows", xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, int(count.max())])
-    panel.align_ylabels(axes)
