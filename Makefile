@@ -40,5 +40,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The long one, quality, goes on where it was stopped: make benchmarks again.
+benchmarks: $(VENV)/.installed
+	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/quality.py
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
