@@ -76,8 +76,7 @@ def draw_logits_by_loop(
     Returns:
         Logits, (S, B, C) with S = max(n, 1).
     """
-    if n < 0:
-        raise VarloraError(f"Expected `n` to be a number of draws >= 0, but got {n}. Pass 0 for the mean.")
+    _check_draws(n)
     if n == 0:
         with posterior.at_mean(model):
             return forward(model, batch)[None]  # (B, C) -> (1, B, C)
@@ -95,6 +94,11 @@ def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _check_draws(n: int) -> None:
+    if n < 0:
+        raise VarloraError(f"Expected `n` to be a number of draws >= 0, but got {n}. Pass 0 for the mean.")
 
 
 def _check_tau(tau: float) -> None:
@@ -128,6 +132,7 @@ class Point:
 
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
         """Class logits at the mean, (1, B, C) whatever `n`: draws of a point are all the same."""
+        _check_draws(n)
         return draw_logits_by_loop(self, model, batch, 0, generator, forward)
 
     def scale(self, tau: float) -> Point:
@@ -230,7 +235,10 @@ class DiagonalGaussian:
         """
         if not 0 <= fraction <= 1:
             raise VarloraError(f"Expected `fraction` to be a share of the weights within 0 and 1, but got {fraction}.")
-        ratio = {name: self.mean[name].abs() / self.std[name] for name in self.mean}
+        # 0/0 is a weight that is certainly zero: it goes first
+        ratio = {
+            name: (self.mean[name].abs() / self.std[name]).nan_to_num(nan=0.0, posinf=math.inf) for name in self.mean
+        }
         total = sum(value.numel() for value in ratio.values())
         count = round(fraction * total)
         if count == 0:
@@ -293,6 +301,7 @@ class Mixture:
 
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
         """Class logits of `n` draws, the members in turn, (S, B, C); with `n = 0` those of the members' average."""
+        _check_draws(n)
         if n == 0:
             means = [member.draw_logits(model, batch, 0, generator, forward)[0] for member in self.members]
             return torch.stack(means).log_softmax(-1).logsumexp(0)[None] - math.log(len(means))

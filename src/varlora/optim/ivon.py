@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,13 +78,14 @@ class IVON(torch.optim.Optimizer):
         beta2: decay β₂ of the Hessian's average.
         weight_decay: δ ≥ 0; the prior is a zero-mean Gaussian of precision λδ.
         clip_radius: bound ξ on each entry of the preconditioned step; `math.inf` for none.
-        mc_samples: draws a step, S.
+        mc_samples: draws a step, S; the same in all groups.
         hess_approx: estimator of the diagonal Hessian of the average loss. `"price"`: ĝ(θ − m)/σ² (Price's theorem),
             unbiased for the Hessian averaged over the posterior, hence exact on any quadratic, and indifferent to the
             batch size. `"gradsq"`: B ĝ² with B the batch size, which has less variance and is right where the model is
             well specified, so that the Fisher information is the Hessian and the gradient's mean is zero (a logistic
             or Gaussian likelihood near the optimum); elsewhere it is too large by (B − 1) times the squared mean.
-        batch_size: examples that one step's gradient averages over, all micro-batches together; only for `"gradsq"`.
+        batch_size: examples that the gradient averages over, all micro-batches of a step together (with several draws
+            by closure or contexts, all of one draw); only for `"gradsq"`.
         rescale_lr: multiply `lr` by h₀ + δ, as Shen et al. do; the paper's LoRA recipe does not.
         debias: divide the momentum by 1 − β₁ᵗ.
         generator: where the seed is drawn from when `seed` is not given; the global generator by default.
@@ -111,6 +113,12 @@ class IVON(torch.optim.Optimizer):
         Shen et al. 2024, Variational Learning is Effective for Large Deep Networks (arXiv:2402.17641), Algorithm 1;
         Cong et al. 2024, Variational Low-Rank Adaptation Using IVON (arXiv:2411.04421), Table 3: the defaults.
     """
+
+    # GradScaler then leaves unscaling and skipping to `step`, which ends the draw and counts the skip. On its own, it
+    # would not call `step` after an overflow.
+    _step_supports_amp_scaling = True
+    # Key of the evaluation draw that the parameters hold, if they hold one.
+    _eval_key: tuple[int, int, int] | None = None
 
     def __init__(
         self,
@@ -148,14 +156,16 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "debias": debias,
         }
-        # Counters lie in the groups, the same in each, so that whatever saves an optimizer's groups saves them.
+        # Counters lie in the groups, so that whatever saves an optimizer's groups saves them. All but `used` are the
+        # same in each.
         counters = {
             "seed": seed,
             "draws": 0,  # training draws so far
             "eval_draws": 0,
             "skipped": 0,
             "drawn": 0,  # training draws since the last step
-            "perturbed": False,  # whether the parameters hold a draw
+            "used": False,  # whether a gradient was taken at the last draw (with several draws, under `train`)
+            "perturbed": False,  # whether the parameters hold a training draw
             "averages": False,  # whether the draws' gradients are averaged (contexts, closures) or added up (`train`)
         }
         super().__init__(params, settings | counters)
@@ -163,11 +173,19 @@ class IVON(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with settings of its own where given."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check_settings(group)
-        for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "perturbed", "averages"):
-            group[name] = self.param_groups[0][name]
-        self._buckets = None
+        first, group = self.param_groups[0], self.param_groups[-1]
+        try:
+            _check_settings(group)
+            if group["mc_samples"] != first["mc_samples"]:
+                raise ValueError(
+                    f"Expected `mc_samples` to be the same in all groups, but got {group['mc_samples']} after "
+                    f"{first['mc_samples']}. Pass it to the optimizer, not to a group."
+                )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "perturbed", "averages"):
+            group[name] = first[name]
 
     # --- the posterior -----------------------------------------------------------------------------------------------
 
@@ -200,11 +218,10 @@ class IVON(torch.optim.Optimizer):
     def train(self) -> None:
         """Put a draw from the posterior into the parameters: call it before the forward pass of each micro-batch."""
         buckets, now = self._ready(), self.param_groups[0]
-        first, several = now["drawn"] == 0, now["mc_samples"] > 1
-        if several:
-            for bucket in buckets:
-                bucket.watch_gradients()
-        new = first or (now["drawn"] < now["mc_samples"] and any(bucket.saw_gradient for bucket in buckets))
+        used = any(group["used"] for group in self.param_groups)
+        if used and not any(bucket.has_gradients for bucket in buckets):  # `zero_grad` threw them away: begin again
+            self._set(drawn=0)
+        new = now["drawn"] == 0 or (used and now["drawn"] < now["mc_samples"])
         if new or not now["perturbed"]:
             self._set(averages=False)
             self._perturb(new)
@@ -212,58 +229,60 @@ class IVON(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put the mean into the parameters: call it before an evaluation."""
         if self.param_groups[0]["perturbed"]:
-            self._to_mean()
+            self._show(perturbed=False)
 
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
         """Within the context the parameters are a draw from the posterior; after it they are what they were.
 
         Args:
-            train: whether the gradient taken at this draw is for the next `step`. If not, the draw changes nothing in
-                the optimizer, the noise of later training steps included.
+            train: whether the gradient taken at this draw is for the next `step`; after it, the parameters are the
+                mean. If not, the draw changes nothing in the optimizer, the noise of later training steps included.
         """
-        if not train:
-            with self._eval_draw():
-                yield
-            return
+        with self._train_draw() if train else self._eval_draw():
+            yield
+
+    @contextmanager
+    def _train_draw(self) -> Iterator[None]:
         buckets, now = self._ready(), self.param_groups[0]
-        several, new = now["mc_samples"] > 1, now["drawn"] < now["mc_samples"]
+        drawn, several = now["drawn"], now["mc_samples"] > 1
         self._set(averages=True)
-        if several and now["drawn"]:
+        if several and drawn:
             for bucket in buckets:
-                bucket.clear_gradients()
-        self._perturb(new)
+                bucket.set_gradients_aside()
         try:
+            self._perturb(new=drawn < now["mc_samples"])
             yield
         except BaseException:
-            self._to_mean()
-            self._set(drawn=now["drawn"] - new)
+            self._show(perturbed=False)
+            self._set(drawn=drawn)
+            if several and drawn:
+                for bucket in self._ready():
+                    bucket.take_gradients_back(drawn)
             raise
         if several:
-            for bucket in buckets:
+            for bucket in self._ready():
                 bucket.fold_gradients(now["drawn"])
-        self._to_mean()
+        self._show(perturbed=False)
 
     @contextmanager
     def _eval_draw(self) -> Iterator[None]:
-        now = self.param_groups[0]
+        self._ready()
+        outer, now = self._eval_key, self.param_groups[0]
         self._set(eval_draws=now["eval_draws"] + 1)
         try:
-            for bucket in self._ready():
-                bucket.to_draw(eval_key=(now["seed"], _EVAL, now["eval_draws"]))
+            self._eval_key = (now["seed"], _EVAL, now["eval_draws"])
+            self._show(now["perturbed"])
             yield
         finally:
-            for bucket in self._ready(adopt=False):
-                if now["perturbed"]:
-                    bucket.to_draw()
-                else:
-                    bucket.to_mean()
+            self._eval_key = outer
+            self._show(now["perturbed"])
 
     def _perturb(self, new: bool) -> None:
         """θ = m + σε, with new noise or that of the current draw."""
         buckets, now = self._ready(), self.param_groups[0]
         if new:
-            self._set(draws=now["draws"] + 1, drawn=now["drawn"] + 1)
+            self._set(draws=now["draws"] + 1, drawn=now["drawn"] + 1, used=False)
             _fill_normal(
                 [
                     (noise, _mix(now["seed"], _TRAIN, now["draws"], position))
@@ -271,17 +290,21 @@ class IVON(torch.optim.Optimizer):
                     for noise, position in zip(bucket.noise_views, bucket.positions)
                 ]
             )
-        for bucket in buckets:
             if now["drawn"] == 1:
-                bucket.begin_step()
-            bucket.saw_gradient = False
+                for bucket in buckets:
+                    bucket.begin_step()
+        self._set(perturbed=True)  # before it is so: if this is interrupted, `eval` still has something to do
+        for bucket in buckets:
             bucket.to_draw()
-        self._set(perturbed=True)
 
-    def _to_mean(self) -> None:
-        for bucket in self._ready():
-            bucket.to_mean()
-        self._set(perturbed=False)
+    def _show(self, perturbed: bool) -> None:
+        """Put into the parameters what belongs there: an evaluation draw, else the training draw, else the mean."""
+        for bucket in self._ready(adopt=False):
+            if perturbed or self._eval_key is not None:
+                bucket.to_draw(self._eval_key)
+            else:
+                bucket.to_mean()
+        self._set(perturbed=perturbed)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -300,10 +323,14 @@ class IVON(torch.optim.Optimizer):
         """
         now, losses = self.param_groups[0], []
         if closure is not None:
+            self._set(drawn=0)  # of an earlier call, should its closure have failed
             for _ in range(now["mc_samples"]):
                 with torch.enable_grad(), self.sampled_params(train=True):
                     losses.append(closure())
         buckets = self._ready()
+        if (scale := getattr(self, "grad_scale", None)) is not None:  # of a GradScaler
+            for bucket in buckets:
+                bucket.unscale_gradients(scale)
         if any(bucket.has_gradients for bucket in buckets):
             if not now["drawn"]:
                 raise RuntimeError(
@@ -344,34 +371,32 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: groups or shapes are those of another model.
         """
-        super().load_state_dict({**state_dict, "state": {}})  # torch would round the state to the parameters' type
-        self._buckets = None
         parameters = [p for group in self.param_groups for p in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for parameter, index in zip(parameters, indices):
-            if index not in state_dict["state"]:
-                continue
-            state = dict(state_dict["state"][index])
-            if state["mean"].shape != parameter.shape:
-                raise ValueError(
-                    f"Expected the state of parameter {index} to have shape {tuple(parameter.shape)}, but got "
-                    f"{tuple(state['mean'].shape)}. Load the state of an optimizer of the same model."
-                )
-            gradient = state.pop("grad", None)
-            if gradient is not None:
-                parameter.grad = gradient.to(parameter, copy=True)
-            self.state[parameter] = state
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"Expected `{name}` of parameter {index} to have shape {tuple(parameter.shape)}, but got "
+                        f"{tuple(value.shape)}. Load the state of an IVON optimizer of the same model."
+                    )
+        self._release()
+        super().load_state_dict({**state_dict, "state": {}})  # torch would round the state to the parameters' type
+        now = self.param_groups[0]
+        for parameter, index in zip(parameters, indices):
+            if index in state_dict["state"]:
+                self.state[parameter] = state = dict(state_dict["state"][index])
+                gradient = state.pop("grad", None)
+                if now["drawn"]:
+                    parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         if self.state:
-            perturbed = self.param_groups[0]["perturbed"]
-            for bucket in self._ready(adopt=False):
-                if perturbed:
-                    bucket.to_draw()
-                else:
-                    bucket.to_mean()
+            self._show(now["perturbed"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = None
+        if self.state and self.param_groups[0]["perturbed"]:
+            self._ready()  # a backward pass may come next, which the buckets watch
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
@@ -399,13 +424,26 @@ class IVON(torch.optim.Optimizer):
         wanted = [(p, p.device) for group in self.param_groups for p in group["params"] if p.requires_grad]
         have = [(p, bucket.mean.device) for bucket in self._buckets or [] for p in bucket.parameters]
         if self._buckets is None or {(id(p), d) for p, d in wanted} != {(id(p), d) for p, d in have}:
-            for bucket in self._buckets or []:
-                bucket.release()
+            perturbed = self.param_groups[0]["perturbed"]
+            self._release()
             self._buckets = _make_buckets(self.param_groups, self.state)
-        if adopt and not self.param_groups[0]["perturbed"]:
+            if perturbed:
+                for bucket in self._buckets:
+                    bucket.to_draw()
+        elif adopt and not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
         return self._buckets
+
+    def _release(self) -> None:
+        """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""
+        for bucket in self._buckets or []:
+            if self.param_groups[0]["perturbed"]:
+                bucket.to_mean()
+            else:
+                bucket.adopt_outside_changes()
+            bucket.release()
+        self._buckets = None
 
 
 @contextmanager
@@ -436,8 +474,6 @@ class _Bucket:
     def __init__(self, group: dict[str, Any], parameters: list[Tensor], positions: list[int], state: Any) -> None:
         self.group, self.parameters, self.positions = group, parameters, positions
         self.states = [state[p] for p in parameters]
-        self.hooks: list[Any] = []
-        self.saw_gradient = False
         ends = list(itertools.accumulate(p.numel() for p in parameters))
         self.spans = list(zip([0, *ends], ends))
         like: dict[str, Any] = {"device": parameters[0].device, "dtype": _state_dtype(parameters[0])}
@@ -467,6 +503,11 @@ class _Bucket:
             for i in chunk
         ]
         self.versions = [p._version for p in parameters]
+        self.aside: list[Tensor | None] = [None] * len(parameters)
+        self.hooks = []
+        if group["mc_samples"] > 1:  # under `train`, each micro-batch's own gradient is seen as soon as it is there
+            for i, p in enumerate(parameters):
+                self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, i)))
 
     def _make_chunks(self) -> list[list[int]]:
         size = _CHUNK if self.mean.device.type == "cpu" else _BUCKET
@@ -507,7 +548,7 @@ class _Bucket:
     def adopt_outside_changes(self) -> None:
         for i, (p, mean) in enumerate(zip(self.parameters, self.mean_views)):
             if p._version != self.versions[i]:
-                if not torch.equal(p, mean.to(p.dtype)):
+                if not torch.equal(p, mean.to(p)):
                     mean.copy_(p)
                 self.versions[i] = p._version
 
@@ -558,7 +599,8 @@ class _Bucket:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             return True
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+        narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if narrow else None)
         return bool(torch.stack(norms).isfinite().all().item())
 
     @_plain()
@@ -568,10 +610,18 @@ class _Bucket:
             self.hess_sum.zero_()
 
     @_plain()
-    def clear_gradients(self) -> None:
+    def unscale_gradients(self, scale: Tensor) -> None:
         for p in self.parameters:
             if p.grad is not None:
-                p.grad.zero_()
+                p.grad.div_(scale.to(p.device))
+
+    @_plain()
+    def set_gradients_aside(self) -> None:
+        """Before another of several draws: clear the gradients, and keep them in case that draw has none."""
+        self.aside = [p.grad for p in self.parameters]
+        for gradient in self.aside:
+            if gradient is not None:
+                gradient.zero_()
 
     @_plain()
     def fold_gradients(self, draws: int) -> None:
@@ -580,24 +630,35 @@ class _Bucket:
             at, ghat = slice(run.lo, run.hi), self._gather(run)
             self.grad_sum[at] += ghat
             self.hess_sum[at] += self._to_curvature(ghat, self.noise[at])
-        for p, state in zip(self.parameters, self.states):
-            if p.grad is not None:
-                torch.div(state["grad_sum"], draws, out=p.grad)
+        for p, gradient in zip(self.parameters, self.aside):
+            if p.grad is None:
+                p.grad = gradient
+        self._show_average(draws)
 
-    def watch_gradients(self) -> None:
-        """Under `train()` with several draws: learn each micro-batch's own gradient as soon as it is accumulated."""
-        if not self.hooks:
-            for i, p in enumerate(self.parameters):
-                self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, i)))
+    @_plain()
+    def take_gradients_back(self, draws: int) -> None:
+        """After a draw that failed: show the average gradient of those before it."""
+        for p, gradient in zip(self.parameters, self.aside):
+            p.grad = gradient
+        self._show_average(draws)
+
+    def _show_average(self, draws: int) -> None:
+        self.aside = [None] * len(self.parameters)
+        for run in self.runs():
+            torch.div(
+                self.grad_sum[run.lo : run.hi], draws, out=self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]
+            )
+            gradients: list[Any] = [self.parameters[i].grad for i in run.indices]
+            torch._foreach_copy_(gradients, [self.work_views[i] for i in run.indices])
 
     @_plain()
     def _on_gradient(self, i: int, p: Tensor) -> None:
         if self.group["perturbed"] and not self.group["averages"] and p.grad is not None:
-            state, ghat = self.states[i], self.work_views[i]
-            torch.sub(p.grad, state["grad_sum"], out=ghat)
+            state = self.states[i]
+            ghat = self.work_views[i].copy_(p.grad).sub_(state["grad_sum"])
             state["hess_sum"] += self._to_curvature(ghat, state["noise"])
             state["grad_sum"].copy_(p.grad)
-            self.saw_gradient = True
+            self.group["used"] = True
 
     def release(self) -> None:
         """Let go of the parameters' hooks."""
@@ -738,14 +799,18 @@ def _check_settings(group: dict[str, Any]) -> None:
         "beta2": (lambda x: 0 <= x < 1, "a decay within [0, 1). Pass e.g. `beta2=1 - 1e-5`"),
         "weight_decay": (lambda x: x >= 0, "a prior precision (divided by `ess`) >= 0. Pass e.g. `weight_decay=0.0`"),
         "clip_radius": (lambda x: x > 0, "a bound > 0 on the step. Pass e.g. `clip_radius=1e-3`, or `math.inf`"),
-        "mc_samples": (lambda x: x == int(x) >= 1, "a number of draws >= 1. Pass e.g. `mc_samples=1`"),
-        "hess_approx": (lambda x: x in ("price", "gradsq"), "'price' or 'gradsq'. Pass one of them"),
-        "batch_size": (lambda x: x is None or x > 0, "the number of examples a gradient averages over, > 0"),
+        "mc_samples": (lambda x: isinstance(x, int) and x >= 1, "a number of draws >= 1. Pass e.g. `mc_samples=1`"),
+        "batch_size": (lambda x: x > 0, "the number of examples a gradient averages over, > 0"),
     }
     for name, (in_range, expected) in checks.items():
         value = group[name]
-        if isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)) or not in_range(value):
+        if name == "batch_size" and value is None:
+            continue
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not (math.isfinite(value) or name == "clip_radius") or not in_range(value):
             raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}.")
+    if group["hess_approx"] not in ("price", "gradsq"):
+        raise ValueError(f"Expected `hess_approx` to be 'price' or 'gradsq', but got {group['hess_approx']!r}.")
     if group["hess_approx"] == "gradsq" and group["batch_size"] is None:
         raise ValueError(
             "Expected `batch_size` with `hess_approx='gradsq'`, which scales with it, but got None. "

@@ -1,0 +1,103 @@
+"""What the tests of IVON share: a few parameters, a loss that is no quadratic, and the three ways of use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varlora.optim.ivon import IVON
+
+SHAPES = ((3, 4), (7,), (), (2, 1, 20), (100,))
+SETTINGS: dict[str, Any] = {"lr": 0.05, "ess": 50.0, "hess_init": 0.7, "beta2": 0.95, "clip_radius": 0.5, "seed": 0}
+STATE = ("mean", "momentum", "hess")
+
+Loss = Callable[[], Tensor]
+
+
+def make_parameters(dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Any]:
+    source = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=source, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def make(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[list[Any], IVON]:
+    parameters = make_parameters(dtype)
+    named = [(f"p{i}", p) for i, p in enumerate(parameters)]
+    return parameters, IVON(named, **(SETTINGS | settings))
+
+
+def make_loss(parameters: Sequence[Tensor], key: int, scale: float = 1.0) -> Loss:
+    """Another smooth loss of each parameter for each key: `scale · Σ ½ (1 + i)(p − x)² + sin p`."""
+    source = torch.Generator().manual_seed(key)
+    data = [torch.randn(p.shape, generator=source, dtype=torch.float64).to(p.dtype) for p in parameters]
+
+    def loss() -> Tensor:
+        terms = [((1 + i) / 2 * (p - x).square() + p.sin()).sum() for i, (p, x) in enumerate(zip(parameters, data))]
+        return scale * torch.stack(terms).sum()
+
+    return loss
+
+
+def by_context(optimizer: IVON, losses: Sequence[Loss]) -> None:
+    """One step from a draw for each loss."""
+    for loss in losses:
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            loss().backward()
+    optimizer.step()
+
+
+def by_train(optimizer: IVON, losses: Sequence[Loss]) -> None:
+    """One step, each loss a micro-batch."""
+    for loss in losses:
+        optimizer.train()
+        loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def by_closure(optimizer: IVON, losses: Sequence[Loss]) -> Any:
+    """One step, calling the closure once for each loss."""
+    waiting = iter(losses)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = next(waiting)()
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
+WAYS = {"context": by_context, "train": by_train, "closure": by_closure}
+
+
+def values(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+def snapshot(parameters: Sequence[Tensor], optimizer: IVON) -> list[Tensor]:
+    """Parameters, mean, momentum, Hessian and step count, as copies."""
+    states = [optimizer.state[p] for p in parameters]
+    return (
+        values(parameters)
+        + [state[name].clone() for state in states for name in STATE]
+        + [torch.tensor(state["step"]) for state in states]
+    )
+
+
+def run(
+    optimizer: IVON, parameters: Sequence[Tensor], steps: Iterable[int], samples: int = 1, way: str = "context"
+) -> None:
+    """Make these steps, each number a step with losses of its own."""
+    for step in steps:
+        WAYS[way](optimizer, [make_loss(parameters, 100 * step + s) for s in range(samples)])
+
+
+def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether all are equal bit for bit, type included."""
+    return len(left) == len(right) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True)
+    )
