@@ -1,0 +1,171 @@
+"""Each benchmark runs at a tiny size, and what it concludes follows from what it measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+QUALITY = "--seeds 21 42 --adamw-lr 1e-4 5e-4 --ivon-lr 0.3 1.0 --sigma0 0.03 --steps 2 --train-rows 24 --dev-rows 12"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a script as it sees itself when it is run: its folder is on the path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name in ("_common", "optimizer", "train_step", "quality"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "results" / "found.json"
+
+
+@pytest.fixture
+def data(shared, monkeypatch):
+    monkeypatch.setenv("VARLORA_SHARED", str(shared))
+
+
+def check_origin(written):
+    assert written["origin"]["versions"]["torch"] == torch.__version__
+    assert {"commit", "time", "machine"} <= set(written["origin"])
+    assert written["origin"]["machine"]["cpu"]
+    assert written["origin"]["machine"]["torch_threads"] >= 1
+    assert "seed" in written["settings"]
+
+
+def test_the_optimizer_benchmark_measures_time_allocation_and_limits(load, out, capsys):
+    optimizer = load("optimizer")
+    optimizer.main(
+        ["--layers", "1", "--hidden", "64", "--rank", "2", "--rounds", "3", "--flush-mb", "1", "--out", str(out)]
+    )
+    written = json.loads(out.read_text())
+    check_origin(written)
+    assert written["parameters"] == {"tensors": 4, "numel": 512, "bytes": 2048}
+    assert {"IVON", "AdamW foreach", "AdamW fused", "AdamW plain"} <= set(written["seconds"])
+    assert written["seconds"]["IVON"]["sample"]["min"] > 0
+    assert written["ratio_to"]["AdamW foreach"]["IVON"]["of_medians"] > 0
+    # foreach: the square roots of one moment; plain: those, and the quotient
+    assert 2048 <= written["allocated_bytes"]["AdamW foreach"]["total"] < 2 * 2048
+    assert written["allocated_bytes"]["AdamW plain"]["total"] >= 2 * 2048
+    assert written["limits"]["bytes_moved"] == {
+        "AdamW": {"step": 28 * 512},
+        "IVON": {"sample": 16 * 512, "step": 18432},
+    }
+    assert "IVON: sample" in capsys.readouterr().out
+
+
+def test_the_default_shapes_are_those_of_llama2_7b(load):
+    args = load("optimizer")._parser().parse_args([])
+    assert 4 * args.layers * args.rank * args.hidden == 4_194_304
+
+
+def test_interleave_runs_every_part_in_every_round_after_a_flush(load):
+    calls = []
+    part = {name: (lambda name=name: calls.append(name)) for name in ("draw", "move", "other", "flush")}
+    seconds, faults = load("_common").interleave(
+        {"a": [("draw", part["draw"]), ("move", part["move"])], "b": [("move", part["other"])]},
+        torch.device("cpu"),
+        rounds=4,
+        warmup=1,
+        flush=part["flush"],
+        progress=False,
+    )
+    assert [calls.count(name) for name in ("draw", "move", "other", "flush")] == [5, 5, 5, 15]
+    assert calls[::2] == ["flush"] * 15
+    assert [len(seconds["a"][name]) for name in ("draw", "move", "total")] == [4, 4, 4]
+    for draw, move, total in zip(*seconds["a"].values()):
+        assert draw + move == pytest.approx(total)
+    assert faults["b"].keys() == {"move", "total"}
+
+
+def test_statistics(load):
+    common = load("_common")
+    assert common.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "min": 1.0}
+    assert common.spread([2.0])["q3"] == 2.0
+    ratio = common.ratio([2.0, 2.0, 30.0], [1.0, 4.0, 10.0])
+    assert ratio["of_medians"] == 0.5
+    assert ratio["median_of_rounds"] == statistics.median([2.0, 0.5, 3.0])
+    assert ratio["of_minima"] == 2.0
+
+
+def test_the_training_step_benchmark_gives_overheads_of_the_whole_step(load, data, out):
+    train_step = load("train_step")
+    train_step.main(["--rounds", "2", "--warmup", "1", "--rows", "8", "--max-length", "24", "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    assert list(written["seconds"]["ivon"]) == ["sample", "forward_backward", "step", "total"]
+    assert list(written["seconds"]["adamw"]) == ["forward_backward", "step", "total"]
+    assert 0 < written["overhead_percent"]["ivon"]["of_medians"] < 100
+    assert written["paper"]["overhead_percent"] == pytest.approx(100 * 2.8 / 319.1)
+
+
+def test_overhead_is_sampling_and_step_over_all(load):
+    parts = {"sample": [1.0, 1.0], "forward_backward": [7.0, 7.0], "step": [2.0, 2.0], "total": [10.0, 10.0]}
+    assert load("train_step")._overhead(parts)["of_medians"] == pytest.approx(30.0)
+
+
+def test_the_rate_is_chosen_by_calibration_nll(load):
+    choose = load("quality").choose
+    assert choose({0.1: {"nll": 0.7}, 0.3: {"nll": 0.6}, 1.0: None}) == 0.3
+    assert choose({0.1: None}) is None
+
+
+def test_sigma0_sets_the_initial_posterior(load):
+    quality = load("quality")
+    optimizer = quality.Variant("ivon", 0.03).at(0.5).optimizer({"w": torch.nn.Parameter(torch.zeros(2))}, 10, 4, 0)
+    assert optimizer.posterior().std["w"].tolist() == pytest.approx([0.03, 0.03])
+    assert optimizer.param_groups[0]["ess"] == 1e6
+
+
+def test_the_quality_benchmark_stops_resumes_and_repeats_nothing(load, data, out, tmp_path, monkeypatch, capsys):
+    quality = load("quality")
+    arguments = [*QUALITY.split(), "--samples", "2", "--work", str(tmp_path / "work"), "--out", str(out)]
+
+    quality.main([*arguments, "--budget-minutes", "0"])
+    written = json.loads(out.read_text())
+    assert written["complete"] is False
+    assert written["rows"][0]["mean"] is None
+    assert "adamw-lr0.0001-seed21" in written["missing"]
+    assert "minutes to go" in capsys.readouterr().out
+
+    quality.main(arguments)
+    written = json.loads(out.read_text())
+    check_origin(written)
+    assert written["complete"] is True
+    assert written["missing"] == []
+    assert 0 <= written["zero_shot"]["accuracy"] <= 1
+    adamw, ivon = written["rows"]
+    assert adamw["draws"] is None
+    assert ivon["seeds"] == [21, 42]
+    assert ivon["draws"]["nll"]["standard_error"] > 0
+    assert ivon["mean"]["accuracy"]["mean"] == pytest.approx(
+        statistics.mean(one["accuracy"] for one in ivon["mean_by_seed"])
+    )
+    assert ivon["lr"] == min(ivon["search"], key=lambda cell: cell["calibration"]["nll"])["lr"]
+    assert written["training_seconds"]["ivon"]["runs"] == 3
+    predictions = importlib.import_module("varlora.predict").load_predictions(
+        tmp_path / "work" / f"ivon-sigma0.03-lr{ivon['lr']:g}-seed42" / "predictions.safetensors"
+    )
+    assert predictions.logits.shape == (2, 12, 2)
+
+    def refuse(*_, **__):
+        raise AssertionError("repeated")
+
+    monkeypatch.setattr(quality, "fit", refuse)
+    monkeypatch.setattr(quality, "predict", refuse)
+    again = quality.main([*arguments, "--budget-minutes", "0"])
+    assert again["rows"] == written["rows"]
+
+    with pytest.raises(SystemExit, match=r"other conditions \(steps\)"):
+        quality.main([*arguments, "--steps", "3"])
