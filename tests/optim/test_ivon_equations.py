@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from optim.ivon_helpers import SETTINGS, make, make_parameters, run, same, snapshot
+from optim.ivon_helpers import SETTINGS, make, make_parameters, run, same, snapshot, values
 from reference.ivon_slow import SlowIVON
 from torch import Tensor, nn
 
@@ -87,7 +87,9 @@ def test_chunks_do_not_change_a_bit(samples: int, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(ivon, "_BUCKET", 2 * size)
         parameters, optimizer = make(mc_samples=samples, weight_decay=0.1)
         run(optimizer, parameters, range(5), samples)
-        results.append(snapshot(parameters, optimizer))
+        with optimizer.sampled_params():
+            drawn = values(parameters)
+        results.append(drawn + snapshot(parameters, optimizer))
     assert same(results[0], results[1])
     assert same(results[0], results[2])
 

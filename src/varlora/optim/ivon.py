@@ -763,10 +763,9 @@ def _fill_normal(jobs: list[tuple[Tensor, int]]) -> None:
 
 @_plain()
 def _fill_share(jobs: list[tuple[Tensor, int]]) -> None:
-    generators: dict[torch.device, torch.Generator] = {}
+    generators = {device: torch.Generator(device) for device in {x.device for x, _ in jobs}}
     for x, key in jobs:
-        generator = generators.setdefault(x.device, torch.Generator(x.device))
-        x.normal_(generator=generator.manual_seed(key))
+        x.normal_(generator=generators[x.device].manual_seed(key))
 
 
 @functools.cache
