@@ -2,8 +2,9 @@
 
 Both methods train the same adapter on the same rows and have the same number of learning rates to choose from. IVON is
 trained at each initial posterior scale sigma0 = 1/sqrt(ess * hess_init), ess fixed. The learning rate is chosen by the
-NLL at the mean on calibration rows that are held out of the training rows, with the first seed; then every seed is
-trained at it and evaluated on the dev rows, at the mean and (IVON) with 10 draws. Nothing is chosen on dev.
+accuracy at the mean on calibration rows that nobody trains on, with the first seed; then every seed is trained at it
+and evaluated on the dev rows, at the mean and (IVON) with 10 draws. Nothing is chosen on dev. Chosen by NLL instead,
+every method would take the smallest rate, at which it has hardly left the zero-shot model.
 
 A cell is one training run: method, sigma0, learning rate, seed. It is stored in the work folder as soon as it is
 finished, with its posterior and its predictions, and never repeated: start again to go on. Cells come in the order in
@@ -40,9 +41,8 @@ from varlora.posterior import Point, Posterior
 from varlora.predict import Predictions, predict, save_predictions
 from varlora.prompt import PROMPT_VERSION, Encoded
 from varlora.run import origin, read_json, write_json
-from varlora.tasks import Example, get_task, load_rows, split_calibration
+from varlora.tasks import Example, get_task, load_rows
 
-CALIBRATION, CALIBRATION_SEED = 0.1, 0
 ESS, CLIP_RADIUS = 1e6, 1e-3
 METRICS = ("accuracy", "ece", "nll", "brier")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,15 +99,18 @@ class Study:
         self.args, self.work, self.started = args, args.work, time.monotonic()
         self.deadline = math.inf if args.budget_minutes is None else self.started + 60 * args.budget_minutes
         self.model_path = args.model or shared_folder() / "models" / "tinyllama-3m"
-        task = replace(
-            get_task(ROOT / "recipes" / "local" / "sst2.yaml"),
-            limit={"train": args.train_rows} | ({"dev": args.dev_rows} if args.dev_rows else {}),
-        )
+        task = get_task(ROOT / "recipes" / "local" / "sst2.yaml")
         data = args.data_dir or shared_folder() / "data"
-        train, calibration = split_calibration(
-            load_rows(task, "train", data_dir=data).examples, CALIBRATION, seed=CALIBRATION_SEED
-        )
-        dev = load_rows(task, task.evaluation, data_dir=data).examples
+
+        def rows(split: str, limit: int | None) -> list[Example]:
+            limited = replace(task, limit={split: limit} if limit else {})
+            return load_rows(limited, split, data_dir=data).examples
+
+        train = rows("train", args.train_rows)
+        trained = {example.id for example in train}  # a larger limit holds the rows of a smaller one
+        more = rows("train", args.train_rows + args.calibration_rows)
+        calibration = [example for example in more if example.id not in trained]
+        dev = rows(task.evaluation, args.dev_rows)
         _, self.tokenizer = load_model(self.model_path, device=DEVICE)
         self.train, self.calibration, self.dev = (self._encode(examples) for examples in (train, calibration, dev))
         # What a stored cell depends on; the grid may change between two calls, this may not.
@@ -117,7 +120,6 @@ class Study:
             "task_version": task.version,
             "prompt_version": PROMPT_VERSION,
             "rows": {"train": len(train), "calibration": len(calibration), "dev": len(dev)},
-            "calibration": {"fraction": CALIBRATION, "seed": CALIBRATION_SEED},
             **{key: getattr(args, key) for key in ("steps", "batch_size", "max_length", "samples", "seed")},
             "ess": ESS,
             "clip_radius": CLIP_RADIUS,
@@ -177,7 +179,9 @@ class Study:
         found |= {"warnings": warnings, "origin": origin()}
         write_json(self.work / cell.name / "training.json", found)  # last: it says that the cell is whole
         calibration = found["calibration"]
-        outcome = f"calibration NLL {calibration['nll']:.3f}" if calibration else "failed"
+        outcome = "failed"
+        if calibration:
+            outcome = f"calibration accuracy {calibration['accuracy']:.3f}, NLL {calibration['nll']:.3f}"
         self._say(f"trained {cell.name} in {time.perf_counter() - started:.0f} s, {outcome}")
         return found
 
@@ -242,7 +246,7 @@ class Study:
         return [Cell(variant, lr, self.args.seeds[0]) for lr in rates]
 
     def chosen(self, variant: Variant) -> float | None:
-        """Return the learning rate of lowest calibration NLL; None if a cell of the search is missing or all failed."""
+        """Return the rate of best calibration accuracy; None if a cell of the search is missing or all failed."""
         found = {cell.lr: self.stored(cell, "training.json") for cell in self.search(variant)}
         return (
             None if None in found.values() else choose({lr: cell["calibration"] for lr, cell in found.items() if cell})
@@ -342,9 +346,9 @@ class Study:
 
 
 def choose(calibration: Mapping[float, Mapping[str, float] | None]) -> float | None:
-    """Return the learning rate whose NLL on the calibration rows is lowest; those that failed have None."""
-    scores = {lr: metrics["nll"] for lr, metrics in calibration.items() if metrics is not None}
-    return min(scores, key=scores.__getitem__) if scores else None
+    """Return the rate of highest calibration accuracy, of equal ones that of lowest NLL; failures are None."""
+    scores = {lr: (metrics["accuracy"], -metrics["nll"]) for lr, metrics in calibration.items() if metrics is not None}
+    return max(scores, key=scores.__getitem__) if scores else None
 
 
 def _mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
@@ -386,7 +390,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=count, default=2000, help="optimizer steps a cell (default: %(default)s)")
     add("--batch-size", type=count, default=4, help="rows a step (default: %(default)s)")
     add("--max-length", type=count, default=256, help="tokens a row (default: %(default)s)")
-    add("--train-rows", type=count, default=1000, help="calibration rows included (default: %(default)s)")
+    add("--train-rows", type=count, default=1000, help="default: %(default)s")
+    add("--calibration-rows", type=count, default=1000, help="others of the training split (default: %(default)s)")
     add("--dev-rows", type=count, help="fewer dev rows, for a trial (default: all)")
     add("--samples", type=count, default=10, help="draws (default: %(default)s)")
     return made

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-QUALITY = "--seeds 21 42 --adamw-lr 1e-4 5e-4 --ivon-lr 0.3 1.0 --sigma0 0.03 --steps 2 --train-rows 24 --dev-rows 12"
+QUALITY = "--seeds 21 42 --adamw-lr 1e-4 5e-4 --ivon-lr 0.3 1.0 --sigma0 0.03 --steps 2"
+QUALITY += " --train-rows 24 --calibration-rows 24 --dev-rows 12"
 
 
 @pytest.fixture
@@ -115,9 +116,11 @@ def test_overhead_is_sampling_and_step_over_all(load):
     assert load("train_step")._overhead(parts)["of_medians"] == pytest.approx(30.0)
 
 
-def test_the_rate_is_chosen_by_calibration_nll(load):
+def test_the_rate_is_chosen_by_calibration_accuracy(load):
     choose = load("quality").choose
-    assert choose({0.1: {"nll": 0.7}, 0.3: {"nll": 0.6}, 1.0: None}) == 0.3
+    best, worse, equal = ({"accuracy": a, "nll": n} for a, n in ((0.7, 0.9), (0.6, 0.6), (0.7, 0.8)))
+    assert choose({0.1: worse, 0.3: best, 1.0: None}) == 0.3
+    assert choose({0.1: best, 0.3: equal}) == 0.3
     assert choose({0.1: None}) is None
 
 
@@ -152,7 +155,8 @@ def test_the_quality_benchmark_stops_resumes_and_repeats_nothing(load, data, out
     assert ivon["mean"]["accuracy"]["mean"] == pytest.approx(
         statistics.mean(one["accuracy"] for one in ivon["mean_by_seed"])
     )
-    assert ivon["lr"] == min(ivon["search"], key=lambda cell: cell["calibration"]["nll"])["lr"]
+    best = max(ivon["search"], key=lambda c: (c["calibration"]["accuracy"], -c["calibration"]["nll"]))
+    assert ivon["lr"] == best["lr"]
     assert written["training_seconds"]["ivon"]["runs"] == 3
     predictions = importlib.import_module("varlora.predict").load_predictions(
         tmp_path / "work" / f"ivon-sigma0.03-lr{ivon['lr']:g}-seed42" / "predictions.safetensors"
