@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -10,14 +11,18 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from varlora import __version__
 from varlora.errors import VarloraError
+
+if TYPE_CHECKING:
+    from varlora.config import Settings
 
 __all__ = ["main"]
 
@@ -36,10 +41,36 @@ examples:
   varlora train --task boolq --model my-model/ --set lora.rank=16 method.lr=0.1 training_arguments.bf16=true
   varlora train --resume --run-dir runs/boolq-my-model-ivon-seed0
 """
+EVALUATE_EXAMPLES = """\
+examples:
+  varlora evaluate runs/my-run
+  varlora evaluate runs/my-run --split test --samples 50 --tau 0.5
+  varlora evaluate runs/boolq-*-seed* --data-dir data
+"""
 PREDICT_EXAMPLES = """\
 examples:
   varlora predict runs/my-run --input questions.jsonl --output answers.jsonl
   echo '{"sentence": "a fine film"}' | varlora predict runs/my-run
+"""
+REPORT_EXAMPLES = """\
+examples:
+  varlora report runs/*
+  varlora report runs/boolq-* --out report/boolq
+"""
+LS_EXAMPLES = """\
+examples:
+  varlora ls
+  varlora ls runs
+"""
+VALIDATE_EXAMPLES = """\
+examples:
+  varlora validate recipes/llama2-7b/boolq/ivon.yaml --data-dir data
+  varlora validate --task my-task.yaml --model my-model/
+"""
+DEMO_EXAMPLES = """\
+examples:
+  varlora demo
+  varlora demo --quick --out /tmp/demo
 """
 
 
@@ -53,26 +84,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for wrong input, 130 when interrupted.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where there is no σ, a ? does
     arguments = _parser().parse_args(argv)
     console = Console(stderr=arguments.command == "predict")  # predictions go to standard output
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            _quiet_libraries()
+            if arguments.command != "ls":  # which needs no language model
+                _quiet_libraries()
             arguments.run(arguments, console)
     except VarloraError as error:
-        from varlora.fit import Interrupted
-
-        interrupted = isinstance(error, Interrupted)
-        console.print(Text(str(error) if interrupted else f"error: {error}", style="red"), soft_wrap=True)
-        return 130 if interrupted else 1
+        fit: Any = sys.modules.get("varlora.fit")  # slow to import, and whoever was interrupted has it
+        if fit and isinstance(error, fit.Interrupted):
+            return _complain(f"{error} Run the same command with `--resume` to go on.", 130)
+        return _complain(f"error: {error}")
     except KeyboardInterrupt:
-        console.print("Interrupted.")
-        return 130
+        return _complain("Interrupted.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
         return 1
+    except OSError as error:  # no space, no permission: the message names the file
+        return _complain(f"error: {error}")
+    except torch.OutOfMemoryError:
+        cure = "Lower batch_size (and raise accumulation), token_budget or max_length, or set quantization."
+        return _complain(f"error: The device has too little memory. {cure}")
     return 0
+
+
+def _complain(text: str, status: int = 1) -> int:
+    Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
+    return status
 
 
 def _speaker(console: Console) -> Callable[[str], None]:
@@ -92,38 +135,36 @@ def _quiet_libraries() -> None:
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> None:
-    from varlora.config import load_settings
     from varlora.progress import TrainingProgress
-    from varlora.workflow import resume_run, train
-
-    def callbacks(name: str) -> list[Any]:
-        return [TrainingProgress(console, name)]
+    from varlora.workflow import check_run_dir, train
 
     say = _speaker(console)
-    run_dir = Path(arguments.run_dir) if arguments.run_dir else None
-    if arguments.resume and run_dir and (run_dir / "config.json").is_file():
-        done = [resume_run(run_dir, say=say, callbacks=callbacks(run_dir.name))]
-    else:
-        done = []
-        seeds = arguments.seed or [None]
-        for seed in seeds:
-            own_dir = run_dir / f"seed{seed}" if run_dir and len(seeds) > 1 else run_dir
-            overrides = {name: getattr(arguments, name) for name in TRAIN_OPTIONS}
-            overrides |= {"seed": seed, "run_dir": own_dir}
-            settings = load_settings(arguments.recipe, overrides, arguments.set)
-            say(f"Training {settings.method} on {settings.task} with {settings.model}, seed {settings.seed}.")
-            done.append(
-                train(
-                    settings,
-                    resume=arguments.resume,
-                    overwrite=arguments.overwrite,
-                    say=say,
-                    callbacks=callbacks(settings.method),
-                )
-            )
+    runs = _settings(arguments, seeds=arguments.seed, run_dir=arguments.run_dir, resume=arguments.resume)
+    how = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    for settings in runs:
+        check_run_dir(settings, **how)  # of all runs, before the hours of the first
+    done = []
+    for settings in runs:
+        say(f"Training {settings.method} on {settings.task} with {settings.model}, seed {settings.seed}.")
+        with TrainingProgress(console, settings.method) as progress:
+            done.append(train(settings, **how, say=say, callbacks=[progress]))
     for folder in done:
-        say(f"The adapter and its posterior are in {folder}/adapter.")
+        say(f"The adapter and its posterior are in {folder / 'adapter'}.")
     say(f"Next: varlora evaluate {' '.join(map(str, done))}")
+
+
+def _settings(
+    arguments: argparse.Namespace, *, seeds: list[int] | None = None, run_dir: str | None = None, resume: bool = False
+) -> list[Settings]:
+    """Return the settings of each run; a run that is resumed by its directory alone starts from its own."""
+    from varlora.config import load_settings
+    from varlora.workflow import settings_of
+
+    recipe = arguments.recipe
+    if resume and run_dir and not (recipe or arguments.task or arguments.model):
+        recipe = settings_of(Path(run_dir)).to_dict()
+    options = {name: getattr(arguments, name) for name in SETTINGS_OPTIONS}
+    return load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
@@ -158,26 +199,27 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.run import write_text
     from varlora.tasks import get_task, make_examples, parse_rows
-    from varlora.workflow import answer_rows, load
+    from varlora.workflow import answer_rows, load, settings_of
 
     say = _speaker(console)
     source = "standard input" if arguments.input == "-" else arguments.input
     suffix = f".{arguments.format}" if arguments.format else ".jsonl" if arguments.input == "-" else Path(source).suffix
+    if Path(arguments.output).is_dir():
+        raise VarloraError(f"Expected `--output` to be a file, but {arguments.output} is a folder. Add a file name.")
     try:
-        lines = sys.stdin.buffer.readlines() if arguments.input == "-" else Path(source).read_bytes().splitlines(True)
+        stream = sys.stdin.buffer if arguments.input == "-" else io.BytesIO(Path(source).read_bytes())
+        lines = stream.readlines()
     except OSError as error:
         raise VarloraError(f"Expected rows in {source}, but it cannot be read ({error.strerror}).") from error
-    loaded = load(arguments.run_dir, model=arguments.model)
-    task = get_task(loaded.settings.task)
+    task = get_task(settings_of(arguments.run_dir).task)
     rows = make_examples(task, parse_rows(lines, suffix), source, labelled=False, skip_bad_rows=arguments.skip_bad_rows)
     if rows.skipped:
         say(f"{rows.skipped} malformed rows were left out; the first: {rows.problems[0]}")
-    if not rows.examples:
-        raise VarloraError(f"Expected rows in {source}, but there are none. Each row is a line in the task's schema.")
+    loaded = load(arguments.run_dir, model=arguments.model)
     answers = answer_rows(
         loaded, rows.examples, samples=arguments.samples, tau=arguments.tau, seed=arguments.seed, say=say
     )
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    text = "".join(json.dumps(answer) + "\n" for answer in answers)  # in ASCII, which every pipe passes on
     if arguments.output == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -210,7 +252,8 @@ def _ls(arguments: argparse.Namespace, console: Console) -> None:
 def _list_tasks() -> list[str]:
     from varlora.tasks import TASKS
 
-    return [f"{name:16} splits {', '.join(task.files)}; reported on {task.evaluation}" for name, task in TASKS.items()]
+    lines = [f"{name:16} splits {', '.join(task.files)}; reported on {task.evaluation}" for name, task in TASKS.items()]
+    return lines + [str(path) for path in sorted(Path("recipes/local").glob("*.yaml"))]
 
 
 def _list_methods() -> list[str]:
@@ -220,7 +263,8 @@ def _list_methods() -> list[str]:
 
 
 def _list_recipes() -> list[str]:
-    return [str(path) for path in sorted(Path("recipes").rglob("*.yaml"))] or ["none under recipes/"]
+    paths = sorted(path for path in Path("recipes").rglob("*.yaml") if path.parent.name != "local")  # task files
+    return [str(path) for path in paths] or ["none under recipes/"]
 
 
 def _list_runs() -> list[str]:
@@ -229,7 +273,7 @@ def _list_runs() -> list[str]:
         folder = config.parent
         states = {"adapter": "trained", "metrics.json": "evaluated"}
         found = [word for name, word in states.items() if (folder / name).exists()]
-        steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        steps = sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal())
         lines.append(f"{folder}  {', '.join(found) or (f'at step {steps[-1]}' if steps else 'not started')}")
     return lines or ["none under runs/"]
 
@@ -238,13 +282,11 @@ LISTS = {"tasks": _list_tasks, "methods": _list_methods, "recipes": _list_recipe
 
 
 def _validate(arguments: argparse.Namespace, console: Console) -> None:
-    from varlora.config import load_settings
     from varlora.workflow import validate
 
-    overrides = {name: getattr(arguments, name) for name in TRAIN_OPTIONS}
-    settings = load_settings(arguments.recipe, overrides, arguments.set)
-    for line in validate(settings):
-        _speaker(console)(line)
+    say = _speaker(console)
+    for line in validate(_settings(arguments)[0]):
+        say(line)
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> None:
@@ -255,7 +297,7 @@ def _demo(arguments: argparse.Namespace, console: Console) -> None:
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
-TRAIN_OPTIONS = (
+SETTINGS_OPTIONS = (
     "task", "model", "method", "data_dir", "steps", "batch_size", "accumulation", "quantization", "dtype", "max_length",
     "calibration_fraction", "checkpoint_every", "row_filter", "skip_bad_rows", "chat",
 )  # fmt: skip
@@ -271,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"varlora {__version__}")
     verbs = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def verb(name: str, run: Any, summary: str, examples: str = "") -> argparse.ArgumentParser:
+    def verb(name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=summary,
@@ -285,11 +327,16 @@ def _parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "Fine-tune an adapter and keep its posterior.", TRAIN_EXAMPLES)
     _settings_arguments(train)
     train.add_argument("--run-dir", help="where to write; with several seeds, a folder for each goes into it")
-    train.add_argument("--seed", type=int, nargs="+", help="one run for each seed")
-    train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
-    train.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    train.add_argument(
+        "--seed", type=seed, nargs="+", help="one run for each; wins over the recipe's `seed` or `seeds`"
+    )
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
 
-    evaluate = verb("evaluate", _evaluate, "Predict a split's rows with trained runs, and print the metrics.")
+    evaluate = verb(
+        "evaluate", _evaluate, "Predict a split's rows with trained runs and print the metrics.", EVALUATE_EXAMPLES
+    )
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     evaluate.add_argument("--split", help="split to report on (default: the task's own; also: calibration)")
     _draw_arguments(evaluate)
@@ -304,20 +351,20 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows and count them")
     _draw_arguments(predict)
 
-    report = verb("report", _report, "Make a table and a reliability diagram from evaluated runs.")
+    report = verb("report", _report, "Make a table and a reliability diagram from evaluated runs.", REPORT_EXAMPLES)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
 
-    ls = verb("ls", _ls, "List tasks, methods, recipes and runs.")
+    ls = verb("ls", _ls, "List tasks, methods, recipes and runs.", LS_EXAMPLES)
     ls.add_argument("what", nargs="?", choices=tuple(LISTS), help="what to list (default: all)")
 
-    validate = verb("validate", _validate, "Check settings, data and answers without training.")
+    validate = verb("validate", _validate, "Check settings, data and answers without training.", VALIDATE_EXAMPLES)
     _settings_arguments(validate)
 
-    demo = verb("demo", _demo, "Run AdamW and IVON on a small generated task, and compare them.")
+    demo = verb("demo", _demo, "Run AdamW and IVON on a small generated task, and compare them.", DEMO_EXAMPLES)
     demo.add_argument("--out", default="runs/demo", help="folder to write (default: runs/demo)")
     demo.add_argument("--quick", action="store_true", help="fewer steps: to see that it works")
-    demo.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    demo.add_argument("--seed", type=seed, default=0, help="seed (default: 0)")
     return parser
 
 
@@ -342,14 +389,27 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, action="store_true", default=None, help=text)
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any setting, e.g. method.ess=1e6 lora.rank=16"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting: method.ess=1e6 lora.rank=16",
     )
+
+
+def seed(text: str) -> int:
+    """Read a seed; argparse takes this function's name for its message."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, but got {text}")
+    return number
 
 
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=10, help="posterior draws; 0: only the mean (default: 10)")
     parser.add_argument("--tau", type=float, default=1.0, help="factor of the posterior variance (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--model", help="where the base lies now, if not where it was")
 
 

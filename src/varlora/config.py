@@ -5,18 +5,23 @@ This is the only module besides the command line that knows YAML. All problems o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
-from varlora.errors import ConfigError, VarloraError, did_you_mean
+from varlora.errors import ConfigError, did_you_mean
 from varlora.fit import check_training_arguments
 from varlora.methods import METHODS, Method
 from varlora.model import LoRA
@@ -27,7 +32,13 @@ __all__ = ["Settings", "load_settings", "read_recipe", "settings_from"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a training run, with the paper's values as defaults."""
+    """Everything that decides a training run, with the paper's values as defaults.
+
+    Example:
+        >>> settings = Settings(task="boolq", model="models/my-model", seed=21)
+        >>> settings.steps, settings.batch_size, settings.folder.as_posix()
+        (10000, 4, 'runs/boolq-my-model-ivon-seed21')
+    """
 
     task: str
     """A task's name, or the path of a task file for your own data."""
@@ -113,33 +124,58 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def load_settings(
-    recipe: Path | None = None, overrides: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
-) -> Settings:
+    recipe: Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+) -> list[Settings]:
     """Combine a recipe, named settings and `key=value` assignments; later ones win.
 
+    Besides the fields of `Settings` there is `seeds`, a list: one run for each seed. Several seeds with one `run_dir`
+    each get a folder in it.
+
     Args:
-        recipe: a YAML file.
+        recipe: a YAML file, or what it would hold.
         overrides: settings by name; None values are left out.
         assignments: `key=value` with dots for nesting and the value in YAML, such as `method.ess=1e6`.
 
+    Returns:
+        Settings of each run: one, or one for each of `seeds`.
+
     Raises:
         ConfigError: with every problem found.
+
+    Example:
+        >>> runs = load_settings({"task": "boolq", "model": "m", "seeds": [21, 42]}, {"run_dir": "runs/b"}, ["steps=5"])
+        >>> [(run.seed, run.steps, run.folder.as_posix()) for run in runs]
+        [(21, 5, 'runs/b/seed21'), (42, 5, 'runs/b/seed42')]
     """
-    values = _method_as_mapping(read_recipe(recipe) if recipe is not None else {})
     problems: list[str] = []
+    values = read_recipe(recipe) if isinstance(recipe, Path) else copy.deepcopy(dict(recipe or {}))
+    if "seed" in values and "seeds" in values:
+        problems.append("Expected `seed` or `seeds`, but got both. Leave one of them out.")
+    values = _method_as_mapping(values, problems)
     for name, value in (overrides or {}).items():
         if value is not None:
             _assign(values, name, value, problems)
-    for assignment in assignments:
+    method_first = sorted(assignments, key=lambda text: not text.startswith(("method=", "method.name=")))
+    for assignment in method_first:
         key, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             problems.append(f"Expected `key=value`, but got `{assignment}`. Write e.g. `steps=500`.")
             continue
         try:
             _assign(values, key.strip(), yaml.safe_load(text), problems)
         except yaml.YAMLError:
             problems.append(f"The value of `{assignment}` is not YAML. Put quotes around it.")
-    return settings_from(values, problems)
+    if "seeds" not in values:
+        return [settings_from(values, problems)]
+    seeds = values.pop("seeds")
+    if not isinstance(seeds, list) or not seeds or len({str(seed) for seed in seeds}) < len(seeds):
+        problems.append(f"Expected `seeds` to be a list of different whole numbers, but got {seeds!r}.")
+        seeds = [0]
+    run_dir = values.get("run_dir")
+    own = [run_dir and f"{run_dir}/seed{seed}" if len(seeds) > 1 else run_dir for seed in seeds]
+    return [settings_from({**values, "seed": seed, "run_dir": path}, problems) for seed, path in zip(seeds, own)]
 
 
 def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Settings:
@@ -163,25 +199,31 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
           - Expected `batch_size` to be a whole number, but got 'many'.
     """
     found = list(problems)
-    values = _method_as_mapping(dict(values))
+    values = _method_as_mapping(values, found)
     method_values = dict(values.pop("method"))
-    name = method_values.pop("name", "ivon")
-    method_values |= values.pop("method_settings", None) or {}
+    name = str(method_values.pop("name", "ivon"))
     lora = values.pop("lora", None)
+    for required in ("task", "model"):
+        if values.get(required) in (None, ""):
+            values.pop(required, None)
+            found.append(f"Expected `{required}`, but it is missing. Pass `--{required}` or put it into the recipe.")
     known = _convert_all(Settings, values, "", found)
     if name not in METHODS:
-        found.append(f"Unknown method `{name}`. {did_you_mean(str(name), METHODS)}")
+        found.append(f"Unknown method `{name}`. {did_you_mean(name, METHODS)}")
     else:
         known["method"] = name
         method_class: Any = METHODS[name]
         known["method_settings"] = _convert_all(method_class, method_values, "method.", found)
-        _try(lambda: method_class(**known["method_settings"]), found)
+        weight = nn.Parameter(torch.zeros(1))  # the optimizer knows which of its settings are possible
+        _try(
+            lambda: method_class(**known["method_settings"]).optimizer({"weight": weight}, 1, 1, 0), found, "`method`: "
+        )
     if lora is not None:
         if isinstance(lora, LoRA):
             known["lora"] = lora
         elif isinstance(lora, Mapping):
             lora_values = _convert_all(LoRA, lora, "lora.", found)
-            known["lora"] = _try(lambda: LoRA(**lora_values), found)
+            known["lora"] = _try(lambda: LoRA(**lora_values), found, "`lora`: ")
         else:
             found.append(f"Expected `lora` to be a mapping, but got {lora!r}. Write e.g. `lora: {{rank: 8}}`.")
     _check(known, found)
@@ -190,13 +232,11 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
     return Settings(**known)
 
 
-def _check(known: Mapping[str, Any], problems: list[str]) -> None:
-    for name in ("task", "model"):
-        if name not in known:
-            problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
+def _check(known: dict[str, Any], problems: list[str]) -> None:
     if "task" in known:
         _try(lambda: get_task(known["task"]), problems)
     at_least = {
+        "seed": 0,
         "steps": 1,
         "batch_size": 1,
         "accumulation": 1,
@@ -207,35 +247,59 @@ def _check(known: Mapping[str, Any], problems: list[str]) -> None:
     for name, least in at_least.items():
         if known.get(name) is not None and known[name] < least:
             problems.append(f"Expected `{name}` to be at least {least}, but got {known[name]}.")
+    if known.get("seed", 0) >= 2**32:
+        problems.append(f"Expected `seed` to be less than 2**32, but got {known['seed']}.")
     fraction = known.get("calibration_fraction", 0.0)
     if not 0 <= fraction < 1:
         problems.append(f"Expected `calibration_fraction` to be within 0 and 1, but got {fraction}.")
-    problems += check_training_arguments(known.get("training_arguments", {}))
+    arguments = known.setdefault("training_arguments", {})
+    hints = typing.get_type_hints(TrainingArguments)
+    texts = {name: value for name, value in arguments.items() if isinstance(value, str) and _is_number(hints.get(name))}
+    arguments |= _convert_all(TrainingArguments, texts, "training_arguments.", problems)
+    problems += check_training_arguments(arguments)
+    if arguments and not problems:
+        _try(lambda: _check_values(arguments), problems, "`training_arguments`: ")
 
 
-def _try(make: Any, problems: list[str]) -> Any:
+def _check_values(arguments: Mapping[str, Any]) -> None:
+    """Let transformers check the values of `TrainingArguments` and whether the loggers are installed."""
+    made = TrainingArguments(output_dir="unused", **arguments)
+    if made.eval_strategy != "no":
+        raise ValueError("Expected no `eval_strategy`: nothing is evaluated while training. Use `varlora evaluate`.")
+    for logger in get_reporting_integration_callbacks(made.report_to if "report_to" in arguments else "none"):
+        logger()
+
+
+def _try(make: Callable[[], Any], problems: list[str], where: str = "") -> Any:
     """Call `make`; what it raises becomes problems."""
     try:
         return make()
     except ConfigError as error:
-        problems += error.problems
-    except VarloraError as error:
-        problems.append(str(error))
+        problems += [where + problem for problem in error.problems]
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # RuntimeError, ImportError: not installed
+        problems.append(where + " ".join(str(error).split()))
     return None
 
 
-def _method_as_mapping(values: dict[str, Any]) -> dict[str, Any]:
-    method = values.get("method")
-    if method is None or isinstance(method, str):
-        values["method"] = {"name": method} if method else {}
-    return values
+def _method_as_mapping(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the values with `method` a mapping of its name and its settings, which config.json keeps apart."""
+    method, settings = values.get("method") or {}, values.get("method_settings") or {}
+    method = {"name": method} if isinstance(method, str) else method
+    for wrong in (part for part in (method, settings) if not isinstance(part, Mapping)):
+        problems.append(f"Expected `method` to be a name or a mapping, but got {wrong!r}. Write e.g. `method: ivon`.")
+        method = settings = {}
+    others = {name: value for name, value in values.items() if name != "method_settings"}
+    return {**others, "method": {**settings, **method}}
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
-    """Set `a.b.c` in nested mappings; a bare `method` is its name."""
-    *path, last = ["method", "name"] if key == "method" else key.split(".")
-    if key == "method" and values["method"].get("name") not in (None, value):
+    """Set `a.b.c` in nested mappings; a bare `method` is its name, and `seed` and `seeds` replace each other."""
+    key = "method.name" if key == "method" else key
+    if key == "method.name" and values["method"].get("name", "ivon") != value:
         values["method"] = {}  # settings of one method mean nothing to another
+    if key in ("seed", "seeds"):
+        values.pop("seeds" if key == "seed" else "seed", None)
+    *path, last = key.split(".")
     here = values
     for part in path:
         inner = here.setdefault(part, {})
@@ -257,9 +321,14 @@ def _convert_all(cls: Any, values: Mapping[str, Any], prefix: str, problems: lis
             continue
         try:
             converted[name] = _convert(value, hints[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"Expected `{prefix}{name}` to be {_in_words(hints[name])}, but got {value!r}.")
     return converted
+
+
+def _is_number(hint: Any) -> bool:
+    """Whether the type is a number, with None or without: a text in its place is a number as YAML reads 1e-3."""
+    return {arg for arg in typing.get_args(hint) or (hint,) if arg is not type(None)} in ({int}, {float})
 
 
 def _in_words(hint: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 __all__ = ["TrainingProgress", "rows_progress"]
@@ -29,11 +30,17 @@ def _bar(console: Console, *texts: str) -> Progress:
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows steps, loss, σ and the time left."""
+    """Shows steps, loss, σ and the time left; used as a context, it leaves the terminal in order after an error."""
 
     def __init__(self, console: Console, description: str) -> None:
         self.console, self.description = console, description
         self.bar = _bar(console, "{task.fields[numbers]}")
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar where training starts or resumes."""
@@ -57,7 +64,8 @@ class TrainingProgress(TrainerCallback):
             numbers += f"  σ {logs['sigma']:.2e}"
         self.bar.update(self.task, numbers=numbers)
         if not self.console.is_terminal:
-            self.console.print(f"{self.description}  step {state.global_step}/{state.max_steps}  {numbers}")
+            line = f"{self.description}  step {state.global_step}/{state.max_steps}  {numbers}"
+            self.console.print(Text(line), soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the bar."""

@@ -28,9 +28,22 @@ from varlora.run import origin, prepare_run_dir, read_json, write_json
 from varlora.tasks import Task, get_task, load_rows, split_calibration
 from varlora.tasks.base import Example
 
-__all__ = ["Loaded", "answer_rows", "evaluate", "load", "resume_run", "rows_of_split", "train", "validate"]
+__all__ = [
+    "Loaded",
+    "answer_rows",
+    "check_run_dir",
+    "evaluate",
+    "load",
+    "rows_of_split",
+    "settings_of",
+    "train",
+    "validate",
+]
 
 Say = Callable[[str], None]
+
+MOVABLE = ("run_dir", "data_dir", "model")
+"""Settings that a resumed run may change: where things lie."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,20 @@ class Loaded:
         return iter((self.model, self.posterior))
 
 
+def settings_of(run_dir: Path) -> Settings:
+    """Return the settings that a run was started with.
+
+    Raises:
+        VarloraError: there is no such run directory, or its config.json is damaged.
+    """
+    if not run_dir.is_dir():
+        raise VarloraError(f"There is no run directory {run_dir}. `varlora ls runs` lists those under runs/.")
+    config = read_json(run_dir / "config.json")
+    if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
+        raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
+    return settings_from({**config["settings"], "run_dir": str(run_dir)})
+
+
 def load(run_dir: str | Path, *, model: str | None = None, device: str | None = None) -> Loaded:
     """Load a trained run: `model, posterior = varlora.load(run_dir)`, bit for bit what was saved.
 
@@ -64,20 +91,12 @@ def load(run_dir: str | Path, *, model: str | None = None, device: str | None = 
         VarloraError: the run is not finished, or its base cannot be loaded.
     """
     run_dir = Path(run_dir)
-    settings = _settings_of(run_dir)
+    settings = settings_of(run_dir)
     if not (run_dir / "adapter").is_dir():
         raise VarloraError(
             f"{run_dir} has no adapter yet: training is not finished. Go on with `varlora train --resume`."
         )
-    loaded, tokenizer = load_model(
-        model or settings.model,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        lora=settings.lora,
-        seed=settings.seed,
-        device=device,
-        revision=settings.revision,
-    )
+    loaded, tokenizer = _load_base(settings, model, device)
     posterior = load_posterior(loaded, run_dir / "adapter")
     load_adapter(loaded, run_dir / "adapter")
     return Loaded(loaded, posterior, tokenizer, settings)
@@ -107,26 +126,16 @@ def train(
         VarloraError: a problem with settings, data, model or run directory; see `fit` for those of training itself.
     """
     run_dir = settings.folder
-    if resume and (run_dir / "config.json").is_file():
-        settings = _settings_of(run_dir, run_dir)
-        if (run_dir / "adapter").is_dir():
-            say(f"{run_dir} is trained already; nothing is left to do.")
-            return run_dir
-    elif not overwrite and run_dir.exists():
-        prepare_run_dir(run_dir, resume=resume)  # refuse before the work of loading
+    check_run_dir(settings, resume=resume, overwrite=overwrite)
+    if resume and (run_dir / "adapter").is_dir():
+        say(f"{run_dir} is trained already; nothing is left to do.")
+        return run_dir
     method = settings.build_method()
     task = get_task(settings.task)
     examples, _ = training_rows(task, settings, say)
-    model, tokenizer = load_model(
-        settings.model,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        lora=settings.lora,
-        seed=settings.seed,
-        revision=settings.revision,
-    )
+    model, tokenizer = _load_base(settings)
     encoded = _encode(model, tokenizer, examples, settings, say)
-    prepare_run_dir(run_dir, resume=resume or not run_dir.exists(), overwrite=overwrite)
+    prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
     config = {"settings": settings.to_dict(), "task_version": task.version, "prompt_version": PROMPT_VERSION}
     if not (run_dir / "config.json").is_file():
         write_json(
@@ -152,9 +161,24 @@ def train(
     return run_dir
 
 
-def resume_run(run_dir: Path, *, say: Say = print, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Go on with an interrupted run, with the settings that it was started with."""
-    return train(_settings_of(run_dir), resume=True, say=say, callbacks=callbacks)
+def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a run directory that training would refuse, before the work of loading.
+
+    Raises:
+        VarloraError: it exists without `resume` or `overwrite`, or has other settings than it was started with.
+    """
+    run_dir = settings.folder
+    if not overwrite and run_dir.exists():
+        prepare_run_dir(run_dir, resume=resume)
+    if resume and (run_dir / "config.json").is_file():
+        then, now = settings_of(run_dir).to_dict(), settings.to_dict()
+        changed = [name for name in now if name not in MOVABLE and now[name] != then[name]]
+        if changed:
+            difference = "; ".join(f"`{name}` is {now[name]!r} and was {then[name]!r}" for name in changed)
+            raise VarloraError(
+                f"Expected the settings that {run_dir} was started with, but {difference}. "
+                "Go on without changes, or give another run directory."
+            )
 
 
 def validate(settings: Settings) -> list[str]:
@@ -177,9 +201,7 @@ def validate(settings: Settings) -> list[str]:
         f"{task.name}: {len(train_examples)} training, {len(calibration)} calibration and {len(evaluation)} "
         f"{task.evaluation} rows."
     )
-    model, tokenizer = load_model(
-        settings.model, dtype=settings.dtype, quantization=settings.quantization, lora=settings.lora
-    )
+    model, tokenizer = _load_base(settings)
     count = sum(p.numel() for p in trainable(model).values())
     found.append(f"{settings.model}: {count:,} trainable parameters in {len(trainable(model))} matrices.")
     encoded = _encode(model, tokenizer, [*train_examples, *calibration, *evaluation], settings, found.append)
@@ -242,7 +264,7 @@ def evaluate(
         What `metrics.json` holds.
     """
     run_dir = Path(run_dir)
-    settings = _settings_of(run_dir)
+    settings = settings_of(run_dir)
     task = get_task(settings.task)
     split = split or task.evaluation
     if data_dir is not None:
@@ -307,14 +329,16 @@ def answer_rows(
         }
 
 
-def _settings_of(run_dir: Path, new_place: Path | None = None) -> Settings:
-    if not run_dir.is_dir():
-        raise VarloraError(f"There is no run directory {run_dir}. `varlora ls runs` lists those under runs/.")
-    config = read_json(run_dir / "config.json")
-    if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
-        raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
-    values = dict(config["settings"])
-    return settings_from({**values, "run_dir": str(new_place or run_dir)})
+def _load_base(settings: Settings, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    return load_model(
+        model or settings.model,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        lora=settings.lora,
+        seed=settings.seed,
+        device=device,
+        revision=settings.revision,
+    )
 
 
 def _encode(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -59,22 +59,7 @@ class Ivon:
 
     def optimizer(self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int) -> IVON:
         """Return IVON over the named parameters."""
-        return IVON(
-            list(params.items()),
-            lr=self.lr,
-            ess=self.ess,
-            hess_init=self.hess_init,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=self.weight_decay,
-            clip_radius=self.clip_radius,
-            mc_samples=self.mc_samples,
-            hess_approx=self.hess_approx,
-            batch_size=batch_size,
-            rescale_lr=self.rescale_lr,
-            debias=self.debias,
-            seed=seed,
-        )
+        return IVON(list(params.items()), batch_size=batch_size, seed=seed, **asdict(self))
 
     def after_step(self, params: Mapping[str, nn.Parameter], step: int, total_steps: int) -> None:
         """Watch nothing: the optimizer keeps the posterior."""

@@ -1,0 +1,548 @@
+"""The command line as its users see it: what it prints, writes, refuses and returns."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import varlora
+from varlora.cli import main
+from varlora.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = Path(__file__).parent / "assets"
+VERBS = ("train", "evaluate", "predict", "report", "ls", "validate", "demo")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """A model this small gains nothing from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def varlora_(capsys, monkeypatch):
+    """Run the command line in this process: `varlora_("ls", "tasks", stdin="...")`."""
+
+    def run(*arguments, stdin: str | None = None) -> Result:
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(shared) -> str:
+    return str(shared / "models" / "stories-260k")
+
+
+@pytest.fixture(scope="module")
+def options(model) -> list[str]:
+    """A training of three steps on three rows."""
+    data = ["--task", "boolq", "--data-dir", str(ASSETS), "--model", model]
+    return [*data, "--calibration-fraction", "0", "--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def trained(options, tmp_path_factory) -> Path:
+    """A trained run that no test changes."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *options, "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of a trained run, for a test to change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def in_subprocess(*arguments, **more) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **more)
+
+
+def error_of(result: Result) -> str:
+    """Return the message of a refusal: there is one, on standard error, and the exit code says so."""
+    assert result.code == 1
+    assert result.err.count("error: ") == 1
+    return result.err[result.err.index("error: ") :]
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["adamw", "ivon"])
+def test_train_evaluate_report_predict(varlora_, options, tmp_path, method):
+    run = tmp_path / "run"
+    result = varlora_("train", *options, "--method", method, "--run-dir", run)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert f"{method} on boolq" in lines[0]
+    steps = [line for line in lines if re.search(r"step \d/3 +loss \d\.\d{3}", line)]
+    assert len(steps) == 3
+    assert all(("σ 3.16e-02" in line) == (method == "ivon") for line in steps)
+    assert lines[-2] == f"The adapter and its posterior are in {run / 'adapter'}."
+    assert lines[-1] == f"Next: varlora evaluate {run}"
+    assert "\x1b" not in result.out  # no terminal, no colours
+
+    result = varlora_("evaluate", run, "--samples", "4")
+    assert result.code == 0
+    assert "ECE x100" in result.out
+    assert result.out.splitlines()[-2].startswith("Written: predictions.safetensors and metrics.json in ")
+    assert json.loads((run / "metrics.json").read_text())["split"] == "dev"
+
+    result = varlora_("report", run, "--out", tmp_path / "report")
+    assert result.code == 0
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"report.md", "report.json", "reliability.png", "reliability.svg"} <= written
+    assert ("ivon@mean" in result.out and "ivon x4" in result.out) if method == "ivon" else "adamw" in result.out
+    assert result.out.splitlines()[-1].startswith("Written: ")
+
+    result = varlora_("predict", run, "--input", ASSETS / "boolq" / "dev.jsonl")
+    assert result.code == 0
+    assert [json.loads(line)["id"] for line in result.out.splitlines()] == ["0", "1"]
+
+
+def slice_of(shared: Path, folder: Path, rows: int) -> Path:
+    """Copy the first rows of each real file."""
+    for path in (*(shared / "data").rglob("*.jsonl"), *(shared / "data").rglob("*.tsv")):
+        target = folder / path.relative_to(shared / "data")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as file:
+            target.write_bytes(b"".join(line for _, line in zip(range(rows), file)))
+    return folder
+
+
+@pytest.mark.parametrize("task", [*TASKS, "recipes/local/sst2.yaml"])
+def test_every_task_on_real_rows(varlora_, shared, model, tmp_path, monkeypatch, task):
+    monkeypatch.chdir(ROOT)
+    data = slice_of(shared, tmp_path / "data", 30)
+    run = tmp_path / "run"
+    where = ["--data-dir", data, "--model", model, "--run-dir", run]
+    assert varlora_("train", "--task", task, *where, "--steps", 3, "--row-filter").code == 0
+    assert varlora_("evaluate", run, "--samples", 2).code == 0
+    result = varlora_("report", run, "--out", tmp_path / "report")
+    assert result.code == 0
+    assert "ivon x2" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [*TASKS, "recipes/local/sst2.yaml"])
+def test_every_task_on_all_rows(varlora_, shared, tmp_path, monkeypatch, task):
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / "run"
+    where = ["--data-dir", shared / "data", "--model", shared / "models" / "tinyllama-3m", "--run-dir", run]
+    assert varlora_("train", "--task", task, *where, "--steps", 20, "--method", "ivon").code == 0
+    assert varlora_("evaluate", run, "--samples", 1).code == 0
+    assert varlora_("report", run, "--out", tmp_path / "report").code == 0
+
+
+def test_a_recipe_with_seeds_gives_a_run_for_each(varlora_, options, model, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"task: boolq\nmodel: {model}\ndata_dir: {ASSETS}\ncalibration_fraction: 0\nsteps: 1\n")
+    with recipe.open("a") as file:
+        file.write(f"seeds: [21, 42]\nrun_dir: {tmp_path / 'runs'}\n")
+    result = varlora_("train", recipe)
+    assert result.code == 0
+    runs = [tmp_path / "runs" / "seed21", tmp_path / "runs" / "seed42"]
+    assert result.out.splitlines()[-1] == f"Next: varlora evaluate {runs[0]} {runs[1]}"
+    assert [json.loads((run / "config.json").read_text())["settings"]["seed"] for run in runs] == [21, 42]
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs]
+    assert weights[0] != weights[1]
+
+    assert varlora_("train", recipe, "--seed", 7, "--run-dir", tmp_path / "seven").code == 0
+    assert json.loads((tmp_path / "seven" / "config.json").read_text())["settings"]["seed"] == 7
+
+    shutil.rmtree(runs[0])  # the second is refused before the first is trained
+    assert "seed42 exists already" in error_of(varlora_("train", recipe))
+    assert not runs[0].exists()
+    result = varlora_("train", recipe, "--resume")  # one is new, one is finished
+    assert result.code == 0
+    assert "seed42 is trained already" in result.out
+    assert (runs[0] / "adapter" / "adapter_model.safetensors").read_bytes() == weights[0]
+
+    assert varlora_("evaluate", *runs, "--samples", 1).code == 0
+    result = varlora_("report", *runs, "--out", tmp_path / "report")
+    assert "±" in result.out
+
+
+def test_any_setting_can_be_set(varlora_, options, tmp_path):
+    more = ["--set", "lora.rank=2", "--set", "method.ess=1e7", "training_arguments.max_grad_norm=1e-1"]
+    assert varlora_("train", *options, *more, "--run-dir", tmp_path / "run").code == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["lora"]["rank"] == 2
+    assert settings["method_settings"]["ess"] == 1e7
+    assert settings["training_arguments"] == {"max_grad_norm": 0.1}
+
+
+# --- run directories that exist --------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_bits(varlora_, options, tmp_path, monkeypatch):
+    options = [*options, "--steps", "6", "--checkpoint-every", "2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert varlora_("train", *options, "--run-dir", whole).code == 0
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("varlora.progress.TrainingProgress.on_step_end", interrupt)
+        result = varlora_("train", *options, "--run-dir", broken)
+    assert result.code == 130
+    assert "Stopped at step" in result.err
+    assert "Run the same command with `--resume`" in result.err
+    assert not (broken / "adapter").exists()
+
+    assert "not finished" in error_of(varlora_("evaluate", broken))
+    assert "exists already" in error_of(varlora_("train", *options, "--run-dir", broken))
+    changed = varlora_("train", *options, "--batch-size", 2, "--run-dir", broken, "--resume")
+    assert "`batch_size` is 2 and was 4" in error_of(changed)
+
+    result = varlora_("train", "--resume", "--run-dir", broken)  # the directory knows the rest
+    assert result.code == 0
+    assert re.search(r"Going on from step [34]\.", result.out)
+    for name in ("adapter_model.safetensors", "posterior.safetensors"):
+        assert (broken / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+    result = varlora_("train", *options, "--run-dir", broken, "--resume")
+    assert result.code == 0
+    assert "trained already" in result.out
+
+
+def test_an_existing_run_is_refused_or_replaced(varlora_, options, run):
+    message = error_of(varlora_("train", *options, "--run-dir", run))
+    assert all(text in message for text in (str(run), "--resume", "--overwrite"))
+    assert varlora_("train", *options, "--run-dir", run, "--steps", 1, "--overwrite").code == 0
+    assert json.loads((run / "config.json").read_text())["settings"]["steps"] == 1
+    assert varlora_("train", *options, "--run-dir", run, "--overwrite", "--resume").code == 2
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(varlora_, options, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "not a run directory" in error_of(varlora_("train", *options, "--run-dir", tmp_path, "--overwrite"))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    message = error_of(varlora_("train", *options, "--run-dir", tmp_path / "thesis.tex"))
+    assert "thesis.tex is a file" in message
+
+
+def test_resuming_what_is_not_there(varlora_, tmp_path):
+    assert "There is no run directory" in error_of(varlora_("train", "--resume", "--run-dir", tmp_path / "none"))
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_of_a_configuration_at_once(varlora_, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: bolq\nstepps: 5\nmethod: {name: ivn}\nlora: {rank: none}\n")
+    message = error_of(varlora_("train", recipe, "--dtype", "float64", "--set", "nonsense"))
+    assert "7 problems in the configuration" in message
+    for text in ("`boolq`?", "`steps`", "`ivon`?", "`lora.rank`", "`model`, but it is missing", "float64", "nonsense"):
+        assert text in message
+    assert error_of(varlora_("validate", recipe)).count("\n  - ") == 5
+    assert "Did you mean `recipe.yaml`?" in error_of(varlora_("train", tmp_path / "recpie.yaml"))
+
+
+def test_an_unknown_model(varlora_, options, shared, tmp_path):
+    near = shared / "models" / "stories-260"
+    message = error_of(varlora_("train", *options, "--model", near, "--run-dir", tmp_path / "run"))
+    assert f"Did you mean `{shared / 'models' / 'stories-260k'}`?" in message
+    message = error_of(varlora_("train", *options, "--model", "nobody/nothing", "--run-dir", tmp_path / "run"))
+    assert "hf download nobody/nothing" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_are_not_there(varlora_, options, tmp_path):
+    message = error_of(varlora_("train", *options, "--data-dir", tmp_path, "--run-dir", tmp_path / "run"))
+    assert "boolq/train.jsonl" in message
+    assert "--data-dir" in message
+
+
+@pytest.fixture
+def bad_data(tmp_path) -> Path:
+    """Three good rows, and one whose answer is no truth value, on line 2."""
+    shutil.copytree(ASSETS / "boolq", tmp_path / "data" / "boolq")
+    path = tmp_path / "data" / "boolq" / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines.insert(1, json.dumps({"question": "is it so", "passage": "It is.", "answer": "perhaps"}))
+    path.write_text("\n".join(lines) + "\n")
+    return tmp_path / "data"
+
+
+def test_a_malformed_row(varlora_, options, bad_data, tmp_path):
+    options = [*options, "--data-dir", bad_data, "--run-dir", tmp_path / "run"]
+    message = error_of(varlora_("train", *options))
+    for text in (f"{bad_data / 'boolq' / 'train.jsonl'}, line 2", "`answer`", "'perhaps'", "--skip-bad-rows"):
+        assert text in message
+    result = varlora_("train", *options, "--skip-bad-rows")
+    assert result.code == 0
+    assert "1 malformed rows were left out; the first: " in result.out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training_rows"] == 3
+
+
+def test_a_prompt_longer_than_the_context(varlora_, options, tmp_path):
+    shutil.copytree(ASSETS / "boolq", tmp_path / "data" / "boolq")
+    row = {"question": "is it long", "passage": "It is very long. " * 300, "answer": True}
+    for split in ("train", "dev"):
+        with (tmp_path / "data" / "boolq" / f"{split}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    run = tmp_path / "run"
+    result = varlora_("train", *options, "--data-dir", tmp_path / "data", "--run-dir", run)
+    assert result.code == 0
+    assert "1 of 4 prompts were longer than 512 tokens and have been cut." in result.out
+    assert json.loads((run / "config.json").read_text())["cut"] == 1
+    result = varlora_("evaluate", run, "--samples", 1)
+    assert "1 of 3 prompts were longer than 512 tokens" in result.out
+    assert json.loads((run / "metrics.json").read_text())["cut"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--split", "deev"], "Did you mean `dev`?"),
+        (["--split", "calibration"], "held no rows out for calibration"),
+        (["--samples", "-1"], "number of draws >= 0, but got -1"),
+        (["--tau", "-1"], "factor >= 0 of the posterior variance, but got -1"),
+        (["--tau", "nan"], "factor >= 0 of the posterior variance, but got nan"),
+        (["--token-budget", "0"], "tokens >= 1, but got 0"),
+        (["--data-dir", "nowhere"], "nowhere/boolq/dev.jsonl"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all does not exist"),
+    ],
+)
+def test_evaluate_refuses(varlora_, trained, arguments, text):
+    assert text in error_of(varlora_("evaluate", trained, *arguments))
+
+
+def test_a_posterior_of_another_model(varlora_, trained, shared):
+    message = error_of(varlora_("evaluate", trained, "--model", shared / "models" / "tinyllama-3m"))
+    assert "to be of this model" in message
+    assert str(trained) in message
+
+
+def test_a_posterior_cut_short(varlora_, run):
+    file = run / "adapter" / "posterior.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    for verb in (["evaluate", run], ["predict", run, "--input", ASSETS / "boolq" / "dev.jsonl"]):
+        assert f"{file} is damaged" in error_of(varlora_(*verb))
+
+
+def test_what_is_no_run(varlora_, tmp_path):
+    for verb in ("evaluate", "predict"):
+        assert "no run directory" in error_of(varlora_(verb, tmp_path / "none", stdin="{}"))
+    assert "none" in error_of(varlora_("report", tmp_path / "none", "--out", tmp_path / "report"))
+
+
+def test_a_place_that_cannot_be_written_to(varlora_, options, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in error_of(varlora_("train", *options, "--run-dir", tmp_path / "file" / "run"))
+
+
+def test_too_little_memory(varlora_, options, tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("varlora.workflow.fit", full)
+    message = error_of(varlora_("train", *options, "--run-dir", tmp_path / "run"))
+    assert "batch_size" in message
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+QUESTIONS = '{"question": "can fish swim", "passage": "Fish swim."}\n{"question": "is é a letter", "passage": "é"}\n'
+
+
+def test_predict_from_a_file_to_a_file(varlora_, trained, tmp_path):
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "deep" / "answers.jsonl"
+    questions.write_text(QUESTIONS)
+    result = varlora_("predict", trained, "--input", questions, "--output", answers, "--samples", 4)
+    assert result.code == 0
+    assert result.out == ""
+    assert f"2 rows are in {answers}." in result.err
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["0", "1"]
+    for row in rows:
+        assert row.keys() == {"id", "answer", "probabilities", "uncertainty"}
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["answer"] in row["probabilities"]
+        parts = row["uncertainty"]
+        assert 0 < parts["epistemic"] < parts["total"]
+        assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
+
+
+def test_predict_from_standard_input(varlora_, trained):
+    result = varlora_("predict", trained, stdin=QUESTIONS)
+    assert result.code == 0
+    assert len([json.loads(line) for line in result.out.splitlines()]) == 2
+    again = varlora_("predict", trained, "--seed", 0, stdin=QUESTIONS)
+    assert again.out == result.out
+    assert varlora_("predict", trained, "--seed", 1, stdin=QUESTIONS).out != result.out
+    mean = varlora_("predict", trained, "--samples", 0, stdin=QUESTIONS)
+    assert json.loads(mean.out.splitlines()[0])["uncertainty"]["epistemic"] == pytest.approx(0, abs=1e-6)
+
+
+def test_predict_reads_tables(varlora_, trained):
+    result = varlora_("predict", trained, "--format", "csv", stdin='question,passage\n"is it, so",It is.\n')
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 1
+
+
+def test_predict_a_malformed_row(varlora_, trained, tmp_path):
+    rows = QUESTIONS + "{not json\n" + '{"question": "no passage"}\n'
+    output = tmp_path / "answers.jsonl"
+    message = error_of(varlora_("predict", trained, "--output", output, stdin=rows))
+    assert "standard input, line 3: Expected one JSON object a line" in message
+    assert not output.exists()
+    result = varlora_("predict", trained, "--skip-bad-rows", stdin=rows)
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 2
+    assert "2 malformed rows were left out" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "text"),
+    [
+        ([], "", "Expected rows in standard input, but none is left"),
+        ([], "[1, 2]\n", "Expected a JSON object, but got list"),
+        (["--skip-bad-rows"], "[1, 2]\n", "none is left (1 malformed"),
+        (["--input", "none.jsonl"], None, "none.jsonl, but it cannot be read (No such file or directory)"),
+        (["--input", str(ASSETS)], None, "it cannot be read (Is a directory)"),
+        (["--input", __file__], None, "Expected a .jsonl, .csv or .tsv file, but got `.py`"),
+        (["--output", str(ASSETS)], QUESTIONS, "is a folder"),
+        (["--samples", "-2"], QUESTIONS, "number of draws >= 0"),
+    ],
+)
+def test_predict_refuses(varlora_, trained, arguments, stdin, text):
+    assert text in error_of(varlora_("predict", trained, *arguments, stdin=stdin))
+
+
+# --- ls, validate, help ----------------------------------------------------------------------------------------------
+
+
+def test_ls(varlora_, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = varlora_("ls")
+    assert result.code == 0
+    assert all(name in result.out for name in (*TASKS, "adamw", "ivon", "none under recipes/", "none under runs/"))
+    shutil.copytree(trained, tmp_path / "runs" / "one")
+    (tmp_path / "runs" / "two" / "checkpoint-40").mkdir(parents=True)
+    (tmp_path / "runs" / "two" / "config.json").write_text("{}")
+    assert varlora_("ls", "runs").out.split("\n")[1:3] == ["  runs/one  trained", "  runs/two  at step 40"]
+    assert varlora_("ls", "nothing").code == 2
+    monkeypatch.chdir(ROOT)
+    assert "recipes/llama2-7b/boolq/ivon.yaml" in varlora_("ls", "recipes").out
+    assert "recipes/local/sst2.yaml" in varlora_("ls", "tasks").out
+
+
+def test_validate(varlora_, options, bad_data, model):
+    result = varlora_("validate", *options)
+    assert result.code == 0
+    assert "3 training, 0 calibration and 2 dev rows" in result.out
+    assert "line 2" in error_of(varlora_("validate", *options, "--data-dir", bad_data))
+    recipe = ROOT / "recipes" / "llama2-7b" / "boolq" / "ivon.yaml"
+    more = ["--data-dir", ASSETS, "--model", model, "--set", "quantization=null", "dtype=float32"]
+    assert varlora_("validate", recipe, *more).code == 0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples(varlora_, verb):
+    result = varlora_(verb, "--help")
+    assert result.code == 0
+    assert f"examples:\n  varlora {verb}" in result.out
+    assert f"  {verb} " in varlora_("--help").out
+
+
+def test_the_examples_of_the_help_can_be_parsed(varlora_, monkeypatch):
+    """So that no example has an option that is gone; what it names need not exist."""
+    from varlora import cli
+
+    texts = [text for name, text in vars(cli).items() if name.endswith("EXAMPLES")]
+    commands = [line.split("| ")[-1].split()[1:] for text in texts for line in text.splitlines() if "varlora " in line]
+    assert {command[0] for command in commands} == set(VERBS)
+    for command in commands:
+        cli._parser().parse_args(command)
+
+
+def test_version(varlora_):
+    assert varlora_("--version") == Result(0, f"varlora {varlora.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train", "--stepps", "3"], ["train", "--steps", "x"], ["train", "--seed", "-1"]]
+)
+def test_wrong_arguments(varlora_, arguments):
+    result = varlora_(*arguments)
+    assert result.code == 2
+    assert "usage: varlora" in result.err
+
+
+# --- a process of its own --------------------------------------------------------------------------------------------
+
+
+def test_importing_varlora_and_asking_for_help_loads_no_language_models():
+    slow = "{'transformers', 'peft', 'datasets', 'accelerate', 'matplotlib'} & set(sys.modules)"
+    code = f"""
+import sys, varlora
+varlora.IVON
+assert not {slow}, {slow}
+from varlora.cli import main
+for arguments in (['--help'], ['train', '--help'], ['--version']):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert not stop.code
+assert not {slow}, {slow}
+assert main(['ls']) == 0
+assert not {{'transformers', 'peft'}} & set(sys.modules)
+"""
+    result = in_subprocess("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_exit_code_pipe_and_clean_output_of_a_process(trained):
+    result = in_subprocess("-m", "varlora.cli", "predict", trained, "--samples", "2", input=QUESTIONS)
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["id"] for line in result.stdout.splitlines()] == ["0", "1"]  # JSON lines and nothing else
+    assert "Traceback" not in result.stderr
+    result = in_subprocess("-m", "varlora.cli", "report", trained / "none")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+
+
+def test_a_terminal_without_unicode(options, tmp_path):
+    command = ["-X", "utf8=0", "-m", "varlora.cli", "train", *options, "--run-dir", tmp_path / "run"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert b"? 3.16e-02" in result.stdout

@@ -1,0 +1,269 @@
+"""Train, load, evaluate and predict from Python, on a small real model and a few rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import varlora
+from varlora import metrics
+from varlora.config import Settings, settings_from
+from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.predict import load_predictions
+from varlora.tasks import get_task, load_rows
+from varlora.workflow import answer_rows, check_run_dir, evaluate, load, rows_of_split, settings_of, train, validate
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """A model this small gains nothing from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(shared, one_thread) -> dict:
+    return {
+        "task": "boolq",
+        "model": str(shared / "models" / "stories-260k"),
+        "data_dir": str(ASSETS),
+        "calibration_fraction": 0.0,
+        "steps": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def run_dir(base, tmp_path_factory) -> Path:
+    """A trained run that no test changes, except for its predictions."""
+    folder = tmp_path_factory.mktemp("workflow") / "run"
+    train(settings_from({**base, "run_dir": str(folder)}), say=silent)
+    return folder
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def test_the_run_directory_holds_what_the_architecture_says(run_dir):
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["settings"]["method_settings"]["ess"] == 1e6  # the method's defaults are filled in
+    assert config["settings"]["seed"] == 0
+    assert {"versions", "commit", "machine", "time", "task_version", "prompt_version"} <= config.keys()
+    assert (config["training_rows"], config["cut"]) == (3, 0)
+    adapter = {path.name for path in (run_dir / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "posterior.safetensors"} <= adapter
+    logged = [json.loads(line) for line in (run_dir / "training.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3]
+    assert all(entry["sigma"] > 0 for entry in logged if "loss" in entry)
+
+
+def test_load_gives_model_and_posterior(run_dir):
+    model, posterior = varlora.load(run_dir)
+    assert isinstance(posterior, varlora.DiagonalGaussian)
+    assert not model.training
+    loaded = load(run_dir)
+    assert loaded.settings == settings_of(run_dir)
+    assert loaded.tokenizer.padding_side == "left"
+
+
+def test_evaluation_writes_predictions_and_metrics_of_them(run_dir):
+    results = varlora.evaluate(run_dir, samples=3, say=silent)
+    predictions = load_predictions(run_dir / "predictions.safetensors")
+    assert predictions.logits.shape == (3, 2, 2)
+    assert predictions.meta["task"] == "boolq"
+    assert predictions.meta["split"] == "dev"
+    assert results["mean"] == metrics.evaluate(predictions.probs_mean, predictions.labels)
+    assert results["draws"] == metrics.evaluate(predictions.probs, predictions.labels)
+    assert (results["rows"], results["samples"], results["cut"]) == (2, 3, 0)
+    written = json.loads((run_dir / "metrics.json").read_text())
+    assert {name: written[name] for name in results} == results
+
+
+def test_evaluation_gives_the_same_bits_each_time(run_dir):
+    bits = []
+    for _ in range(2):
+        evaluate(run_dir, samples=2, say=silent)
+        bits.append(load_predictions(run_dir / "predictions.safetensors"))
+    assert torch.equal(bits[0].logits, bits[1].logits)
+    assert torch.equal(bits[0].logits_mean, bits[1].logits_mean)
+    assert (bits[0].ids, bits[0].meta) == (bits[1].ids, bits[1].meta)
+
+
+def test_at_the_mean_there_are_no_draws(run_dir):
+    results = evaluate(run_dir, samples=0, say=silent)
+    assert results["samples"] == 0
+    assert results["draws"] is None
+
+
+def test_a_point_has_one_draw(base, tmp_path):
+    folder = train(settings_from({**base, "method": "adamw", "run_dir": str(tmp_path / "run")}), say=silent)
+    results = evaluate(folder, samples=4, say=silent)
+    assert results["samples"] == 1  # what it was averaged over, not what was asked for
+    assert results["draws"] == results["mean"]
+
+
+def test_the_progress_is_told_of_every_row(run_dir):
+    from contextlib import contextmanager
+
+    told = []
+
+    @contextmanager
+    def progress(rows):
+        told.append(rows)
+        yield told.append
+
+    evaluate(run_dir, split="train", samples=1, token_budget=1, say=silent, progress=progress)
+    assert told == [3, 1, 1, 1]
+
+
+def test_answers_have_probabilities_and_uncertainty(run_dir):
+    examples = load_rows(get_task("boolq"), "dev", ASSETS).examples
+    unknown = [dataclasses.replace(example, label=None) for example in examples]
+    answers = list(answer_rows(load(run_dir), unknown, samples=3, say=silent))
+    assert [answer["id"] for answer in answers] == [example.id for example in examples]
+    for answer in answers:
+        assert list(answer["probabilities"]) == ["False", "True"]
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert answer["probabilities"][answer["answer"]] == max(answer["probabilities"].values())
+        parts = answer["uncertainty"]
+        assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
+        assert parts["epistemic"] >= 0
+    evaluate(run_dir, samples=3, say=silent)
+    saved = load_predictions(run_dir / "predictions.safetensors").probs
+    given = torch.tensor([list(answer["probabilities"].values()) for answer in answers])
+    torch.testing.assert_close(given, saved.float(), rtol=1e-5, atol=1e-6)
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_rows_are_never_trained_on_nor_reported(base, tmp_path):
+    lines = [
+        json.dumps({"question": f"is {i} even", "passage": f"Number {i}.", "answer": i % 2 == 0}) for i in range(40)
+    ]
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "boolq" / "dev.jsonl").write_text(lines[0].replace("0", "40"))
+    values = {**base, "data_dir": str(tmp_path), "calibration_fraction": 0.25, "run_dir": str(tmp_path / "run")}
+    settings = settings_from(values)
+    task = get_task("boolq")
+    calibration = rows_of_split(task, "calibration", settings, silent)
+    folder = train(settings, say=silent)
+    config = json.loads((folder / "config.json").read_text())
+    assert 0 < len(calibration) < 40
+    assert config["training_rows"] == 40 - len(calibration)
+    assert len(rows_of_split(task, "dev", settings, silent)) == 1
+    results = evaluate(folder, split="calibration", samples=1, say=silent)
+    assert results["rows"] == len(calibration)
+
+
+def test_without_calibration_rows_there_is_no_such_split(run_dir):
+    with pytest.raises(VarloraError, match="held no rows out"):
+        evaluate(run_dir, split="calibration", say=silent)
+    with pytest.raises(VarloraError, match="Did you mean `dev`"):
+        evaluate(run_dir, split="deev", say=silent)
+
+
+def test_validate_says_what_it_found(base):
+    found = "\n".join(validate(settings_from(base)))
+    for text in ("3 training, 0 calibration and 2 dev rows", "8,960 trainable", "Longest prompt: 98", "'False' 'F'"):
+        assert text in found
+    found = "\n".join(validate(settings_from({**base, "max_length": 20})))
+    assert "5 of 5 prompts were longer than 20 tokens" in found
+
+
+def test_a_max_length_beyond_the_context_is_said(base, tmp_path):
+    said = []
+    train(settings_from({**base, "max_length": 5000, "steps": 1, "run_dir": str(tmp_path / "r")}), say=said.append)
+    assert any("`max_length` 5000 is more than the model's context; 512 tokens are used." in text for text in said)
+
+
+# --- run directories -------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_a_run_are_those_that_it_was_started_with(run_dir, base):
+    assert settings_of(run_dir).to_dict() == settings_from({**base, "run_dir": str(run_dir)}).to_dict()
+
+
+def test_an_existing_run_is_refused_before_anything_is_loaded(run_dir, base):
+    settings = settings_from({**base, "model": "nowhere/at/all", "run_dir": str(run_dir)})
+    with pytest.raises(VarloraError, match=r"exists already. Pass `--resume`"):
+        train(settings, say=silent)
+
+
+def test_a_run_is_not_resumed_with_other_settings(run_dir, base):
+    same = {**base, "run_dir": str(run_dir)}
+    check_run_dir(settings_from(same), resume=True)
+    check_run_dir(settings_from({**same, "model": "moved", "data_dir": "moved"}), resume=True)
+    with pytest.raises(VarloraError, match="`steps` is 4 and was 3"):
+        check_run_dir(settings_from({**same, "steps": 4}), resume=True)
+    with pytest.raises(VarloraError, match="`method` is 'adamw' and was 'ivon'"):
+        check_run_dir(settings_from({**same, "method": "adamw"}), resume=True)
+
+
+def test_a_finished_run_is_left_alone(run_dir):
+    said = []
+    before = (run_dir / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert train(settings_of(run_dir), resume=True, say=said.append) == run_dir
+    assert "trained already" in said[0]
+    assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_that_fails_early_leaves_no_directory(base, tmp_path):
+    for change in ({"model": str(tmp_path / "none")}, {"data_dir": str(tmp_path)}, {"chat": True}):
+        with pytest.raises(VarloraError):
+            train(settings_from({**base, **change, "run_dir": str(tmp_path / "run")}), say=silent)
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_finished_run_is_refused(run_dir, tmp_path):
+    with pytest.raises(VarloraError, match="There is no run directory"):
+        load(tmp_path / "none")
+    with pytest.raises(DamagedFileError, match=r"config.json, but it is absent"):
+        load(tmp_path)
+    shutil.copy(run_dir / "config.json", tmp_path)
+    with pytest.raises(VarloraError, match="training is not finished"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"settings": 5}')
+    with pytest.raises(DamagedFileError, match="Expected settings"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"settings": {"task": "bolq", "model": "m"}}')
+    with pytest.raises(ConfigError, match="bolq"):
+        load(tmp_path)
+
+
+def test_a_damaged_posterior_is_refused(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    file = copy / "adapter" / "posterior.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DamagedFileError, match=r"posterior.safetensors is damaged"):
+        load(copy)
+    file.unlink()
+    with pytest.raises(DamagedFileError, match=r"posterior.safetensors is absent"):
+        load(copy)
+
+
+def test_a_posterior_of_another_model_is_refused(run_dir, shared):
+    with pytest.raises(DamagedFileError, match="to be of this model"):
+        load(run_dir, model=str(shared / "models" / "tinyllama-3m"))
+
+
+def test_a_run_directory_can_be_moved(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "elsewhere")
+    assert settings_of(copy).folder == copy
+    assert evaluate(copy, samples=1, say=silent)["rows"] == 2
+    assert (copy / "metrics.json").is_file()
+
+
+def test_settings_may_come_from_python_alone(base, tmp_path):
+    settings = Settings(**base, run_dir=str(tmp_path / "run"), row_filter=True)
+    assert (varlora.train(settings, say=silent) / "adapter").is_dir()
