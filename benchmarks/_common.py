@@ -202,9 +202,17 @@ def write_result(path: Path, name: str, settings: argparse.Namespace, device: to
     """Write what was found with its origin, whole or not at all, and say where."""
     where = origin()
     where["machine"] |= machine(device)
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
+    plain = {key: _public(value) for key, value in vars(settings).items()}
     write_json(path, {"benchmark": name, "settings": plain, "origin": where, **found})
     print(f"wrote {path}")
+
+
+def _public(value: Any) -> Any:
+    """A path within the checkout relative to it, any other by its name: a result is read on other machines."""
+    if not isinstance(value, Path) and not (isinstance(value, str) and os.path.isabs(value)):
+        return value
+    path = Path(value).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -115,7 +115,7 @@ class Study:
         self.train, self.calibration, self.dev = (self._encode(examples) for examples in (train, calibration, dev))
         # What a stored cell depends on; the grid may change between two calls, this may not.
         self.conditions: dict[str, Any] = {
-            "model": str(self.model_path),
+            "model": Path(self.model_path).name,
             "task": task.name,
             "task_version": task.version,
             "prompt_version": PROMPT_VERSION,

@@ -229,7 +229,15 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
     _check(known, found)
     if found:
         raise ConfigError(found)
-    return Settings(**known)
+    return Settings(**known | _absolute(known))
+
+
+def _absolute(known: Mapping[str, Any]) -> dict[str, str]:
+    """Paths as a run has to remember them, to be found from any folder."""
+    paths = {name: Path(known[name]) for name in ("task", "model", "data_dir") if known.get(name)}
+    if paths["task"].suffix not in (".yaml", ".yml"):
+        del paths["task"]  # a name
+    return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 
 def _check(known: dict[str, Any], problems: list[str]) -> None:

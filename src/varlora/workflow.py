@@ -269,6 +269,9 @@ def evaluate(
     split = split or task.evaluation
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
+    trained_with = read_json(run_dir / "config.json").get("task_version")
+    if trained_with != task.version:
+        say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
     examples = rows_of_split(task, split, settings, say)
     loaded = load(run_dir, model=model)
     encoded = _encode(loaded.model, loaded.tokenizer, examples, settings, say)
