@@ -20,10 +20,11 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Trainer
 
-from varlora.errors import DamagedFileError
+from varlora.errors import DamagedFileError, did_you_mean
 from varlora.params import check_same_parameters, trainable
-from varlora.posterior import Posterior, posterior_from_tensors
+from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
 from varlora.run import (
+    MANIFEST,
     atomic_folder,
     load_tensors,
     read_json,
@@ -39,12 +40,14 @@ __all__ = [
     "load_adapter",
     "load_posterior",
     "load_state",
+    "restore",
     "save_adapter",
     "save_state",
+    "step_of",
 ]
 
 ADAPTER_FILE = "adapter_model.safetensors"
-STEP = re.compile(r"checkpoint-(\d+)$")
+STEP = re.compile(r"checkpoint-\d+")
 
 
 # --- the adapter and its posterior ---
@@ -101,15 +104,26 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
     """
     verify_manifest(folder)
     config = read_json(folder / "posterior_config.json")
+    kind = config.get("kind") if isinstance(config, Mapping) else None
+    if kind not in POSTERIORS:
+        raise DamagedFileError(
+            f"Expected a known `kind` of posterior in {folder / 'posterior_config.json'}, but got {kind!r}. "
+            f"{did_you_mean(str(kind), POSTERIORS)}"
+        )
     tensors, _ = load_tensors(folder / "posterior.safetensors")
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    posterior = posterior_from_tensors(config["kind"], on_device, config)
-    mean = getattr(posterior, "mean", None)
-    if mean is not None:
-        check_same_parameters(parameters, mean, f"the posterior in {folder}")
+    posterior = posterior_from_tensors(kind, on_device, config)
+    _check_of_model(posterior, parameters, f"the posterior in {folder}")
     return posterior
+
+
+def _check_of_model(posterior: Posterior, parameters: Mapping[str, nn.Parameter], what: str) -> None:
+    for member in getattr(posterior, "members", ()):
+        _check_of_model(member, parameters, what)
+    if (mean := getattr(posterior, "mean", None)) is not None:
+        check_same_parameters(parameters, mean, what)
 
 
 # --- nested state as safetensors and JSON ---
@@ -132,7 +146,8 @@ def save_state(folder: Path, name: str, state: Any) -> None:
             tensors[str(len(tensors))] = value
             return {"tensor": str(len(tensors) - 1)}
         if isinstance(value, np.ndarray):
-            return {"array": plain(torch.from_numpy(value.astype(np.int64)))["tensor"], "dtype": str(value.dtype)}
+            signed = value.astype(np.int64) if value.dtype.kind == "u" else value  # numpy's random state is uint32
+            return {"array": plain(torch.from_numpy(signed))["tensor"], "dtype": str(value.dtype)}
         if isinstance(value, Mapping):
             return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
         if isinstance(value, tuple):
@@ -182,8 +197,7 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
         run_dir: the run directory.
         warn: told about each newer checkpoint that is not used, and why.
     """
-    steps = sorted((int(m[1]), path) for path in run_dir.glob("checkpoint-*") if (m := STEP.search(path.name)))
-    for _, path in reversed(steps):
+    for path in reversed(_checkpoints(run_dir)):
         try:
             verify_manifest(path)
         except DamagedFileError as error:
@@ -191,6 +205,36 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
         else:
             return path
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written.
+
+    Example:
+        >>> step_of(Path("runs/mine/checkpoint-500"))
+        500
+    """
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put a checkpoint's adapter and optimizer state back, for a run that has no step left to make."""
+    load_adapter(model, checkpoint)
+    optimizer.load_state_dict(load_state(checkpoint, "optimizer"))
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Return a run's checkpoints, complete or not, oldest first."""
+    return sorted((path for path in run_dir.glob("checkpoint-*") if STEP.fullmatch(path.name)), key=step_of)
+
+
+def _rotate(newest: Path, limit: int) -> None:
+    """Keep the last `limit` complete checkpoints up to `newest`; one of a later step is of an attempt given up."""
+    complete = [path for path in _checkpoints(newest.parent) if (path / MANIFEST).is_file()]
+    kept = [path for path in complete if step_of(path) <= step_of(newest)][-max(limit, 1) :]
+    for path in _checkpoints(newest.parent):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointTrainer(Trainer):
@@ -237,9 +281,12 @@ class CheckpointTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+        state["numpy"] = np.random.get_state()  # noqa: NPY002
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
+        # The Trainer forgets the losses since the last log line, so the next line would differ from an unbroken run's.
+        state["loss"] = (self._tr_loss, self._globalstep_last_logged)
         save_state(Path(output_dir), f"rng_state_{self.args.process_index}", state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -252,6 +299,8 @@ class CheckpointTrainer(Trainer):
         torch.set_rng_state(state["torch"])
         if torch.cuda.is_available() and "cuda" in state:
             torch.cuda.set_rng_state_all(state["cuda"])
+        loss, self._globalstep_last_logged = state["loss"]
+        self._tr_loss.copy_(loss)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The Trainer would delete older checkpoints before this one is known to be complete.
@@ -266,6 +315,4 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save:
             write_manifest(folder)
             if limit is not None:
-                steps = sorted((int(m[1]), p) for p in folder.parent.glob("checkpoint-*") if (m := STEP.search(p.name)))
-                for _, old in steps[: -max(limit, 1)]:
-                    shutil.rmtree(old, ignore_errors=True)
+                _rotate(folder, limit)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from varlora.checkpoint import CheckpointTrainer, latest_checkpoint, save_adapter
+from varlora.checkpoint import CheckpointTrainer, latest_checkpoint, restore, save_adapter, step_of
 from varlora.data import Batch, collate
 from varlora.errors import ConfigError, VarloraError, did_you_mean
 from varlora.methods import Method
@@ -124,6 +124,9 @@ def fit(
         raise VarloraError(f"Expected a label in each training row, but {unlabelled} of {len(rows)} have none.")
     if problems := check_training_arguments(training_arguments or {}):
         raise ConfigError(problems)
+    start = latest_checkpoint(run_dir, warn) if resume else None
+    if not resume and (old := next(run_dir.glob("checkpoint-[0-9]*"), None)):
+        raise VarloraError(f"{old} is of an earlier run. Pass `resume=True` to go on with it, or another `run_dir`.")
     params = trainable(model)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
     watch = _Watch(method, params, max_not_finite)
@@ -134,8 +137,9 @@ def fit(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": next(iter(params.values())).device.type == "cpu",
     }
-    arguments = TrainingArguments(
+    arguments = _arguments(
         output_dir=str(run_dir),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -159,15 +163,18 @@ def fit(
     trainer.varlora_watch, trainer.varlora_run_dir = watch, run_dir
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
-    start = latest_checkpoint(run_dir, warn) if resume else None
     try:
-        with _stop_on_signals(watch):
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if start and step_of(start) >= steps:
+            restore(model, optimizer, start)  # cut off after the last step; the Trainer would take one more
+            step = steps
+        else:
+            with _stop_on_signals(watch):
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+            step = trainer.state.global_step
     finally:
         if hasattr(optimizer, "eval"):
             optimizer.eval()  # the mean, also when a batch failed in the middle of a draw
         model.eval()
-    step = trainer.state.global_step
     if watch.not_finite_run >= max_not_finite:
         raise NotFiniteError(
             f"Loss or gradient was not finite in {watch.not_finite_run} steps in a row; stopped at step {step}. "
@@ -188,8 +195,8 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with fields meant for `TrainingArguments`, one sentence each.
 
     Example:
-        >>> check_training_arguments({"logging_step": 5})
-        ['Unknown field `training_arguments.logging_step`. Did you mean `logging_steps`?']
+        >>> check_training_arguments({"learning_rate": 1e-3, "logging_steps": 5})
+        ['`training_arguments.learning_rate` is set by `method.lr`. Set that and leave this out.']
     """
     known = set(TrainingArguments.__dataclass_fields__)
     problems = []
@@ -201,6 +208,13 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
             hint = near if near.startswith("Did") else "See `transformers.TrainingArguments`."
             problems.append(f"Unknown field `training_arguments.{name}`. {hint}")
     return problems
+
+
+def _arguments(**values: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(**values)
+    except (ImportError, TypeError, ValueError) as error:  # transformers' message says which field and why
+        raise ConfigError([f"`training_arguments` are refused: {error}"]) from error
 
 
 class _Trainer(CheckpointTrainer):
@@ -223,6 +237,7 @@ class _Trainer(CheckpointTrainer):
     ) -> Any:
         logits = class_logits(model, inputs)  # (B, C)
         loss = class_loss(logits, inputs["labels"]) / (num_items_in_batch or len(logits))
+        self.varlora_watch.losses.append(loss.detach())
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -242,18 +257,25 @@ class _Watch(TrainerCallback):
 
     def __init__(self, method: Method, params: Mapping[str, nn.Parameter], max_not_finite: int) -> None:
         self.method, self.params, self.max_not_finite = method, params, max_not_finite
+        self.losses: list[Tensor] = []  # of the micro-batches of this step
         self.not_finite = 0
         self.not_finite_run = 0
         self.stop = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.not_finite = state.stateful_callbacks.get("varlora", {}).get("not_finite", 0)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
         norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else []
-        if norms and not math.isfinite(torch.stack(norms).sum().item()):
+        finite = math.isfinite(torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum().item())
+        self.losses.clear()
+        if not finite:
             for p in self.params.values():
                 p.grad = None
             self.not_finite += 1
             self.not_finite_run += 1
+            state.stateful_callbacks["varlora"] = {"not_finite": self.not_finite}  # for a resumed run
         else:
             self.not_finite_run = 0
 

@@ -74,7 +74,7 @@ def predict(
     """Run S draws and the mean on every row.
 
     Args:
-        model: the model that the posterior is of; afterwards it is bit for bit what it was.
+        model: the model that the posterior is of; afterwards it is bit for bit and mode for mode what it was.
         posterior: what to draw from.
         rows: N encoded rows.
         pad_token_id: token to pad with.
@@ -99,7 +99,7 @@ def predict(
     classes = max(len(row.label_tokens) for row in rows)
     drawn: Tensor | None = None
     mean = torch.full((len(rows), classes), -torch.inf)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
@@ -115,7 +115,8 @@ def predict(
             if progress:
                 progress(len(batch_rows))
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
     meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
     return Predictions(mean[None] if drawn is None else drawn, mean, labels, tuple(row.id for row in rows), meta)

@@ -66,8 +66,10 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
     if occupied and not path.is_dir():
         raise VarloraError(f"Expected `run_dir` to be a folder, but {path} is a file. Choose another name.")
     if occupied and overwrite:
-        if not (path / "config.json").is_file():
-            raise VarloraError(f"{path} is not a run directory (no config.json), so it is not deleted. Choose another.")
+        if not _is_run(path):
+            raise VarloraError(
+                f"{path} is not a run directory (no config.json with settings), so it is not deleted. Choose another."
+            )
         shutil.rmtree(path)
     elif occupied and not resume:
         raise VarloraError(
@@ -75,6 +77,15 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
             "or another `--run-dir`."
         )
     path.mkdir(parents=True, exist_ok=True)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run of ours; a base model has a config.json as well, but no settings in it."""
+    try:
+        config = read_json(path / "config.json")
+    except DamagedFileError:
+        return False
+    return isinstance(config, Mapping) and "settings" in config
 
 
 def write_text(path: Path, text: str) -> None:
@@ -118,7 +129,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, temporary, metadata=dict(metadata or {}))
+        # an empty mapping would make a file that cannot be read back
+        save_file(own, temporary, metadata=dict(metadata) if metadata else None)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -156,7 +168,10 @@ def verify_manifest(folder: Path) -> None:
     """
     if not (folder / MANIFEST).is_file():
         raise DamagedFileError(f"{folder} has no {MANIFEST}: writing it was interrupted, so it is not used.")
-    for name, digest in read_json(folder / MANIFEST).items():
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, Mapping):
+        raise DamagedFileError(f"Expected file names and checksums in {folder / MANIFEST}, but there are none.")
+    for name, digest in manifest.items():
         if not (folder / name).is_file():
             raise DamagedFileError(f"{folder / name} is absent, but {MANIFEST} lists it. Restore it from a copy.")
         if _digest(folder / name) != digest:
@@ -184,7 +199,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

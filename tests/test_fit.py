@@ -1,0 +1,505 @@
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import kill_and_resume
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import varlora.fit
+import varlora.predict
+from varlora.checkpoint import load_adapter
+from varlora.errors import ConfigError, VarloraError
+from varlora.fit import Interrupted, NotFiniteError, check_training_arguments, class_loss
+from varlora.methods import AdamW, Ivon
+from varlora.model import LoRA, load_model
+from varlora.optim.ivon import IVON
+from varlora.params import trainable
+from varlora.prompt import Encoded
+from varlora.run import load_tensors, verify_manifest
+
+METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, clip_radius=2e-2)]
+both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with helpers.one_thread():
+        yield
+
+
+class Spy(TrainerCallback):
+    """Keeps what a step began and ended with, and what a checkpoint held."""
+
+    def __init__(self, model):
+        self.model = model
+        self.begun, self.ended, self.saved, self.states = {}, {}, {}, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.args = args
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun[state.global_step + 1] = helpers.bits(self.model)
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        self.ended[state.global_step] = helpers.bits(self.model)
+        self.states[state.global_step] = copy.deepcopy(optimizer.state_dict()["state"])
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved[state.global_step] = helpers.bits(self.model)
+
+
+class At(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.action()
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in run_dir.glob("checkpoint-*"))
+
+
+def at_forwards(monkeypatch, numbers, change):
+    """Change the logits of some forward passes, counted from 1."""
+    original, count = varlora.fit.class_logits, 0
+
+    def replacement(model, batch):
+        nonlocal count
+        count += 1
+        logits = original(model, batch)
+        return change(logits) if count in numbers else logits
+
+    monkeypatch.setattr(varlora.fit, "class_logits", replacement)
+
+
+# --- what is trained ---
+
+
+def test_class_loss_is_the_sum_of_the_negative_log_probabilities():
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.5, 0.5, 0.5]], requires_grad=True)
+    labels = torch.tensor([0, 2])
+    loss = class_loss(logits, labels)
+    probabilities = logits.softmax(-1)
+    torch.testing.assert_close(loss, -(probabilities[0, 0].log() + probabilities[1, 2].log()))
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("draws", [0, 1])
+def test_training_forwards_are_draws_and_all_else_is_at_the_mean(tmp_path, monkeypatch, draws):
+    """Of IVON; AdamW's forward passes are at its only point."""
+    model = helpers.tiny_model()
+    spy, used = Spy(model), []
+    original = varlora.fit.class_logits
+
+    def watched(model, batch):
+        used.append(helpers.bits(model))
+        return original(model, batch)
+
+    monkeypatch.setattr(varlora.fit, "class_logits", watched)
+    settings = {"steps": 4, "batch_size": 2, "accumulation": 2}
+    posterior = helpers.run_fit(model, METHODS[draws], tmp_path, callbacks=[spy], **settings)
+    assert len(used) == 8
+    for step in range(1, 5):
+        begun, ended, one, two = spy.begun[step], spy.ended[step], *used[2 * step - 2 : 2 * step]
+        assert helpers.same(one, two)  # micro-batches share a draw
+        assert helpers.same(one, begun) == (draws == 0)
+        assert not any(torch.equal(ended[name], begun[name]) for name in begun) or step == 1
+        if step > 1:
+            assert helpers.same(begun, spy.ended[step - 1])
+        if draws:
+            mean = {name: state["mean"] for name, state in zip(begun, spy.states[step].values())}
+            assert helpers.same(ended, mean)
+    for step, held in spy.saved.items():
+        assert helpers.same(held, spy.ended[step])
+        if (tmp_path / f"checkpoint-{step}").exists():
+            other = helpers.tiny_model()
+            load_adapter(other, tmp_path / f"checkpoint-{step}")
+            assert helpers.same(helpers.bits(other), held)
+    assert set(spy.saved) == {2, 4}
+    assert helpers.same(dict(posterior.mean), spy.ended[4])
+
+
+@both_methods
+def test_a_forward_that_raises_leaves_the_mean(method, tmp_path, monkeypatch):
+    model = helpers.tiny_model(dropout=0.1)
+    spy = Spy(model)
+
+    def fail(logits):
+        raise RuntimeError("out of memory")
+
+    at_forwards(monkeypatch, [4], fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        helpers.run_fit(model, method, tmp_path, callbacks=[spy])
+    assert helpers.same(helpers.bits(model), spy.ended[3])
+    assert not model.training
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigma_is_logged_like_the_loss(tmp_path):
+    posterior = helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments={"logging_steps": 2})
+    lines = helpers.logged(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all({"loss", "learning_rate", "grad_norm", "epoch"} <= line.keys() for line in lines)
+
+    def mean(names):
+        return torch.cat([posterior.std[name].flatten() for name in names]).mean().item()
+
+    names = list(posterior.std)
+    assert lines[-1]["sigma"] == pytest.approx(mean(names), rel=1e-5)
+    for layer in (0, 1):
+        of_layer = [name for name in names if f".layers.{layer}." in name]
+        assert lines[-1][f"sigma/layer_{layer:02d}"] == pytest.approx(mean(of_layer), rel=1e-5)
+    assert lines[0]["sigma"] != lines[-1]["sigma"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mc_samples": 2}, {"hess_approx": "gradsq"}, {"mc_samples": 2, "hess_approx": "gradsq"}], ids=str
+)
+def test_every_kind_of_ivon_resumes_bit_for_bit(tmp_path, settings):
+    method = Ivon(lr=1.0, clip_radius=2e-2, beta2=0.9, **settings)
+    case = {"batch_size": 2, "accumulation": 2, "rows": helpers.make_rows(11), "checkpoint_every": 3}
+    helpers.run_fit(helpers.tiny_model(dropout=0.1), method, tmp_path / "whole", **case)
+    fit_until(helpers.tiny_model(dropout=0.1), method, tmp_path / "cut", 4, **case)
+    helpers.run_fit(helpers.tiny_model(dropout=0.1), method, tmp_path / "cut", resume=True, **case)
+    assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
+
+
+def fit_until(model, method, run_dir, step, **settings):
+    """Fit until a crash at the beginning of a step."""
+
+    def crash():
+        raise ConnectionAbortedError
+
+    with pytest.raises(ConnectionAbortedError):
+        helpers.run_fit(model, method, run_dir, callbacks=[At(step, crash)], **settings)
+
+
+# --- stopped ---
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Runs that died of SIGKILL and were resumed, each in a process of its own."""
+    folder, seed = tmp_path_factory.mktemp("killed"), random.randrange(10**6)
+    script = Path(kill_and_resume.__file__)
+    done = subprocess.run(
+        [sys.executable, script, folder, str(seed)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"seed {seed}: {done.stdout}\n{done.stderr}"
+    return folder, seed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("death", kill_and_resume.DEATHS)
+@pytest.mark.parametrize("method", kill_and_resume.METHODS)
+def test_killed_and_resumed_ends_in_the_bits_of_one_left_alone(killed, method, death):
+    folder, seed = killed
+    whole, resumed = folder / method / "whole", folder / method / death
+    assert helpers.outcome(resumed) == helpers.outcome(whole), f"seed {seed}"
+    expected, meta = load_tensors(whole / "predictions.safetensors")
+    found, other = load_tensors(resumed / "predictions.safetensors")
+    assert helpers.same(found, expected), f"seed {seed}"
+    assert other == meta
+
+
+@both_methods
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_writes_a_checkpoint_and_resumes_to_the_same_bits(method, number, tmp_path):
+    case = {"checkpoint_every": 100, "training_arguments": {"logging_steps": 1}, "batch_size": 2, "accumulation": 2}
+    helpers.run_fit(helpers.tiny_model(dropout=0.1), method, tmp_path / "whole", **case)
+    interrupt = At(4, lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"step 4 of 6.*checkpoint-4") as caught:
+        helpers.run_fit(helpers.tiny_model(dropout=0.1), method, tmp_path / "cut", callbacks=[interrupt], **case)
+    assert isinstance(caught.value, VarloraError)
+    assert signal.getsignal(number) is before
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-4"]
+    verify_manifest(tmp_path / "cut" / "checkpoint-4")
+    assert not (tmp_path / "cut" / "adapter").exists()
+    helpers.run_fit(helpers.tiny_model(dropout=0.1), method, tmp_path / "cut", resume=True, **case)
+    assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
+
+
+def test_interrupt_in_the_last_step_finishes(tmp_path):
+    interrupt = At(6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, callbacks=[interrupt])
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_second_interrupt_leaves_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    model = helpers.tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        helpers.run_fit(model, METHODS[1], tmp_path, callbacks=[At(3, twice)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "without manifest"])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage):
+    case = {"training_arguments": {"logging_steps": 1}, "checkpoint_every": 1}
+    helpers.run_fit(helpers.tiny_model(dropout=0.1), METHODS[1], tmp_path / "whole", **case)
+    fit_until(helpers.tiny_model(dropout=0.1), METHODS[1], tmp_path / "cut", 5, **case)
+    newest = tmp_path / "cut" / "checkpoint-4"
+    file = newest / ("manifest.json" if damage == "without manifest" else "optimizer.safetensors")
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "without manifest":
+        file.write_bytes(content[:-7] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    told: list[str] = []
+    helpers.run_fit(
+        helpers.tiny_model(dropout=0.1), METHODS[1], tmp_path / "cut", resume=True, warn=told.append, **case
+    )
+    assert len(told) == 1
+    assert "checkpoint-4" in told[0]
+    assert "before it" in told[0]
+    assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path):
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path / "whole")
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path / "resumed", resume=True)
+    assert helpers.outcome(tmp_path / "resumed") == helpers.outcome(tmp_path / "whole")
+
+
+def test_checkpoints_of_an_earlier_run_are_not_mixed_in(tmp_path):
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path)
+    with pytest.raises(VarloraError, match=r"checkpoint-\d is of an earlier run"):
+        helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path)
+
+
+# --- checkpoints ---
+
+
+@both_methods
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_checkpoints_rotate_and_hold_no_pickles(method, limit, tmp_path):
+    arguments = {"save_total_limit": limit}
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path, checkpoint_every=1, training_arguments=arguments)
+    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in range(7 - limit, 7)]
+    for name in checkpoints(tmp_path):
+        verify_manifest(tmp_path / name)
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".md"}
+
+
+def test_rotation_never_leaves_fewer_complete_ones(tmp_path, monkeypatch):
+    """The old checkpoint is there until the new one is complete."""
+    seen = []
+    original = varlora.checkpoint.write_manifest
+
+    def watched(folder):
+        if folder.name.startswith("checkpoint"):
+            seen.append([path.name for path in tmp_path.glob("checkpoint-*") if (path / "manifest.json").is_file()])
+        original(folder)
+
+    monkeypatch.setattr(varlora.checkpoint, "write_manifest", watched)
+    arguments = {"save_total_limit": 1}
+    helpers.run_fit(
+        helpers.tiny_model(), METHODS[1], tmp_path, steps=3, checkpoint_every=1, training_arguments=arguments
+    )
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
+
+
+# --- not finite ---
+
+
+def nan_logits(logits):
+    return logits * torch.nan
+
+
+def states_equal(one, other):
+    return all(
+        torch.equal(torch.as_tensor(one[index][key]), torch.as_tensor(other[index][key]))
+        for index in one
+        for key in one[index]
+    )
+
+
+@both_methods
+@pytest.mark.parametrize("where", ["loss", "one micro-batch", "gradient", "loss alone"])
+def test_step_that_is_not_finite_is_left_out_counted_and_logged(method, where, tmp_path, monkeypatch):
+    """The fourth, of two micro-batches."""
+    model = helpers.tiny_model()
+    spy, told = Spy(model), []
+
+    def now():
+        return 4 in spy.begun and 4 not in spy.ended
+
+    if where == "loss":
+        at_forwards(monkeypatch, [7, 8], nan_logits)
+    elif where == "one micro-batch":
+        at_forwards(monkeypatch, [8], nan_logits)
+    elif where == "gradient":
+        list(trainable(model).values())[-1].register_hook(lambda grad: grad * torch.inf if now() else grad)
+    else:
+        monkeypatch.setattr(varlora.fit, "class_loss", lambda *batch: class_loss(*batch) + (torch.inf if now() else 0))
+    settings = {"batch_size": 2, "accumulation": 2, "training_arguments": {"logging_steps": 1}}
+    helpers.run_fit(model, method, tmp_path, callbacks=[spy], warn=told.append, **settings)
+    assert helpers.same(spy.ended[4], spy.begun[4])
+    assert states_equal(spy.states[4], spy.states[3])
+    assert not helpers.same(spy.ended[5], spy.ended[4])
+    lines = helpers.logged(tmp_path)
+    assert [line.get("not_finite_steps") for line in lines] == [None, None, None, 1, 1, 1]
+    assert told == ["1 of 6 steps were left out because loss or gradient was not finite."]
+    assert all(value.isfinite().all() for value in helpers.bits(model).values())
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@both_methods
+def test_too_many_in_a_row_stop_with_the_last_good_state(method, tmp_path, monkeypatch):
+    model = helpers.tiny_model()
+    spy = Spy(model)
+    with monkeypatch.context() as patch:
+        at_forwards(patch, [2, 3, 5, 6, 7, 8, 9, 10], nan_logits)
+        with pytest.raises(NotFiniteError, match=r"3 steps in a row; stopped at step 7.*checkpoint-7") as caught:
+            helpers.run_fit(model, method, tmp_path, steps=12, max_not_finite=3, checkpoint_every=100, callbacks=[spy])
+    assert isinstance(caught.value, VarloraError)
+    assert helpers.same(helpers.bits(model), spy.ended[4])
+    assert checkpoints(tmp_path) == ["checkpoint-7"]
+    other = helpers.tiny_model()
+    load_adapter(other, tmp_path / "checkpoint-7")
+    assert helpers.same(helpers.bits(other), spy.ended[4])
+    told: list[str] = []
+    helpers.run_fit(model, method, tmp_path, steps=12, max_not_finite=3, resume=True, warn=told.append)
+    assert told == ["5 of 12 steps were left out because loss or gradient was not finite."]
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_steps_left_out_are_counted_over_an_interruption(tmp_path, monkeypatch):
+    case = {"training_arguments": {"logging_steps": 1}}
+    for folder, cut in (("whole", False), ("cut", True)):
+        with monkeypatch.context() as patch:
+            at_forwards(patch, [2], nan_logits)
+            if cut:
+                fit_until(helpers.tiny_model(), METHODS[1], tmp_path / folder, 5, **case)
+            else:
+                helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path / folder, **case)
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path / "cut", resume=True, **case)
+    assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
+    assert helpers.logged(tmp_path / "cut")[-1]["not_finite_steps"] == 1
+
+
+# --- arguments ---
+
+
+def test_training_arguments_pass_through(tmp_path):
+    model = helpers.tiny_model()
+    spy = Spy(model)
+    arguments = {
+        "logging_steps": 2,
+        "bf16": True,
+        "max_grad_norm": 0.25,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "dataloader_drop_last": True,
+    }
+    helpers.run_fit(model, METHODS[1], tmp_path, callbacks=[spy], training_arguments=arguments)
+    for name, value in arguments.items():
+        assert getattr(spy.args, name) == value
+    assert (spy.args.max_steps, spy.args.per_device_train_batch_size, spy.args.save_steps) == (6, 4, 2)
+    lines = helpers.logged(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[0]["learning_rate"] == pytest.approx(0.5)  # the first half of two steps of warmup
+
+
+def test_clipping_acts(tmp_path):
+    for folder, norm in (("tight", 1e-3), ("loose", 1e3)):
+        helpers.run_fit(helpers.tiny_model(), Ivon(lr=1e-6, clip_radius=1e9), tmp_path / folder, steps=2,
+                        training_arguments={"max_grad_norm": norm})  # fmt: skip
+    start = helpers.bits(helpers.tiny_model())
+    moved = {
+        folder: sum(
+            (p - start[name]).abs().sum() for name, p in helpers.bits(helpers.reloaded(tmp_path / folder)[0]).items()
+        )
+        for folder in ("tight", "loose")
+    }
+    assert 0 < moved["tight"] < 0.1 * moved["loose"]
+
+
+def test_unknown_arguments_and_ours_are_refused_together(tmp_path):
+    arguments = {"logging_step": 5, "learning_rate": 1e-3, "seed": 1, "zzzzzz": 1, "logging_steps": 5}
+    with pytest.raises(ConfigError) as caught:
+        helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments=arguments)
+    assert len(caught.value.problems) == 4
+    assert caught.value.problems == tuple(check_training_arguments(arguments))
+    text = str(caught.value)
+    assert "`training_arguments.logging_step`. Did you mean `logging_steps`" in text
+    assert "`training_arguments.learning_rate` is set by `method.lr`" in text
+    assert "`training_arguments.seed` is set by `seed`" in text
+    assert "`training_arguments.zzzzzz`. See `transformers.TrainingArguments`" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"lr_scheduler_type": "linaer"}, {"logging_steps": "many"}, {"warmup_steps": -1}]
+)
+def test_values_that_the_trainer_refuses_are_problems_of_the_configuration(tmp_path, arguments):
+    with pytest.raises(ConfigError, match="training_arguments"):
+        helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments=arguments)
+
+
+def test_rows_must_exist_and_have_labels(tmp_path):
+    fit = varlora.fit.fit
+    with pytest.raises(VarloraError, match="`rows`"):
+        fit(helpers.tiny_model(), METHODS[0], [], tmp_path, pad_token_id=0, steps=1)
+    rows = helpers.make_rows(3) + helpers.make_rows(2, labelled=False)
+    with pytest.raises(VarloraError, match="2 of 5 have none"):
+        fit(helpers.tiny_model(), METHODS[0], rows, tmp_path, pad_token_id=0, steps=1)
+
+
+def test_callbacks_see_the_optimizer_itself_and_the_log(tmp_path):
+    class Log(TrainerCallback):
+        lines = []
+
+        def on_log(self, args, state, control, logs, optimizer, **kwargs):
+            self.lines.append(logs)
+            self.optimizer = getattr(optimizer, "optimizer", optimizer)
+
+    log = Log()
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, callbacks=[log])
+    assert isinstance(log.optimizer, IVON)
+    assert {"loss", "sigma"} <= log.lines[0].keys()
+
+
+def test_training_without_a_terminal_prints_nothing(tmp_path, capfd):
+    model = helpers.tiny_model()
+    capfd.readouterr()
+    helpers.run_fit(model, METHODS[1], tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_real_model_learns(shared, tmp_path):
+    """Nothing here hangs on how tiny the model is."""
+    model, tokenizer = load_model(shared / "models" / "stories-260k", lora=LoRA(), device="cpu")
+    texts = {
+        "Tom was happy. He felt": 0,
+        "Lily was sad. She felt": 1,
+        "Ben was happy. Ben felt": 0,
+        "Sam was sad. Sam felt": 1,
+    }
+    answers = tuple(tokenizer.convert_tokens_to_ids(["\u2581a", "\u2581the"]))
+    rows = [Encoded(text, tuple(tokenizer(text)["input_ids"]), answers, label, False) for text, label in texts.items()]
+    method = Ivon(lr=1.0, clip_radius=5e-3)
+    posterior = varlora.fit.fit(model, method, rows, tmp_path, pad_token_id=tokenizer.pad_token_id, steps=40)
+    found = varlora.predict.predict(model, posterior, rows, pad_token_id=tokenizer.pad_token_id)
+    assert found.probs.argmax(-1).tolist() == list(texts.values())

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from varlora.checkpoint import save_adapter
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.model import LoRA, load_model
+from varlora.params import swapped, trainable
+from varlora.posterior import DiagonalGaussian, Mixture, Point
+from varlora.predict import Predictions, load_predictions, predict, save_predictions
+from varlora.prompt import Encoded
+from varlora.run import save_tensors
+
+ROWS = helpers.make_rows(11, seed=2)
+S, N, C = 4, 11, 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with helpers.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return helpers.tiny_model(dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def posterior(model):
+    generator = torch.Generator().manual_seed(0)
+    mean = {name: torch.randn(p.shape, generator=generator) * 0.3 for name, p in trainable(model).items()}
+    return DiagonalGaussian(mean, {name: torch.full_like(value, 0.2) for name, value in mean.items()})
+
+
+def run(model, posterior, rows=ROWS, **settings):
+    return predict(model, posterior, rows, pad_token_id=0, **{"samples": S, **settings})
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+# --- draws ---
+
+
+def test_shapes_labels_and_ids(model, posterior):
+    found = run(model, posterior)
+    assert found.logits.shape == (S, N, C)
+    assert found.logits.dtype == torch.float32
+    assert found.logits_mean.shape == (N, C)
+    assert found.labels.tolist() == [row.label for row in ROWS]
+    assert found.ids == tuple(row.id for row in ROWS)
+    assert found.meta == {"samples": "4", "tau": "1.0", "seed": "0"}
+
+
+@pytest.mark.parametrize("budget", [1, 20, 10**6])
+def test_draws_are_fixed_models_whatever_the_batches(model, posterior, budget):
+    """Row by row, some rows together, or all of them: draw s is one model, the one that the seed gives."""
+    found = run(model, posterior, token_budget=budget, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    for draw in range(S):
+        with swapped(model, posterior.draw(generator)):
+            alone = run(model, Point(helpers.bits(model)), token_budget=1)
+        close(found.logits[draw], alone.logits_mean)
+    assert (found.logits[0] - found.logits[1])[found.logits[0].isfinite()].abs().max() > 0.1
+
+
+def test_results_follow_the_rows(model, posterior):
+    order = random.Random(0).sample(range(N), N)
+    found, shuffled = run(model, posterior), run(model, posterior, [ROWS[i] for i in order], token_budget=30)
+    close(shuffled.logits, found.logits[:, order])
+    close(shuffled.logits_mean, found.logits_mean[order])
+    assert shuffled.ids == tuple(found.ids[i] for i in order)
+    assert torch.equal(shuffled.labels, found.labels[order])
+
+
+def test_more_draws_begin_with_the_same(model, posterior):
+    assert torch.equal(run(model, posterior, samples=6).logits[:2], run(model, posterior, samples=2).logits)
+
+
+def test_the_seed_decides_and_the_global_state_does_not(model, posterior):
+    found = run(model, posterior)
+    torch.manual_seed(77)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert torch.equal(run(model, posterior).logits, found.logits)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+    other = run(model, posterior, seed=1)
+    assert not torch.equal(other.logits, found.logits)
+    assert torch.equal(other.logits_mean, found.logits_mean)
+
+
+def test_no_draws_is_the_mean(model, posterior):
+    found = run(model, posterior, samples=0)
+    assert torch.equal(found.logits, found.logits_mean[None])
+    with posterior.at_mean(model):
+        close(found.logits_mean, run(model, Point(helpers.bits(model)), token_budget=1).logits[0])
+    assert found.meta["samples"] == "0"
+
+
+def test_point_has_one_draw_and_a_mixture_takes_turns(model, posterior):
+    assert run(model, Point(posterior.mean)).logits.shape == (1, N, C)
+    other = Point({name: value + 0.1 for name, value in posterior.mean.items()})
+    found = run(model, Mixture([Point(posterior.mean), other]))
+    assert found.logits.shape == (S, N, C)
+    assert torch.equal(found.logits[0], found.logits[2])
+    assert not torch.equal(found.logits[0], found.logits[1])
+    close(found.probs, found.probs_mean)
+
+
+def test_tau_scales_the_variance(model, posterior):
+    """At τ the draws are those of τ times the variance; at 0 all are the mean."""
+    wider = DiagonalGaussian(posterior.mean, {name: 2 * std for name, std in posterior.std.items()})
+    found = run(model, posterior, tau=4)
+    close(found.logits, run(model, wider).logits)
+    assert found.meta["tau"] == "4.0"
+    none = run(model, posterior, tau=0)
+    for draw in none.logits:
+        assert torch.equal(draw, none.logits_mean)
+    spread = [run(model, posterior, tau=tau).uncertainty.epistemic.mean().item() for tau in (0, 0.01, 1)]
+    assert abs(spread[0]) < 1e-9
+    assert spread[1] < spread[2]
+
+
+def test_probabilities_are_averaged_never_logits(model, posterior):
+    found = run(model, posterior)
+    by_hand = found.logits.double().softmax(-1).mean(0)
+    torch.testing.assert_close(found.probs, by_hand, rtol=0, atol=1e-12)
+    assert (found.probs - found.logits.double().mean(0).softmax(-1)).abs().max() > 1e-3
+    torch.testing.assert_close(found.probs.sum(-1), torch.ones(N, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_rows_without_an_answer_have_probability_zero_there(model, posterior):
+    found = run(model, posterior)
+    for i, row in enumerate(ROWS):
+        count = len(row.label_tokens)
+        assert found.logits[:, i, :count].isfinite().all()
+        assert (found.logits[:, i, count:] == -math.inf).all()
+        assert (found.probs[i, count:] == 0).all()
+    two = run(model, posterior, [row for row in ROWS if len(row.label_tokens) == 2])
+    assert two.logits.shape[-1] == 2
+
+
+def test_uncertainty_of_each_row(model, posterior):
+    total, aleatoric, epistemic = run(model, posterior).uncertainty
+    assert total.shape == aleatoric.shape == epistemic.shape == (N,)
+    torch.testing.assert_close(total, aleatoric + epistemic)
+    assert (epistemic > 0).all()
+    assert (total <= torch.tensor([math.log(len(row.label_tokens)) for row in ROWS]) + 1e-9).all()
+
+
+def test_unknown_labels_are_minus_one(model, posterior):
+    found = run(model, posterior, helpers.make_rows(3, labelled=False))
+    assert found.labels.tolist() == [-1, -1, -1]
+
+
+# --- what is left behind ---
+
+
+def test_model_is_left_as_it_was(model, posterior):
+    before = helpers.bits(model)
+    model.train()
+    frozen = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
+    frozen.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    found = run(model, posterior)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert helpers.same(helpers.bits(model), before)
+    model.eval()
+    assert torch.equal(run(model, posterior).logits, found.logits)  # so there was no dropout
+    assert not model.training
+    assert all(p.grad is None and not p.is_inference() for p in model.parameters())
+
+
+def test_model_is_left_as_it_was_after_an_error(model, posterior):
+    before = helpers.bits(model)
+    model.train()
+    bad = [*ROWS, Encoded("bad", (10**6,), (40, 41), 0, False)]
+    with pytest.raises(IndexError):
+        run(model, posterior, bad)
+    assert model.training
+    assert helpers.same(helpers.bits(model), before)
+    model.eval()
+
+
+def test_progress_counts_the_rows(model, posterior):
+    done: list[int] = []
+    run(model, posterior, token_budget=20, progress=done.append)
+    assert len(done) > 1
+    assert sum(done) == N
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rows": []}, "`rows`"),
+        ({"samples": -1}, "`samples`.*-1"),
+        ({"tau": -0.5}, "`tau`.*-0.5"),
+        ({"tau": math.nan}, "`tau`.*nan"),
+        ({"token_budget": 0}, "`budget`.*0"),
+    ],
+)
+def test_wrong_arguments_are_named(model, posterior, change, words):
+    with pytest.raises(VarloraError, match=words):
+        run(model, posterior, **change)
+
+
+def test_posterior_of_another_model_is_refused(model, posterior):
+    with pytest.raises(DamagedFileError, match="lora_A"):
+        run(helpers.tiny_model(rank=2), posterior)
+
+
+def test_real_model_with_a_real_tokenizer(shared, tmp_path):
+    """Nothing here hangs on how tiny the model is: on trained weights, draws spread around the mean."""
+    model, tokenizer = load_model(shared / "models" / "stories-260k", lora=LoRA(), device="cpu")
+    tokens = tokenizer.convert_tokens_to_ids(["▁a", "▁the"])
+    rows = [
+        Encoded(text, tuple(tokenizer(text)["input_ids"]), tuple(tokens), None, False)
+        for text in ("Once upon a time there was", "Tom saw", "One day, Lily went to play in")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    mean = {name: torch.randn(p.shape, generator=generator) * 0.02 for name, p in trainable(model).items()}
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(value, 0.02) for name, value in mean.items()})
+    found = predict(model, posterior, rows, pad_token_id=tokenizer.pad_token_id, samples=8)
+    alone = predict(model, posterior, rows, pad_token_id=tokenizer.pad_token_id, samples=8, token_budget=1)
+    close(found.logits, alone.logits)
+    spread = found.logits.std(0)
+    assert (spread > 0).all()
+    assert ((found.logits.mean(0) - found.logits_mean).abs() < 3 * spread).all()
+    save_adapter(model, posterior, tmp_path / "adapter")
+
+
+# --- files ---
+
+
+def test_predictions_come_back_bit_for_bit(model, posterior, tmp_path):
+    found = run(model, posterior)
+    found = replace(found, meta={**found.meta, "task": "boolq"}, ids=("ü", *found.ids[1:]))
+    save_predictions(found, tmp_path / "predictions.safetensors")
+    loaded = load_predictions(tmp_path / "predictions.safetensors")
+    assert torch.equal(loaded.logits, found.logits)
+    assert torch.equal(loaded.logits_mean, found.logits_mean)
+    assert torch.equal(loaded.labels, found.labels)
+    assert torch.equal(loaded.probs, found.probs)
+    assert loaded.ids == found.ids
+    assert loaded.meta == found.meta
+    with safe_open(tmp_path / "predictions.safetensors", "pt") as file:
+        assert set(file.keys()) == {"logits", "logits_mean", "mask", "labels"}
+        assert file.get_tensor("mask").sum(-1).tolist() == [len(row.label_tokens) for row in ROWS]
+
+
+def tensors_of(logits=None, mean=None, mask=None, labels=None):
+    return {
+        "logits": torch.zeros(2, 3, 2) if logits is None else logits,
+        "logits_mean": torch.zeros(3, 2) if mean is None else mean,
+        "mask": torch.ones(3, 2, dtype=torch.bool) if mask is None else mask,
+        "labels": torch.tensor([0, 1, -1]) if labels is None else labels,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "ids", "words"),
+    [
+        ({"logits": torch.zeros(1)}, "[]", "logits_mean"),
+        (tensors_of(logits=torch.zeros(2, 3, 4)), '["a", "b", "c"]', "shapes"),
+        (tensors_of(labels=torch.tensor([0])), '["a", "b", "c"]', "3 rows, 1 labels"),
+        (tensors_of(), '["a"]', "3 rows, 3 labels and 1 ids"),
+        (tensors_of(), '["a", ', "unreadable"),
+        (tensors_of(), None, "ids"),
+        (tensors_of(logits=torch.full((2, 3, 2), math.nan)), '["a", "b", "c"]', "not finite"),
+        (tensors_of(mask=torch.tensor([[True, False]] * 3)), '["a", "b", "c"]', "not finite"),
+        (tensors_of(labels=torch.tensor([0, 2, -1])), '["a", "b", "c"]', "label"),
+    ],
+)
+def test_file_that_does_not_hold_predictions_is_named(tmp_path, tensors, ids, words):
+    save_tensors(tmp_path / "x.safetensors", tensors, None if ids is None else {"ids": ids})
+    with pytest.raises(DamagedFileError, match=rf"x\.safetensors.*{words}"):
+        load_predictions(tmp_path / "x.safetensors")
+
+
+def test_predictions_cut_short_are_named(tmp_path):
+    save_predictions(
+        Predictions(torch.zeros(1, 2, 2), torch.zeros(2, 2), torch.tensor([0, 1]), ("a", "b")),
+        tmp_path / "x.safetensors",
+    )
+    content = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(content[:-3])
+    with pytest.raises(DamagedFileError, match=r"x\.safetensors"):
+        load_predictions(tmp_path / "x.safetensors")
+    with pytest.raises(DamagedFileError, match="absent"):
+        load_predictions(tmp_path / "y.safetensors")

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import subprocess
+
+import pytest
+import torch
+
+from varlora import run
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.run import (
+    atomic_folder,
+    load_tensors,
+    origin,
+    prepare_run_dir,
+    read_json,
+    save_tensors,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+
+def entries(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def make_run(folder):
+    write_json(folder / "config.json", {"settings": {"task": "boolq"}})
+    (folder / "checkpoint-5").mkdir()
+    return folder
+
+
+# --- a new run directory ---
+
+
+def test_prepare_makes_a_folder_with_its_parents(tmp_path):
+    prepare_run_dir(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    prepare_run_dir(tmp_path / "a" / "b")  # an empty folder is as good as none
+
+
+def test_prepare_refuses_what_exists(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    with pytest.raises(VarloraError, match=r"exists already.*--resume.*--overwrite"):
+        prepare_run_dir(run_dir)
+    assert entries(run_dir) == ["checkpoint-5", "config.json"]
+
+
+def test_prepare_resumes_without_touching(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    prepare_run_dir(run_dir, resume=True)
+    assert entries(run_dir) == ["checkpoint-5", "config.json"]
+
+
+def test_prepare_overwrites_a_run(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    prepare_run_dir(run_dir, overwrite=True)
+    assert entries(run_dir) == []
+
+
+def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    write_text(tmp_path / "thesis" / "chapter1.txt", "It was")
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model" / "config.json", {"model_type": "llama"})  # every base model has a config.json
+    (tmp_path / "broken").mkdir()
+    write_text(tmp_path / "broken" / "config.json", "{")
+    (tmp_path / "list").mkdir()
+    write_text(tmp_path / "list" / "config.json", "[]")
+    for name in ("thesis", "model", "broken", "list"):
+        before = entries(tmp_path / name)
+        with pytest.raises(VarloraError, match="not a run directory"):
+            prepare_run_dir(tmp_path / name, overwrite=True)
+        assert entries(tmp_path / name) == before
+
+
+def test_prepare_refuses_a_file_and_both_options(tmp_path):
+    write_text(tmp_path / "file", "x")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(VarloraError, match="is a file"):
+            prepare_run_dir(tmp_path / "file", **options)
+    with pytest.raises(VarloraError, match="got both"):
+        prepare_run_dir(tmp_path / "new", resume=True, overwrite=True)
+    assert not (tmp_path / "new").exists()
+
+
+# --- files ---
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "old")
+    assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
+
+    def crash(*args):
+        raise OSError("disk full")
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, crash)
+            with pytest.raises(OSError, match="disk full"):
+                write_text(path, "new")
+        assert path.read_text() == "old"
+        assert entries(path.parent) == ["file.txt"]
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-300, math.pi, -0.0, math.inf, 2**70, "σ ✓", [None, True, {"a": 1 / 3}]])
+def test_json_comes_back_bit_for_bit(tmp_path, value):
+    write_json(tmp_path / "x.json", value)
+    assert repr(read_json(tmp_path / "x.json")) == repr(value)
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DamagedFileError, match=r"absent\.json, but it is absent"):
+        read_json(tmp_path / "absent.json")
+    write_text(tmp_path / "cut.json", '{"a": 1')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    for name in ("cut.json", "bytes.json"):
+        with pytest.raises(DamagedFileError, match=f"{name}, but it cannot be read"):
+            read_json(tmp_path / name)
+
+
+def test_tensors_come_back_bit_for_bit(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "float": torch.tensor([0.1, -0.0, math.inf, math.nan]),
+        "bfloat16": torch.randn(3, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        "int": torch.tensor(2**62),
+        "bool": torch.tensor([True, False]),
+        "view": whole.t(),
+        "same storage": whole[0],
+        "empty": torch.empty(0, 3),
+        "with a graph": torch.ones(2, requires_grad=True),
+    }
+    save_tensors(tmp_path / "deep" / "x.safetensors", tensors, {"from": "here"})
+    loaded, metadata = load_tensors(tmp_path / "deep" / "x.safetensors")
+    assert metadata == {"from": "here"}
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        torch.testing.assert_close(loaded[name], value.detach(), rtol=0, atol=0, equal_nan=True)
+    assert entries(tmp_path / "deep") == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"a": "b"}])
+def test_no_tensors_come_back_as_none(tmp_path, metadata):
+    save_tensors(tmp_path / "x.safetensors", {}, metadata)
+    assert load_tensors(tmp_path / "x.safetensors") == ({}, metadata or {})
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.zeros(2)})
+
+    def crash(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(run, "save_file", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors(path, {"a": torch.ones(2)})
+    assert load_tensors(path)[0]["a"].tolist() == [0, 0]
+    assert entries(tmp_path) == ["x.safetensors"]
+
+
+def test_tensors_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(DamagedFileError, match=r"absent.safetensors, but it is absent"):
+        load_tensors(tmp_path / "absent.safetensors")
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(100)})
+    content = (tmp_path / "x.safetensors").read_bytes()
+    for size in (0, 5, 20, len(content) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(content[:size])
+        with pytest.raises(DamagedFileError, match=r"cut.safetensors, but it is damaged or cut short"):
+            load_tensors(tmp_path / "cut.safetensors")
+    with pytest.raises(DamagedFileError, match="damaged"):
+        load_tensors(tmp_path)
+
+
+# --- folders ---
+
+
+def make_folder(folder):
+    (folder / "sub").mkdir(parents=True)
+    write_text(folder / "a.txt", "a" * 100)
+    write_text(folder / "sub" / "b.txt", "")
+    write_manifest(folder)
+    return folder
+
+
+def test_manifest_says_that_a_folder_is_complete(tmp_path):
+    folder = make_folder(tmp_path / "x")
+    verify_manifest(folder)
+    write_manifest(folder)  # the manifest itself is not listed
+    verify_manifest(folder)
+    write_text(folder / "extra.txt", "users may add what they like")
+    verify_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json"),
+        (lambda folder: (folder / "sub" / "b.txt").unlink(), "b.txt is absent"),
+        (lambda folder: (folder / "a.txt").write_text("a" * 99), "a.txt is damaged"),
+        (lambda folder: (folder / "a.txt").write_text("a" * 99 + "b"), "a.txt is damaged"),
+    ],
+)
+def test_damage_to_a_folder_is_found_and_named(tmp_path, damage, named):
+    folder = make_folder(tmp_path / "x")
+    damage(folder)
+    with pytest.raises(DamagedFileError, match=named) as caught:
+        verify_manifest(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_folder_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "runs" / "adapter"
+    with atomic_folder(path) as folder:
+        write_text(folder / "x.txt", "old")
+        assert not path.exists()
+    verify_manifest(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    with pytest.raises(TypeError), atomic_folder(path) as folder:
+        write_text(folder / "x.txt", None)
+    assert (path / "x.txt").read_text() == "old"
+    with atomic_folder(path) as folder:
+        write_text(folder / "y.txt", "new")
+    assert entries(path) == ["manifest.json", "y.txt"]
+    assert entries(path.parent) == ["adapter"]
+
+
+def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "adapter"
+    with atomic_folder(path) as folder:
+        write_text(folder / "x.txt", "old")
+    rename = type(path).rename
+
+    def crash(self, target):
+        if target == path and self.suffix == ".tmp":
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(path), "rename", crash)
+    with pytest.raises(OSError, match="no space"), atomic_folder(path) as folder:
+        write_text(folder / "x.txt", "new")
+    assert (path / "x.txt").read_text() == "old"
+    assert entries(tmp_path) == ["adapter"]
+
+
+# --- origin ---
+
+
+def test_origin_names_versions_machine_and_time():
+    found = origin()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found) == {"versions", "commit", "machine", "time"}
+
+
+def test_commit_is_none_outside_a_checkout(monkeypatch):
+    def absent(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert origin()["commit"] is None
