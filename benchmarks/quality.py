@@ -32,13 +32,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from varlora.checkpoint import load_posterior, save_adapter
 from varlora.data import encode_all
-from varlora.fit import Interrupted, NotFiniteError, fit
+from varlora.errors import Interrupted
+from varlora.fit import NotFiniteError, fit
 from varlora.methods import METHODS, Method
 from varlora.metrics import evaluate, standard_error
 from varlora.model import load_model
 from varlora.params import trainable
 from varlora.posterior import Point, Posterior
-from varlora.predict import Predictions, predict, save_predictions
+from varlora.predict import predict
+from varlora.predictions import Predictions, save_predictions
 from varlora.prompt import PROMPT_VERSION, Encoded
 from varlora.run import origin, read_json, write_json
 from varlora.tasks import Example, get_task, load_rows

@@ -24,7 +24,8 @@ from varlora.fit import fit
 from varlora.methods import Method
 from varlora.model import LoRA, class_logits, load_model
 from varlora.params import trainable
-from varlora.predict import Predictions, predict
+from varlora.predict import predict
+from varlora.predictions import Predictions
 from varlora.prompt import Encoded
 
 gc.freeze()  # accelerate collects garbage at each start of training, and the imports leave a million objects to look at

@@ -22,7 +22,7 @@ import torch
 
 from varlora import checkpoint, fit
 from varlora.methods import AdamW, Ivon
-from varlora.predict import save_predictions
+from varlora.predictions import save_predictions
 
 STEPS, ACCUMULATION, EVERY = 8, 2, 2
 METHODS = {"adamw": AdamW(lr=2e-2), "ivon": Ivon(lr=1.0, clip_radius=2e-2)}

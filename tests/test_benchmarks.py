@@ -158,7 +158,7 @@ def test_the_quality_benchmark_stops_resumes_and_repeats_nothing(load, data, out
     best = max(ivon["search"], key=lambda c: (c["calibration"]["accuracy"], -c["calibration"]["nll"]))
     assert ivon["lr"] == best["lr"]
     assert written["training_seconds"]["ivon"]["runs"] == 3
-    predictions = importlib.import_module("varlora.predict").load_predictions(
+    predictions = importlib.import_module("varlora.predictions").load_predictions(
         tmp_path / "work" / f"ivon-sigma0.03-lr{ivon['lr']:g}-seed42" / "predictions.safetensors"
     )
     assert predictions.logits.shape == (2, 12, 2)

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 import varlora.fit
 import varlora.predict
 from varlora.checkpoint import load_adapter
-from varlora.errors import ConfigError, VarloraError
-from varlora.fit import Interrupted, NotFiniteError, check_training_arguments, class_loss
+from varlora.errors import ConfigError, Interrupted, VarloraError
+from varlora.fit import NotFiniteError, check_training_arguments, class_loss
 from varlora.methods import AdamW, Ivon
 from varlora.model import LoRA, load_model
 from varlora.optim.ivon import IVON

@@ -15,7 +15,7 @@ LAYERS = {
     0: {"errors", "optim", "params", "posterior", "metrics"},
     1: {"tasks", "prompt", "data", "model"},
     2: {"methods"},
-    3: {"run", "checkpoint", "fit", "predict"},
+    3: {"run", "predictions", "checkpoint", "fit", "predict"},
     4: {"config", "workflow", "progress", "report", "diagram", "demo", "cli"},
 }
 """Every file or folder of the package, by its name, and its layer."""
@@ -27,7 +27,8 @@ WITHIN = {
     "prompt": {"tasks"},
     "data": {"tasks", "prompt"},
     "checkpoint": {"run"},
-    "predict": {"run"},
+    "predictions": {"run"},
+    "predict": {"predictions"},
     "fit": {"checkpoint"},
     "workflow": {"config"},
     "report": {"diagram"},

@@ -15,7 +15,8 @@ from varlora.errors import DamagedFileError, VarloraError
 from varlora.model import LoRA, load_model
 from varlora.params import swapped, trainable
 from varlora.posterior import DiagonalGaussian, Mixture, Point
-from varlora.predict import Predictions, load_predictions, predict, save_predictions
+from varlora.predict import predict
+from varlora.predictions import Predictions, load_predictions, save_predictions
 from varlora.prompt import Encoded
 from varlora.run import save_tensors
 

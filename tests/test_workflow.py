@@ -14,7 +14,7 @@ import varlora
 from varlora import metrics
 from varlora.config import Settings, settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
-from varlora.predict import load_predictions
+from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
 from varlora.workflow import answer_rows, check_run_dir, evaluate, load, rows_of_split, settings_of, train, validate
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from varlora import __version__
-from varlora.errors import VarloraError
+from varlora.errors import Interrupted, VarloraError
 
 if TYPE_CHECKING:
     from varlora.config import Settings
@@ -95,10 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.command != "ls":  # which needs no language model
                 _quiet_libraries()
             arguments.run(arguments, console)
+    except Interrupted as error:
+        return _complain(f"{error} Run the same command with `--resume` to go on.", 130)
     except VarloraError as error:
-        fit: Any = sys.modules.get("varlora.fit")  # slow to import, and whoever was interrupted has it
-        if fit and isinstance(error, fit.Interrupted):
-            return _complain(f"{error} Run the same command with `--resume` to go on.", 130)
         return _complain(f"error: {error}")
     except KeyboardInterrupt:
         return _complain("Interrupted.", 130)

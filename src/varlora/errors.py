@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "DamagedFileError", "TaskError", "VarloraError", "did_you_mean"]
+__all__ = ["ConfigError", "DamagedFileError", "Interrupted", "TaskError", "VarloraError", "did_you_mean"]
 
 
 class VarloraError(ValueError):
@@ -28,6 +28,10 @@ class TaskError(VarloraError):
 
 class DamagedFileError(VarloraError):
     """A checkpoint or posterior that is cut short, altered, or of another model."""
+
+
+class Interrupted(VarloraError):
+    """Training was stopped by the user, after a checkpoint."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

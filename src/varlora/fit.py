@@ -26,14 +26,14 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from varlora.checkpoint import CheckpointTrainer, latest_checkpoint, restore, save_adapter, step_of
 from varlora.data import Batch, collate
-from varlora.errors import ConfigError, VarloraError, did_you_mean
+from varlora.errors import ConfigError, Interrupted, VarloraError, did_you_mean
 from varlora.methods import Method
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import Posterior
 from varlora.prompt import Encoded
 
-__all__ = ["Interrupted", "NotFiniteError", "check_training_arguments", "class_loss", "fit"]
+__all__ = ["NotFiniteError", "check_training_arguments", "class_loss", "fit"]
 
 OURS = {
     "output_dir": "run_dir",
@@ -50,10 +50,6 @@ OURS = {
     "load_best_model_at_end": "nothing: the posterior belongs to the last step",
 }
 """Fields of `TrainingArguments` that a setting of ours (or nothing) stands for."""
-
-
-class Interrupted(VarloraError):
-    """Training was stopped by the user after a checkpoint."""
 
 
 class NotFiniteError(VarloraError):
@@ -124,6 +120,12 @@ def fit(
         raise VarloraError(f"Expected a label in each training row, but {unlabelled} of {len(rows)} have none.")
     if problems := check_training_arguments(training_arguments or {}):
         raise ConfigError(problems)
+    draws = getattr(method, "mc_samples", 1)
+    if draws > accumulation:
+        raise VarloraError(
+            f"Expected `accumulation` to be at least `method.mc_samples`, but got {accumulation} for {draws} draws a "
+            f"step: each draw takes a micro-batch of its own. Pass `accumulation={draws}`."
+        )
     start = latest_checkpoint(run_dir, warn) if resume else None
     if not resume and (old := next(run_dir.glob("checkpoint-[0-9]*"), None)):
         raise VarloraError(f"{old} is of an earlier run. Pass `resume=True` to go on with it, or another `run_dir`.")
@@ -200,7 +202,7 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """
     known = set(TrainingArguments.__dataclass_fields__)
     problems = []
-    for name in arguments:
+    for name in map(str, arguments):
         if name in OURS:
             problems.append(f"`training_arguments.{name}` is set by `{OURS[name]}`. Set that and leave this out.")
         elif name not in known:

@@ -6,56 +6,20 @@ never logits.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from varlora.data import collate, token_batches
-from varlora.errors import DamagedFileError, VarloraError
-from varlora.metrics import Uncertainty, average_probs, uncertainty
+from varlora.errors import VarloraError
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import Posterior
+from varlora.predictions import Predictions
 from varlora.prompt import Encoded
-from varlora.run import load_tensors, save_tensors
 
-__all__ = ["Predictions", "load_predictions", "predict", "save_predictions"]
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Class logits of every draw for N rows with up to C answers."""
-
-    logits: Tensor
-    """(S, N, C) float32, -inf where a row does not have the answer; at the mean, S = 1, when nothing was drawn."""
-    logits_mean: Tensor
-    """(N, C) float32, at the posterior mean."""
-    labels: Tensor
-    """(N,) int64, -1 where unknown."""
-    ids: tuple[str, ...]
-    """One id for each row."""
-    meta: Mapping[str, str] = field(default_factory=dict)
-    """Where they come from: samples, tau, seed, and what the caller adds."""
-
-    @property
-    def probs(self) -> Tensor:
-        """(N, C) float64: probabilities averaged over the draws."""
-        return average_probs(self.logits)
-
-    @property
-    def probs_mean(self) -> Tensor:
-        """(N, C) float64: probabilities at the posterior mean."""
-        return average_probs(self.logits_mean[None])
-
-    @property
-    def uncertainty(self) -> Uncertainty:
-        """Total, aleatoric and epistemic uncertainty of each row, (N,) each, in nats."""
-        return uncertainty(self.logits)
+__all__ = ["predict"]
 
 
 @torch.inference_mode()
@@ -120,48 +84,3 @@ def predict(
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
     meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
     return Predictions(mean[None] if drawn is None else drawn, mean, labels, tuple(row.id for row in rows), meta)
-
-
-def save_predictions(predictions: Predictions, path: Path) -> None:
-    """Write predictions as safetensors: logits, logits_mean, mask, labels; row ids and origin in the metadata."""
-    tensors = {
-        "logits": predictions.logits,
-        "logits_mean": predictions.logits_mean,
-        "mask": predictions.logits_mean > -torch.inf,
-        "labels": predictions.labels,
-    }
-    save_tensors(path, tensors, {**predictions.meta, "ids": json.dumps(predictions.ids)})
-
-
-def load_predictions(path: Path) -> Predictions:
-    """Read what `save_predictions` wrote.
-
-    Raises:
-        DamagedFileError: the file is absent, cut short, or does not hold predictions.
-    """
-    tensors, meta = load_tensors(path)
-    try:
-        logits, mean, mask, labels = (tensors[name] for name in ("logits", "logits_mean", "mask", "labels"))
-        ids = tuple(json.loads(meta.pop("ids")))
-    except (KeyError, ValueError) as error:
-        raise DamagedFileError(f"Expected predictions in {path}, but {error} is missing or unreadable.") from error
-    problem = _problem(logits, mean, mask, labels, ids)
-    if problem:
-        raise DamagedFileError(f"Expected predictions in {path}, but {problem}. Run `varlora evaluate` again.")
-    return Predictions(logits, mean, labels, ids, meta)
-
-
-def _problem(logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tuple[Any, ...]) -> str | None:
-    if mean.ndim != 2 or logits.ndim != 3 or logits.shape[1:] != mean.shape or mask.shape != mean.shape:
-        return f"the shapes {tuple(logits.shape)}, {tuple(mean.shape)} and {tuple(mask.shape)} do not fit"
-    if labels.shape != mean.shape[:1] or len(ids) != len(mean):
-        return f"there are {len(mean)} rows, {len(labels)} labels and {len(ids)} ids"
-    if not ((logits.isfinite() == mask).all() and (mean.isfinite() == mask).all()):
-        return "logits are not finite exactly where a row has the answer"
-    known = labels >= 0
-    if (
-        not mask[known].gather(1, labels[known, None].clamp(max=mask.shape[1] - 1)).all()
-        or (labels >= mask.shape[1]).any()
-    ):
-        return "a label is not among its row's answers"
-    return None

@@ -26,7 +26,7 @@ from torch import Tensor
 from varlora import __version__, metrics
 from varlora.diagram import reliability_diagram
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.predict import Predictions, load_predictions
+from varlora.predictions import Predictions, load_predictions
 from varlora.run import read_json
 
 __all__ = ["EvaluatedRun", "Report", "Row", "Skipped", "Stat", "build_report", "read_run", "to_table"]

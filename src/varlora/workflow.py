@@ -22,7 +22,8 @@ from varlora.fit import fit
 from varlora.model import load_model
 from varlora.params import trainable
 from varlora.posterior import Posterior
-from varlora.predict import predict, save_predictions
+from varlora.predict import predict
+from varlora.predictions import save_predictions
 from varlora.prompt import PROMPT_VERSION
 from varlora.run import origin, prepare_run_dir, read_json, write_json
 from varlora.tasks import Task, get_task, load_rows, split_calibration
