@@ -1,6 +1,7 @@
 # `make demo` and `make test` set themselves up: a virtual environment with the tested versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-slow test-gpu lint format benchmarks clean
@@ -16,7 +17,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
 demo: $(VENV)/.installed
