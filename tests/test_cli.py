@@ -457,7 +457,9 @@ def test_ls(varlora_, trained, tmp_path, monkeypatch):
     assert all(name in result.out for name in (*TASKS, "adamw", "ivon", "none under recipes/", "none under runs/"))
     shutil.copytree(trained, tmp_path / "runs" / "one")
     (tmp_path / "runs" / "two" / "checkpoint-40").mkdir(parents=True)
-    (tmp_path / "runs" / "two" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "two" / "config.json").write_text('{"settings": {}}')
+    (tmp_path / "runs" / "base").mkdir()
+    (tmp_path / "runs" / "base" / "config.json").write_text("{}")  # a model's, not a run's
     assert varlora_("ls", "runs").out.split("\n")[1:3] == ["  runs/one  trained", "  runs/two  at step 40"]
     assert varlora_("ls", "nothing").code == 2
     monkeypatch.chdir(ROOT)

@@ -269,9 +269,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage
     helpers.run_fit(
         helpers.tiny_model(dropout=0.1), METHODS[1], tmp_path / "cut", resume=True, warn=told.append, **case
     )
-    assert len(told) == 1
+    assert len(told) == 2
     assert "checkpoint-4" in told[0]
-    assert "before it" in told[0]
+    assert told[1] == f"Going on from {tmp_path / 'cut' / 'checkpoint-3'}."
     assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
 
 

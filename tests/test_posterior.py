@@ -90,7 +90,7 @@ class TestEveryPosterior:
     def test_comes_back_from_its_tensors(self, kind: str) -> None:
         posterior = ALL[kind]()
         tensors = posterior.tensors()
-        again = posterior_from_tensors(kind, dict(sorted(tensors.items(), reverse=True)), {})
+        again = posterior_from_tensors(kind, dict(sorted(tensors.items(), reverse=True)))
         assert type(again) is type(posterior)
         assert again.tensors().keys() == tensors.keys()
         assert torch.equal(logits(again, 5), logits(posterior, 5))
@@ -117,7 +117,7 @@ class TestEveryPosterior:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(DamagedFileError, match="`diagonal_gaussian`"):
-        posterior_from_tensors("diagonal_gausian", {}, {})
+        posterior_from_tensors("diagonal_gausian", {})
 
 
 # --- DiagonalGaussian ---
@@ -233,7 +233,7 @@ def test_a_mixture_samples_each_member_about_equally_often() -> None:
 
 def test_a_mixture_of_more_than_ten_comes_back_in_order() -> None:
     many = Mixture([Point({"weight": torch.full((4, 3), float(k)), "bias": torch.zeros(4)}) for k in range(12)])
-    again = posterior_from_tensors("mixture", dict(sorted(many.tensors().items())), {})
+    again = posterior_from_tensors("mixture", dict(sorted(many.tensors().items())))
     assert [member.mean["weight"][0, 0].item() for member in again.members] == list(range(12))  # type: ignore[attr-defined]
 
 

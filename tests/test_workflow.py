@@ -164,6 +164,8 @@ def test_calibration_rows_are_never_trained_on_nor_reported(base, tmp_path):
     assert len(rows_of_split(task, "dev", settings, silent)) == 1
     results = evaluate(folder, split="calibration", samples=1, say=silent)
     assert results["rows"] == len(calibration)
+    assert (folder / "metrics-calibration.json").is_file()
+    assert not (folder / "predictions.safetensors").exists()  # which a report would read
 
 
 def test_without_calibration_rows_there_is_no_such_split(run_dir):
@@ -267,3 +269,52 @@ def test_a_run_directory_can_be_moved(run_dir, tmp_path):
 def test_settings_may_come_from_python_alone(base, tmp_path):
     settings = Settings(**base, run_dir=str(tmp_path / "run"), row_filter=True)
     assert (varlora.train(settings, say=silent) / "adapter").is_dir()
+
+
+def test_settings_made_in_python_are_checked(base, tmp_path):
+    wrong = Settings(task="boolqq", model=base["model"], method="ivn", steps=0, run_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError) as caught:
+        train(wrong, say=silent)
+    assert len(caught.value.problems) == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_finds_its_data_from_any_folder(base, tmp_path, monkeypatch):
+    shutil.copytree(ASSETS / "boolq", tmp_path / "here" / "boolq")
+    monkeypatch.chdir(tmp_path / "here")
+    folder = train(Settings(**{**base, "data_dir": ".", "run_dir": str(tmp_path / "run")}), say=silent)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(folder, samples=0, say=silent)["rows"] == 2
+
+
+def test_another_base_of_the_same_shapes_is_refused(run_dir, base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_pretrained(base["model"])
+    other.get_input_embeddings().weight.data.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(base["model"]).save_pretrained(tmp_path / "other")
+    with pytest.raises(DamagedFileError, match=r"the base model .*other to be what .* was trained with"):
+        load(run_dir, model=str(tmp_path / "other"))
+    shutil.copytree(base["model"], tmp_path / "copy")
+    load(run_dir, model=str(tmp_path / "copy"))
+
+
+def test_a_run_is_not_resumed_with_other_rows(run_dir, base, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.copytree(ASSETS / "boolq", tmp_path / "data" / "boolq")
+    rows = (tmp_path / "data" / "boolq" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "boolq" / "train.jsonl").write_text("\n".join(reversed(rows)) + "\n")
+    changed = settings_from({**base, "run_dir": str(tmp_path / "run"), "data_dir": str(tmp_path / "data")})
+    with pytest.raises(DamagedFileError, match="the training rows of boolq"):
+        train(changed, resume=True, say=silent)
+
+
+def test_a_task_of_another_version_is_said(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "task_version": "0"}))
+    said: list[str] = []
+    evaluate(tmp_path / "run", samples=0, say=said.append)
+    assert any("was of 0" in text for text in said)

@@ -114,7 +114,7 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    posterior = posterior_from_tensors(kind, on_device, config)
+    posterior = posterior_from_tensors(kind, on_device)
     _check_of_model(posterior, parameters, f"the posterior in {folder}")
     return posterior
 
@@ -197,13 +197,19 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
         run_dir: the run directory.
         warn: told about each newer checkpoint that is not used, and why.
     """
+    refused = False
     for path in reversed(_checkpoints(run_dir)):
         try:
             verify_manifest(path)
         except DamagedFileError as error:
-            warn(f"{error} Going on from the checkpoint before it.")
+            warn(str(error))
+            refused = True
         else:
+            if refused:
+                warn(f"Going on from {path}.")
             return path
+    if refused:
+        warn(f"There is no complete checkpoint in {run_dir}: starting from the beginning.")
     return None
 
 
@@ -238,7 +244,7 @@ def _rotate(newest: Path, limit: int) -> None:
 
 
 class CheckpointTrainer(Trainer):
-    """A `Trainer` whose checkpoints are safetensors and JSON with a manifest; FSDP and DeepSpeed keep their formats."""
+    """A `Trainer` whose checkpoints are safetensors and JSON with a manifest."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model: Any = self.model
@@ -251,16 +257,13 @@ class CheckpointTrainer(Trainer):
         load_adapter(chosen, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+        if self.args.should_save:
             optimizer, scheduler = self._stateful()
             save_state(Path(output_dir), "optimizer", optimizer.state_dict())
             save_state(Path(output_dir), "scheduler", scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         optimizer, scheduler = self._stateful()
         optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))

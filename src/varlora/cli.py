@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _quiet_libraries()
             arguments.run(arguments, console)
     except Interrupted as error:
-        return _complain(f"{error} Run the same command with `--resume` to go on.", 130)
+        return _complain(f"{error} Run the same command with `--resume` (not `--overwrite`) to go on.", 130)
     except VarloraError as error:
         return _complain(f"error: {error}")
     except KeyboardInterrupt:
@@ -267,9 +267,10 @@ def _list_recipes() -> list[str]:
 
 
 def _list_runs() -> list[str]:
+    from varlora.run import is_run
+
     lines = []
-    for config in sorted(Path("runs").rglob("config.json")):
-        folder = config.parent
+    for folder in sorted(path.parent for path in Path("runs").rglob("config.json") if is_run(path.parent)):
         states = {"adapter": "trained", "metrics.json": "evaluated"}
         found = [word for name, word in states.items() if (folder / name).exists()]
         steps = sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal())

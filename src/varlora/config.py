@@ -77,7 +77,7 @@ class Settings:
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop."""
     calibration_fraction: float = 0.1
-    """Share of the training rows that is held out for calibration, never trained on and never reported."""
+    """Share of the training rows that is held out: never trained on, to choose a scale on (`--split calibration`)."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     max_not_finite: int = 25

@@ -46,6 +46,13 @@ OURS = {
     "optim": "method",
     "weight_decay": "method.weight_decay",
     "save_steps": "checkpoint_every",
+    "num_train_epochs": "steps",
+    "adam_beta1": "method.beta1",
+    "adam_beta2": "method.beta2",
+    "adam_epsilon": "method.eps",
+    "optim_args": "method",
+    "resume_from_checkpoint": "resume",
+    "label_smoothing_factor": "nothing: the loss is the cross-entropy over the answers",
     "remove_unused_columns": "nothing: the batches need every column",
     "load_best_model_at_end": "nothing: the posterior belongs to the last step",
 }
@@ -232,7 +239,11 @@ class _Trainer(CheckpointTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
-        return batches, sum(len(batch["labels"]) for batch in batches)
+        rows = sum(len(batch["labels"]) for batch in batches)
+        for group in self.varlora_optimizer.param_groups:
+            if group.get("batch_size"):  # IVON's squared gradient scales with it; an epoch's last batch may be smaller
+                group["batch_size"] = rows
+        return batches, rows
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -273,8 +284,9 @@ class _Watch(TrainerCallback):
         finite = math.isfinite(torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum().item())
         self.losses.clear()
         if not finite:
-            for p in self.params.values():
-                p.grad = None
+            if not args.fp16:  # with loss scaling, the scaler has to see the overflow; it leaves the step out itself
+                for p in self.params.values():
+                    p.grad = None
             self.not_finite += 1
             self.not_finite_run += 1
             state.stateful_callbacks["varlora"] = {"not_finite": self.not_finite}  # for a resumed run

@@ -7,6 +7,7 @@ W x becomes W x + (alpha / rank) B A dropout(x) with A (rank, in) and B (out, ra
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from varlora.errors import ConfigError, VarloraError, did_you_mean
 
-__all__ = ["LoRA", "class_logits", "load_model", "lora_targets"]
+__all__ = ["LoRA", "base_fingerprint", "class_logits", "load_model", "lora_targets"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("8bit", "4bit")
@@ -40,7 +41,6 @@ QUANTIZATIONS = ("8bit", "4bit")
 TARGETS = (
     ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, Phi, GPT-J, ...
     ("query", "value"),  # BERT and its kin as decoders
-    ("query_proj", "value_proj"),  # ProphetNet
     ("q_b_proj", "kv_b_proj"),  # latent attention: DeepSeek
     ("q_proj", "kv_b_proj"),  # latent attention with an uncompressed query: DeepSeek-V2-Lite
     ("Wq", "Wv"),  # CTRL
@@ -432,3 +432,27 @@ def _not_causal(source: str, config: Any, why: str) -> str:
 def _unknown(argument: str, value: Any, known: Mapping[str, Any] | tuple[str, ...], end: str = "") -> str:
     hint = did_you_mean(str(value), known)
     return f"Expected `{argument}` to be {' or '.join(known)}{end}, but got {value!r}. {hint}"
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return a checksum that tells one frozen base from another of the same shapes.
+
+    It is made of the first values of each frozen parameter that is not quantised, so it is quick, and the same on every
+    device.
+
+    Args:
+        model: a model from `load_model`.
+
+    Example:
+        >>> layer = nn.Linear(2, 1).requires_grad_(False)
+        >>> before = base_fingerprint(layer)
+        >>> _ = layer.weight.add_(1.0)
+        >>> base_fingerprint(layer) == before
+        False
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            digest.update(name.encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

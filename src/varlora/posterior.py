@@ -145,7 +145,7 @@ class Point:
         return _prefixed("mean", self.mean)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Point:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Point:
         """Rebuild from `tensors()`."""
         return cls(_without_prefix("mean", tensors))
 
@@ -258,7 +258,7 @@ class DiagonalGaussian:
         return _prefixed("mean", self.mean) | _prefixed("std", self.std)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> DiagonalGaussian:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DiagonalGaussian:
         """Rebuild from `tensors()`."""
         return cls(_without_prefix("mean", tensors), _without_prefix("std", tensors))
 
@@ -324,36 +324,35 @@ class Mixture:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Mixture:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Mixture:
         """Rebuild from `tensors()`."""
         parts: dict[tuple[int, str], dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, kind, name = key.split("/", 2)
             parts.setdefault((int(index), kind), {})[name] = value
-        return cls([posterior_from_tensors(kind, parts[index, kind], options) for index, kind in sorted(parts)])
+        return cls([posterior_from_tensors(kind, parts[index, kind]) for index, kind in sorted(parts)])
 
 
 POSTERIORS: dict[str, Any] = {"point": Point, "diagonal_gaussian": DiagonalGaussian, "mixture": Mixture}
 """Every kind of posterior that a checkpoint can hold."""
 
 
-def posterior_from_tensors(kind: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Posterior:
+def posterior_from_tensors(kind: str, tensors: Mapping[str, Tensor]) -> Posterior:
     """Rebuild the posterior that a checkpoint holds.
 
     Args:
         kind: key in `POSTERIORS`.
         tensors: what `tensors()` gave.
-        options: what else the checkpoint's `posterior_config.json` says.
 
     Raises:
         DamagedFileError: the kind is unknown.
 
     Example:
-        >>> posterior_from_tensors("point", {"mean.w": torch.zeros(1)}, {}).mean
+        >>> posterior_from_tensors("point", {"mean.w": torch.zeros(1)}).mean
         {'w': tensor([0.])}
     """
     if kind not in POSTERIORS:
         raise DamagedFileError(
             f"Expected a known kind of posterior, but got {kind!r}. {did_you_mean(kind, POSTERIORS)}"
         )
-    return POSTERIORS[kind].from_tensors(tensors, options)
+    return POSTERIORS[kind].from_tensors(tensors)

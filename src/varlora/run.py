@@ -34,6 +34,7 @@ from varlora.errors import DamagedFileError, VarloraError
 
 __all__ = [
     "atomic_folder",
+    "is_run",
     "load_tensors",
     "origin",
     "prepare_run_dir",
@@ -66,7 +67,7 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
     if occupied and not path.is_dir():
         raise VarloraError(f"Expected `run_dir` to be a folder, but {path} is a file. Choose another name.")
     if occupied and overwrite:
-        if not _is_run(path):
+        if not is_run(path):
             raise VarloraError(
                 f"{path} is not a run directory (no config.json with settings), so it is not deleted. Choose another."
             )
@@ -77,9 +78,11 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
             "or another `--run-dir`."
         )
     path.mkdir(parents=True, exist_ok=True)
+    for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a folder is a run of ours; a base model has a config.json as well, but no settings in it."""
     try:
         config = read_json(path / "config.json")
@@ -231,10 +234,14 @@ def _commit() -> str | None:
     """The commit of the checkout that this package runs from, with `+` if it has changes; None for an installed one."""
     here = Path(__file__).resolve().parent
     try:
-        lines = [
+        _, commit, changes = [
             subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "."])
+            for command in (
+                ["ls-files", "--error-unmatch", Path(__file__).name],  # fails in a checkout that is not ours
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", "."],
+            )
         ]
     except (OSError, subprocess.SubprocessError):
         return None
-    return lines[0].strip() + ("+" if lines[1].strip() else "")
+    return commit.strip() + ("+" if changes.strip() else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from varlora.config import Settings, settings_from
 from varlora.data import EncodedSet, encode_all
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import fit
-from varlora.model import load_model
+from varlora.model import base_fingerprint, load_model
 from varlora.params import trainable
 from varlora.posterior import Posterior
 from varlora.predict import predict
@@ -99,6 +100,7 @@ def load(run_dir: str | Path, *, model: str | None = None, device: str | None = 
         )
     loaded, tokenizer = _load_base(settings, model, device)
     posterior = load_posterior(loaded, run_dir / "adapter")
+    _check_same(run_dir, "base", base_fingerprint(loaded), f"the base model {model or settings.model}")
     load_adapter(loaded, run_dir / "adapter")
     return Loaded(loaded, posterior, tokenizer, settings)
 
@@ -126,6 +128,7 @@ def train(
     Raises:
         VarloraError: a problem with settings, data, model or run directory; see `fit` for those of training itself.
     """
+    settings = settings_from(dataclasses.asdict(settings))  # checked, also when made in Python
     run_dir = settings.folder
     check_run_dir(settings, resume=resume, overwrite=overwrite)
     if resume and (run_dir / "adapter").is_dir():
@@ -137,11 +140,14 @@ def train(
     model, tokenizer = _load_base(settings)
     encoded = _encode(model, tokenizer, examples, settings, say)
     prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
-    config = {"settings": settings.to_dict(), "task_version": task.version, "prompt_version": PROMPT_VERSION}
-    if not (run_dir / "config.json").is_file():
-        write_json(
-            run_dir / "config.json", config | {"training_rows": len(encoded.rows), "cut": encoded.cut} | origin()
-        )
+    base, rows = base_fingerprint(model), hashlib.sha256(repr(encoded.rows).encode()).hexdigest()
+    if (run_dir / "config.json").is_file():
+        _check_same(run_dir, "base", base, f"the base model {settings.model}")
+        _check_same(run_dir, "rows", rows, f"the training rows of {task.name}")
+    else:
+        config = {"settings": settings.to_dict(), "task_version": task.version, "prompt_version": PROMPT_VERSION}
+        data = {"base": base, "rows": rows, "training_rows": len(encoded.rows), "cut": encoded.cut}
+        write_json(run_dir / "config.json", config | data | origin())
     fit(
         model,
         method,
@@ -160,6 +166,15 @@ def train(
         warn=say,
     )
     return run_dir
+
+
+def _check_same(run_dir: Path, key: str, checksum: str, what: str) -> None:
+    """Refuse a base or rows that are not those which a run was trained with; they may lie elsewhere, not differ."""
+    if read_json(run_dir / "config.json").get(key, checksum) != checksum:
+        raise DamagedFileError(
+            f"Expected {what} to be what {run_dir} was trained with, but its checksum differs. "
+            "Pass the original, or train a new run."
+        )
 
 
 def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -249,6 +264,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Predict a split's rows, and write `predictions.safetensors` and `metrics.json` to the run directory.
 
+    For the calibration split both names end in `-calibration`, so that no report shows them as results.
+
     Args:
         run_dir: a trained run.
         split: the split to report on; left out: the task's own (dev, as in the paper).
@@ -290,7 +307,8 @@ def evaluate(
         )
     meta = {**predictions.meta, "task": task.name, "split": split, "task_version": task.version}
     predictions = dataclasses.replace(predictions, meta=meta)
-    save_predictions(predictions, run_dir / "predictions.safetensors")
+    suffix = "-calibration" if split == "calibration" else ""  # to choose on; a report never reads them
+    save_predictions(predictions, run_dir / f"predictions{suffix}.safetensors")
     known = predictions.labels >= 0
     results: dict[str, Any] = {
         "task": task.name,
@@ -304,7 +322,7 @@ def evaluate(
     if known.any():
         results["mean"] = metrics.evaluate(predictions.probs_mean[known], predictions.labels[known])
         results["draws"] = metrics.evaluate(predictions.probs[known], predictions.labels[known]) if samples else None
-    write_json(run_dir / "metrics.json", results | origin())
+    write_json(run_dir / f"metrics{suffix}.json", results | origin())
     return results
 
 
@@ -349,7 +367,7 @@ def _encode(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings, say: Say
 ) -> EncodedSet:
     config: Any = model.config
-    context = getattr(config, "max_position_embeddings", None) or math.inf
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if settings.max_length is not None and settings.max_length > context:
         say(f"`max_length` {settings.max_length} is more than the model's context; {context} tokens are used.")
     length = min(settings.max_length or math.inf, context)

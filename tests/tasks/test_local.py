@@ -207,6 +207,12 @@ def test_unreadable_table_row_is_named(tmp_path, suffix, lines, number, message)
     assert message in str(caught.value)
 
 
+def test_a_quote_that_swallows_rows_is_never_skipped(tmp_path):
+    lines = [b"text,y\n", b"a,0\n", b'"never closed,0\n', *[b"b,1\n"] * 50]
+    with pytest.raises(TaskError, match=r"mine, line 3: .*lines up to 53"):
+        make_examples(get_task(task_file(tmp_path)), parse_rows(lines, ".csv"), "mine", skip_bad_rows=True)
+
+
 def test_unlabelled_rows_for_prediction(tmp_path):
     rows = parse_rows([b"text\n", b"fine\n"], ".csv")
     assert make_examples(get_task(task_file(tmp_path)), rows, "mine", labelled=False).examples[0].label is None

@@ -132,7 +132,6 @@ BAD = [
     ("arc_easy", "answerKey", "5", "field `answerKey` to be one of '1', '2', '3', '4', but got '5'"),
     ("openbookqa", "question.stem", 1, "field `stem` to be text"),
     ("openbookqa", "answerKey", None, "field `answerKey` to hold the right answer"),
-    ("openbookqa", "id", ..., "a field `id`"),
     ("boolq", "answer", "true", "field `answer` to be one of False, True, but got 'true'"),
     ("boolq", "answer", 1, "field `answer` to be one of False, True, but got 1"),
     ("boolq", "passage", "", "field `passage` to hold text"),

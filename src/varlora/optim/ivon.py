@@ -467,7 +467,7 @@ class _Bucket:
     """Parameters of one group, device and type, with their state side by side in flat buffers.
 
     Memory for each element: mean, momentum, Hessian and noise, 4 bytes each in float32; with several Monte Carlo
-    samples two more; and three scratch buffers of a chunk's size.
+    samples two more. Beside that three scratch buffers of a chunk's size, which on a GPU is up to the whole bucket.
     """
 
     @_plain()

@@ -14,7 +14,7 @@ from typing import Any
 
 from varlora.errors import ConfigError, TaskError, did_you_mean
 from varlora.tasks.arc import ARC_CHALLENGE, ARC_EASY
-from varlora.tasks.base import Example, Row, Task, parse_rows, text_field
+from varlora.tasks.base import Example, Row, Task, UnclosedQuoteError, parse_rows, text_field
 from varlora.tasks.boolq import BOOLQ
 from varlora.tasks.local import load_task
 from varlora.tasks.openbookqa import OPENBOOKQA
@@ -151,7 +151,7 @@ def make_examples(
         try:
             if isinstance(row, TaskError):
                 raise row
-            example = task.example(row, index)
+            example = task.example(row if labelled else {**row, task.label: None}, index)
             if labelled and example.label is None:
                 if task.label not in row:
                     text_field(row, task.label)  # raises: names the fields found
@@ -162,6 +162,8 @@ def make_examples(
                 )
         except TaskError as error:
             problem = f"{source}, {unit} {number}: {error}"
+            if isinstance(error, UnclosedQuoteError):
+                raise TaskError(problem) from None
             if not skip_bad_rows:
                 cure = "Mend the row, or leave malformed rows out with `skip_bad_rows=True` (--skip-bad-rows)."
                 raise TaskError(f"{problem} {cure}") from None

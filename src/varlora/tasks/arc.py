@@ -13,7 +13,7 @@ __all__ = ["ARC_CHALLENGE", "ARC_EASY"]
 
 def example(row: Row, index: int) -> Example:
     """Make the example of a row of the official release (`question.stem`) or of the hub (`question`)."""
-    return multiple_choice(row, "question")
+    return multiple_choice(row, index, "question")
 
 
 def _task(name: str, config: str) -> Task:
@@ -23,7 +23,7 @@ def _task(name: str, config: str) -> Task:
         example=example,
         files={split: f"{name}/{split}.jsonl" for split in ("train", "dev", "test")},
         label="answerKey",
-        fields=("id", "question"),
+        fields=("question",),
         hub=("allenai/ai2_arc", config),
         hub_splits={"train": "train", "dev": "validation", "test": "test"},
         row_filter=lambda example: len(example.answers) == 4,

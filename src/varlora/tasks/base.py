@@ -11,10 +11,24 @@ from typing import Any, Literal
 
 from varlora.errors import TaskError, did_you_mean
 
-__all__ = ["Example", "Task", "choice_lists", "label_index", "lettered", "multiple_choice", "parse_rows", "text_field"]
+__all__ = [
+    "Example",
+    "Task",
+    "UnclosedQuoteError",
+    "choice_lists",
+    "label_index",
+    "lettered",
+    "multiple_choice",
+    "parse_rows",
+    "text_field",
+]
 
 Row = Mapping[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class UnclosedQuoteError(TaskError):
+    """A quote in a CSV file that swallows rows: not one malformed row, so it is never skipped."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ def choice_lists(value: Any, name: str) -> tuple[list[str], list[str]]:
     return labels, texts
 
 
-def multiple_choice(row: Row, question: str) -> Example:
+def multiple_choice(row: Row, index: int, question: str) -> Example:
     """Make the example of a question with lettered choices (ARC, OpenBookQA), in the paper's wording.
 
     Labels 1, 2, ... become A, B, ...; as in the paper's code each choice starts with a capital and ends in a full stop.
@@ -168,12 +182,13 @@ def multiple_choice(row: Row, question: str) -> Example:
     Args:
         row: of the release, `{"id", "question": {"stem", "choices"}, "answerKey"}`, or of the hub, where the
             choices lie beside the question.
+        index: names a row without `id`.
         question: name of the field that holds the question on the hub.
 
     Example:
         >>> choices = {"text": ["the sun", "A lamp."], "label": ["1", "2"]}
         >>> row = {"id": "7", "question": "What is hot?", "choices": choices, "answerKey": "1"}
-        >>> multiple_choice(row, "question").tail
+        >>> multiple_choice(row, 0, "question").tail
         ' Choices: A. The sun. B. A lamp. Answer:'
     """
     if isinstance(row.get("question"), Mapping):
@@ -187,7 +202,7 @@ def multiple_choice(row: Row, question: str) -> Example:
     texts = [text[0].upper() + text[1:] for text in texts]
     texts = [text if text.endswith(".") else text + "." for text in texts]
     return Example(
-        id=text_field(row, "id"),
+        id=text_field(row, "id") if "id" in row else str(index),
         head="Select one of the choices that answers the following question: ",
         context=stem,
         tail=f" Choices: {lettered(letters, texts)} Answer:",
@@ -248,12 +263,17 @@ def _table_rows(texts: Iterator[str], suffix: str) -> Iterator[tuple[int, Row | 
         reader = csv.reader(texts, strict=True)
     names: list[str] | None = None
     while True:
+        first = reader.line_num + 1
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, TaskError(f"Expected a row of a {suffix} file, but it cannot be read: {error}.")
+            if reader.line_num > first:  # nobody knows how many rows the quote has swallowed
+                end = f"so that lines up to {reader.line_num} are no rows ({error}). Close it, or double it."
+                yield first, UnclosedQuoteError(f"Expected each quote to be closed, but one is not, {end}")
+                return
+            yield first, TaskError(f"Expected a row of a {suffix} file, but it cannot be read: {error}.")
             continue
         if not values:
             continue

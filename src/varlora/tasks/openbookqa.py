@@ -13,7 +13,7 @@ __all__ = ["OPENBOOKQA"]
 
 def example(row: Row, index: int) -> Example:
     """Make the example of a row of the official release (`question.stem`) or of the hub (`question_stem`)."""
-    return multiple_choice(row, "question_stem")
+    return multiple_choice(row, index, "question_stem")
 
 
 OPENBOOKQA = Task(
@@ -22,7 +22,7 @@ OPENBOOKQA = Task(
     example=example,
     files={split: f"openbookqa/{split}.jsonl" for split in ("train", "dev", "test")},
     label="answerKey",
-    fields=("id", "question"),
+    fields=("question",),
     hub=("allenai/openbookqa", "main"),
     hub_splits={"train": "train", "dev": "validation", "test": "test"},
     row_filter=lambda example: len(example.answers) == 4,
