@@ -40,7 +40,7 @@ __all__ = ["IVON"]
 _BUCKET = 1 << 24
 # On a CPU the update is worked off in chunks that fit the cache: it then moves each buffer through memory once instead
 # of once an operation.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 20
 # Streams of random numbers: the noise of training steps and that of evaluation draws.
 _TRAIN, _EVAL = 0, 1
 # What is saved only between a draw and the step that uses it.
