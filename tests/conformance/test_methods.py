@@ -105,6 +105,18 @@ def test_posterior_is_of_the_model_and_the_model_is_at_its_mean(row, fitted):
 
 
 @every_method
+def test_posterior_is_a_copy(row, tmp_path):
+    """What later happens to the model leaves it as it is."""
+    model = helpers.tiny_model()
+    tensors = helpers.run_fit(model, row.method, tmp_path, steps=2).tensors()
+    before = {name: value.clone() for name, value in tensors.items()}
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.add_(1)
+    assert helpers.same(tensors, before)
+
+
+@every_method
 @pytest.mark.parametrize(
     "settings", [{}, {"dtype": "bfloat16", "adapter": "bfloat16"}, {"quantization": "8bit"}], ids=str
 )
