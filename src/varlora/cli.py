@@ -70,7 +70,7 @@ examples:
 DEMO_EXAMPLES = """\
 examples:
   varlora demo
-  varlora demo --quick --out /tmp/demo
+  varlora demo --quick --out runs/quick
 """
 
 
