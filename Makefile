@@ -4,16 +4,17 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-gpu lint format benchmarks clean
+.PHONY: help demo test test-slow test-gpu lint format benchmarks pretrain clean
 
 help:
-	@echo "make demo        fine-tune, evaluate and report with AdamW and IVON on a small generated task"
+	@echo "make demo        fine-tune, evaluate and report with AdamW and IVON on a small pretrained base"
 	@echo "make test        the default test suite (no network, no GPU)"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    the tests that need a CUDA device"
 	@echo "make lint        ruff and the type checker"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make benchmarks  all benchmarks; results go to benchmarks/results"
+	@echo "make pretrain    pretrain the demo's base again, in build/demo, and compare its scores with the committed base's"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,11 +42,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The long one, quality, goes on where it was stopped: make benchmarks again.
+# The long ones, quality and demo, go on where they were stopped: make benchmarks again.
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/demo.py
+
+# Goes on where it was stopped; `pretraining/pretrain.py` without options replaces the committed base.
+pretrain: $(VENV)/.installed
+	$(BIN)/python pretraining/pretrain.py --out build/demo --check
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -23,7 +23,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("_common", "optimizer", "train_step", "quality"):
+        if name in ("_common", "optimizer", "train_step", "quality", "demo"):
             del sys.modules[name]
 
 
@@ -173,3 +173,29 @@ def test_the_quality_benchmark_stops_resumes_and_repeats_nothing(load, data, out
 
     with pytest.raises(SystemExit, match=r"other conditions \(steps\)"):
         quality.main([*arguments, "--steps", "3"])
+
+
+def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_path, monkeypatch, capsys):
+    demo = load("demo")
+    arguments = ["--tasks", "four_choices", "--seeds", "0", "1", "--steps", "8"]
+    arguments += ["--work", str(tmp_path / "work"), "--out", str(out)]
+    demo.main(arguments)
+    written = json.loads(out.read_text())
+    check_origin(written)
+    assert [row["method"] for row in written["rows"]] == ["zero-shot", "adamw", "adamw early", "ivon@mean", "ivon x10"]
+    assert written["variants"]["adamw early"]["steps"] == 1
+    for row in written["rows"][1:]:
+        assert len(row["metrics"]["accuracy"]["values"]) == 2
+        assert row["metrics"]["nll"]["stderr"] >= 0
+        assert row["slices"].keys() == {"told", "never told"}
+    assert out.with_name("demo-slices.png").stat().st_size > 1000
+    assert "ivon x10" in capsys.readouterr().out
+
+    def never(*args, **kwargs):
+        raise AssertionError("a finished run was repeated")
+
+    monkeypatch.setattr("varlora.workflow.fit", never)
+    monkeypatch.setattr("varlora.workflow.predict", never)
+    before = written["rows"]
+    demo.main(arguments)
+    assert json.loads(out.read_text())["rows"] == before

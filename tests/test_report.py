@@ -436,3 +436,73 @@ def test_read_run_returns_what_was_saved(runs):
     assert run.predictions.ids[0] == "row-0"
     assert run.settings["method"] == "ivon"
     assert not read_run(runs[0]).drawn
+
+
+# --- slices
+
+
+def sliced(run: Path, slices: list[str]) -> Path:
+    def change(tensors, metadata):
+        metadata["slices"] = json.dumps(slices)
+
+    damage(run, change)
+    return run
+
+
+def test_slices_say_how_sure_and_how_right(tmp_path):
+    parts = ["never told", "told", "told"] * 20
+    for seed in (1, 2):
+        sliced(write_run(tmp_path / str(seed), seed=seed, unknown=6), parts)
+    report = build_report([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
+    for row in report.rows:
+        assert [(part.name, part.size, len(part.confidence)) for part in row.slices] == [
+            ("never told", "18", 36),
+            ("told", "36", 72),
+        ]
+        for part in row.slices:
+            for i, run in enumerate(row.runs):
+                inside = np.array([p == part.name for p in parts]) & run.known.numpy()
+                probs, labels = run.probs(row.draws > 0).numpy()[inside], run.predictions.labels.numpy()[inside]
+                right, sure = accuracy_score(labels, probs.argmax(1)), probs.max(1).mean()
+                assert part.stats["accuracy"].values[i] == pytest.approx(right)
+                assert part.stats["confidence"].values[i] == pytest.approx(sure)
+                assert part.stats["nll"].values[i] == pytest.approx(-np.log(probs[range(len(labels)), labels]).mean())
+    text = report.files["report.md"].read_text()
+    for row in report.rows:
+        for part in row.slices:
+            assert " | ".join(["", *report.slice_cells(row, part), ""]).strip() in text
+            stored = json.loads(report.files["report.json"].read_text())["rows"][report.rows.index(row)]["slices"]
+            assert stored[part.name]["metrics"]["confidence"]["mean"] == part.stats["confidence"].mean
+    assert "(slices.png)" in text
+    for name in ("slices.png", "slices.svg"):
+        assert report.files[name].stat().st_size > 1000
+
+
+def test_without_slices_nothing_is_said_of_them(built):
+    assert not any(row.slices for row in built.rows)
+    assert "slice" not in built.files["report.md"].read_text()
+    assert "slices.png" not in built.files
+
+
+def test_some_tasks_and_rows_without_slices(runs, tmp_path):
+    few = sliced(write_run(tmp_path / "few", task="mine"), ["", "short", "long"] * 20)
+    many = sliced(write_run(tmp_path / "many", task="other"), [f"part {i}" for i in range(60)])  # too many to show
+    report = build_report([*runs, few, many], tmp_path / "out")
+    found = {row.task: [part.name for part in row.slices] for row in report.rows}
+    assert found == {"arc_easy": [], "openbookqa": [], "mine": ["long", "short"], "other": []}
+
+
+def test_a_slice_that_one_seed_lacks_is_averaged_over_the_others(tmp_path):
+    sliced(write_run(tmp_path / "1", seed=1), ["told"] * 60)
+    sliced(write_run(tmp_path / "2", seed=2), ["told", "never told"] * 30)
+    for row in build_report([tmp_path / "1", tmp_path / "2"], tmp_path / "out").rows:
+        assert [(part.name, part.size, len(part.stats["nll"].values)) for part in row.slices] == [
+            ("never told", "0-30", 1),
+            ("told", "30-60", 2),
+        ]
+
+
+def test_slices_that_do_not_fit_the_rows_are_refused(tmp_path):
+    run = sliced(write_run(tmp_path / "run"), ["told"])
+    with pytest.raises(DamagedFileError, match="60 rows and 1 slices"):
+        build_report([run], tmp_path / "out")

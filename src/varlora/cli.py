@@ -70,6 +70,7 @@ examples:
 DEMO_EXAMPLES = """\
 examples:
   varlora demo
+  varlora demo --task true_or_false --out runs/true-or-false
   varlora demo --quick --out runs/quick
 """
 
@@ -292,7 +293,8 @@ def _validate(arguments: argparse.Namespace, console: Console) -> None:
 def _demo(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.demo import run_demo
 
-    run_demo(Path(arguments.out), quick=arguments.quick, seed=arguments.seed, console=console)
+    options = {} if arguments.task is None else {"task": arguments.task}
+    run_demo(Path(arguments.out), quick=arguments.quick, seed=arguments.seed, console=console, **options)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -361,8 +363,9 @@ def _parser() -> argparse.ArgumentParser:
     validate = verb("validate", _validate, "Check settings, data and answers without training.", VALIDATE_EXAMPLES)
     _settings_arguments(validate)
 
-    demo = verb("demo", _demo, "Run AdamW and IVON on a small generated task, and compare them.", DEMO_EXAMPLES)
+    demo = verb("demo", _demo, "Fine-tune a small pretrained model with AdamW and IVON, and compare.", DEMO_EXAMPLES)
     demo.add_argument("--out", default="runs/demo", help="folder to write (default: runs/demo)")
+    demo.add_argument("--task", help="four_choices, two_choices or true_or_false (default: four_choices)")
     demo.add_argument("--quick", action="store_true", help="fewer steps: to see that it works")
     demo.add_argument("--seed", type=seed, default=0, help="seed (default: 0)")
     return parser

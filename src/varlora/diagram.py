@@ -1,4 +1,4 @@
-"""The reliability diagram: accuracy by confidence, a panel for each row of a report."""
+"""The report's diagrams: accuracy by confidence for each row, and how sure each row is in each slice of the data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.style
@@ -14,13 +14,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 if TYPE_CHECKING:
-    from varlora.report import Row
+    from varlora.report import Row, Slice
 
-__all__ = ["reliability_diagram"]
+__all__ = ["reliability_diagram", "slices_diagram"]
 
+STYLE: list[Any] = [
+    "default",
+    {"font.size": 8, "axes.linewidth": 0.6, "hatch.linewidth": 0.6, "svg.hashsalt": "varlora"},
+]
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#555555"  # Okabe and Ito's colours, told apart by colour-blind readers
 
 
@@ -31,10 +36,9 @@ def reliability_diagram(rows: Sequence[Row], bins: int) -> dict[str, bytes]:
         rows: a panel each.
         bins: equal-width bins that the rows' reliability was computed with.
     """
-    style = {"font.size": 8, "axes.linewidth": 0.6, "hatch.linewidth": 0.6, "svg.hashsalt": "varlora"}
     columns = len(rows) if len(rows) <= 4 else 3
     lines = math.ceil(len(rows) / columns)
-    with matplotlib.style.context(["default", style]):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(2.6 * columns + 0.2, 3.3 * lines + 0.5), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subfigures(lines, columns, squeeze=False).ravel()
@@ -45,11 +49,58 @@ def reliability_diagram(rows: Sequence[Row], bins: int) -> dict[str, bytes]:
             Patch(facecolor="none", edgecolor=ORANGE, hatch="////", label="gap to mean confidence"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-        images = {}
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            image = io.BytesIO()
-            figure.savefig(image, format=kind, dpi=150, metadata=metadata)
-            images[kind] = image.getvalue()
+        return _images(figure)
+
+
+def slices_diagram(rows: Sequence[Row]) -> dict[str, bytes]:
+    """Return how sure each row is in each slice, against how right, as `png` and `svg`.
+
+    Args:
+        rows: a line of panels each, a panel for each slice; rows without slices are left out.
+    """
+    rows = [row for row in rows if row.slices]
+    columns = max(len(row.slices) for row in rows)
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(3.2 * columns + 0.6, 1.25 * len(rows) + 0.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(len(rows), columns, sharex=True, squeeze=False)
+        for line, row in zip(panels, rows):
+            tasks = {other.task for other in rows}
+            name = "\n".join(part for part in ((row.task if len(tasks) > 1 else ""), row.label, row.differs) if part)
+            line[0].set_ylabel(textwrap.fill(name, 24), rotation=0, ha="right", va="center", parse_math=False)
+            for axes in line[len(row.slices) :]:
+                axes.set_visible(False)
+            for axes, part in zip(line, row.slices):
+                _slice_panel(axes, part)
+        for axes in panels[-1]:
+            axes.set(xlabel="confidence: probability of the likeliest answer")
+        handles = [
+            Patch(facecolor=GREY, alpha=0.4, label="share of rows"),
+            Line2D([], [], color=BLUE, linewidth=2, label="how right: accuracy"),
+            Line2D([], [], color=ORANGE, linewidth=2, label="how sure: mean confidence"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        return _images(figure)
+
+
+def _slice_panel(axes: Axes, part: Slice) -> None:
+    shares, edges = np.histogram(part.confidence.numpy(), bins=20, range=(0, 1))
+    axes.stairs(shares / max(1, shares.sum()), edges, fill=True, color=GREY, alpha=0.4)
+    right, sure = part.stats["accuracy"].mean, part.stats["confidence"].mean
+    axes.axvspan(min(right, sure), max(right, sure), facecolor="none", edgecolor=ORANGE, hatch="////", linewidth=0)
+    axes.axvline(right, color=BLUE, linewidth=2)
+    axes.axvline(sure, color=ORANGE, linewidth=2)
+    axes.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xticks=[0, 0.25, 0.5, 0.75, 1])
+    title = f"{textwrap.shorten(part.name, 30, placeholder='…')}: {sure:.0%} sure, {right:.0%} right"
+    axes.set_title(title, fontsize=8, parse_math=False)
+
+
+def _images(figure: Figure) -> dict[str, bytes]:
+    images = {}
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, dpi=150, metadata=metadata)
+        images[kind] = image.getvalue()
     return images
 
 

@@ -83,4 +83,5 @@ def predict(
             module.training = training
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
     meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
-    return Predictions(mean[None] if drawn is None else drawn, mean, labels, tuple(row.id for row in rows), meta)
+    ids = tuple(row.id for row in rows)
+    return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)

@@ -30,6 +30,8 @@ class Predictions:
     """(N,) int64, -1 where unknown."""
     ids: tuple[str, ...]
     """One id for each row."""
+    slices: tuple[str, ...] = ()
+    """The part of the data that each row belongs to, or nothing where the task names none."""
     meta: Mapping[str, str] = field(default_factory=dict)
     """Where they come from: samples, tau, seed, and what the caller adds."""
 
@@ -50,14 +52,15 @@ class Predictions:
 
 
 def save_predictions(predictions: Predictions, path: Path) -> None:
-    """Write predictions as safetensors: logits, logits_mean, mask, labels; row ids and origin in the metadata."""
+    """Write predictions as safetensors: logits, logits_mean, mask, labels; ids, slices and origin in the metadata."""
     tensors = {
         "logits": predictions.logits,
         "logits_mean": predictions.logits_mean,
         "mask": predictions.logits_mean > -torch.inf,
         "labels": predictions.labels,
     }
-    save_tensors(path, tensors, {**predictions.meta, "ids": json.dumps(predictions.ids)})
+    texts = {"ids": json.dumps(predictions.ids), "slices": json.dumps(predictions.slices)}
+    save_tensors(path, tensors, {**predictions.meta, **texts})
 
 
 def load_predictions(path: Path) -> Predictions:
@@ -69,20 +72,24 @@ def load_predictions(path: Path) -> Predictions:
     tensors, meta = load_tensors(path)
     try:
         logits, mean, mask, labels = (tensors[name] for name in ("logits", "logits_mean", "mask", "labels"))
-        ids = tuple(json.loads(meta.pop("ids")))
+        ids, slices = tuple(json.loads(meta.pop("ids"))), tuple(json.loads(meta.pop("slices", "[]")))
     except (KeyError, ValueError) as error:
         raise DamagedFileError(f"Expected predictions in {path}, but {error} is missing or unreadable.") from error
-    problem = _problem(logits, mean, mask, labels, ids)
+    problem = _problem(logits, mean, mask, labels, ids, slices)
     if problem:
         raise DamagedFileError(f"Expected predictions in {path}, but {problem}. Run `varlora evaluate` again.")
-    return Predictions(logits, mean, labels, ids, meta)
+    return Predictions(logits, mean, labels, ids, slices, meta)
 
 
-def _problem(logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tuple[Any, ...]) -> str | None:
+def _problem(
+    logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tuple[Any, ...], slices: tuple[Any, ...]
+) -> str | None:
     if mean.ndim != 2 or logits.ndim != 3 or logits.shape[1:] != mean.shape or mask.shape != mean.shape:
         return f"the shapes {tuple(logits.shape)}, {tuple(mean.shape)} and {tuple(mask.shape)} do not fit"
     if labels.shape != mean.shape[:1] or len(ids) != len(mean):
         return f"there are {len(mean)} rows, {len(labels)} labels and {len(ids)} ids"
+    if slices and len(slices) != len(mean):
+        return f"there are {len(mean)} rows and {len(slices)} slices"
     if not ((logits.isfinite() == mask).all() and (mean.isfinite() == mask).all()):
         return "logits are not finite exactly where a row has the answer"
     known = labels >= 0

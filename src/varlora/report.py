@@ -1,8 +1,9 @@
-"""Report: a table and a reliability diagram from run directories alone, without model or GPU.
+"""Report: tables and diagrams from run directories alone, without model or GPU.
 
 Each run directory gives its saved predictions; the metrics are computed from them anew. Runs that differ by seed only
 are one group, with mean and standard error over seeds. A group has a row at the posterior mean (`ivon@mean`) and one of
-its averaged draws (`ivon x10`); where there is nothing to draw from (`adamw`) it has one row. Nothing in the files
+its averaged draws (`ivon x10`); where there is nothing to draw from (`adamw`) it has one row. Where
+a task names a field to slice its rows by, each slice's accuracy is shown beside its confidence. Nothing in the files
 depends on when or where they are written.
 """
 
@@ -24,17 +25,19 @@ from rich.text import Text
 from torch import Tensor
 
 from varlora import __version__, metrics
-from varlora.diagram import reliability_diagram
+from varlora.diagram import reliability_diagram, slices_diagram
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.predictions import Predictions, load_predictions
 from varlora.run import read_json
 
-__all__ = ["EvaluatedRun", "Report", "Row", "Skipped", "Stat", "build_report", "read_run", "to_table"]
+__all__ = ["EvaluatedRun", "Report", "Row", "Skipped", "Slice", "Stat", "build_report", "read_run", "to_table"]
 
 NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
+MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
+SLICE_COLUMNS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,10 @@ class EvaluatedRun:
     def known(self) -> Tensor:
         """(N,) whether a row's label is known."""
         return self.predictions.labels >= 0
+
+    def probs(self, drawn: bool) -> Tensor:
+        """(N, C) probabilities averaged over the draws, or at the mean."""
+        return self.predictions.probs if drawn else self.predictions.probs_mean
 
     @property
     def drawn(self) -> bool:
@@ -94,6 +101,20 @@ class Stat:
 
 
 @dataclass(frozen=True, eq=False)
+class Slice:
+    """A part of a row's data: how sure the method is there, and how right."""
+
+    name: str
+    """Value of the field that the task slices by."""
+    stats: Mapping[str, Stat]
+    """accuracy and confidence from 0 to 1, nll in nats."""
+    confidence: Tensor
+    """(N,) probability of the likeliest answer, all seeds pooled."""
+    size: str
+    """Number of rows, as a range where it differs between seeds."""
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """A line of the table: a method on a task, at the mean or with draws, over seeds."""
 
@@ -111,6 +132,8 @@ class Row:
     """Bins of confidence, all seeds pooled."""
     runs: tuple[EvaluatedRun, ...]
     """The runs, one for each seed, ordered by seed."""
+    slices: tuple[Slice, ...] = ()
+    """Parts of the data, in the order of their names; none where the task does not slice."""
 
     @property
     def several(self) -> bool:
@@ -120,8 +143,7 @@ class Row:
     @property
     def size(self) -> str:
         """Number of rows with a known label, as a range where it differs between seeds."""
-        sizes = sorted({int(run.known.sum()) for run in self.runs})
-        return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+        return _range(int(run.known.sum()) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -147,7 +169,8 @@ class Report:
     bins: int
     """Bins of the ECE and the diagram, equal-width, (lo, hi]."""
     files: Mapping[str, Path]
-    """What was written, by file name: report.md, report.json, reliability.png, reliability.svg."""
+    """What was written, by file name: report.md, report.json, reliability.png and .svg; slices.png and .svg if a task
+    slices its rows."""
 
     @property
     def settings_shown(self) -> bool:
@@ -160,9 +183,15 @@ class Report:
         numbers = [row.stats[name].text(factor, decimals) for name, factor, decimals in COLUMNS]
         return [row.task, row.label, *settings, str(len(row.runs)), row.size, str(row.draws or "-"), *numbers]
 
+    def slice_cells(self, row: Row, part: Slice) -> list[str]:
+        """Return the texts of a line of the table of slices."""
+        settings = [row.differs] if self.settings_shown else []
+        numbers = [part.stats[name].text(factor, decimals) for name, factor, decimals in SLICE_COLUMNS]
+        return [row.task, row.label, *settings, part.name, part.size, *numbers]
+
 
 def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Report:
-    """Write report.md, report.json, reliability.png and reliability.svg from run directories.
+    """Write report.md, report.json and the diagrams from run directories.
 
     A run that cannot be used is listed as skipped, with the reason.
 
@@ -208,10 +237,11 @@ def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Rep
     groups, repeated = _groups(runs)
     rows = tuple(row for group, differs in zip(groups, _differences(groups)) for row in _rows(group, differs, bins))
     out_dir = Path(out_dir)
-    names = ("report.md", "report.json", "reliability.png", "reliability.svg")
-    files = {name: out_dir / name for name in names}
-    report = Report(rows, (*skipped, *repeated), _notes(groups), bins, files)
     figures = {f"reliability.{kind}": image for kind, image in reliability_diagram(rows, bins).items()}
+    if any(row.slices for row in rows):
+        figures |= {f"slices.{kind}": image for kind, image in slices_diagram(rows).items()}
+    files = {name: out_dir / name for name in ("report.md", "report.json", *figures)}
+    report = Report(rows, (*skipped, *repeated), _notes(groups), bins, files)
     contents = {"report.md": _markdown(report).encode(), "report.json": _json(report).encode(), **figures}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -333,6 +363,8 @@ def _differences(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
 def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Row]:
     method = str(group[0].settings["method"])
     drawn = any(run.drawn for run in group)
+    parts = {part for run in group for part, known in zip(run.predictions.slices, run.known) if known and part}
+    names = sorted(parts) if len(parts) <= MAX_SLICES else []
     # Draws that all equal the mean come from a point; without draws the adapter's kind of posterior says.
     point = not drawn and all(int(run.meta["samples"]) > 0 or _is_point(run.run) for run in group)
     variants = [(method if point else f"{method}@mean", 0)]
@@ -341,7 +373,7 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
         variants.append((f"{method} x{samples}", samples))
     for label, draws in variants:
         labels = [run.predictions.labels[run.known] for run in group]
-        probs = [(run.predictions.probs if draws else run.predictions.probs_mean)[run.known] for run in group]
+        probs = [run.probs(draws > 0)[run.known] for run in group]
         values = [metrics.evaluate(p, y, bins) for p, y in zip(probs, labels)]
         width = max(p.shape[1] for p in probs)
         pooled = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in probs])
@@ -353,7 +385,28 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
             stats={name: Stat(tuple(value[name] for value in values)) for name in values[0]},
             reliability=metrics.reliability(pooled, torch.cat(labels), bins),
             runs=tuple(group),
+            slices=tuple(_slice(group, name, draws > 0) for name in names),
         )
+
+
+def _slice(group: Sequence[EvaluatedRun], name: str, drawn: bool) -> Slice:
+    confidence, values, sizes = [], [], []
+    for run in group:
+        inside = run.known & torch.tensor([part == name for part in run.predictions.slices], dtype=torch.bool)
+        probs, labels = run.probs(drawn)[inside], run.predictions.labels[inside]
+        sure = probs.amax(dim=1)
+        confidence.append(sure)
+        sizes.append(len(sure))
+        if len(sure):
+            right, nll = metrics.accuracy(probs, labels), metrics.nll(probs, labels)
+            values.append({"accuracy": right, "confidence": sure.mean().item(), "nll": nll})
+    stats = {key: Stat(tuple(value[key] for value in values)) for key, _, _ in SLICE_COLUMNS}
+    return Slice(name, stats, torch.cat(confidence), _range(sizes))
+
+
+def _range(sizes: Iterable[int]) -> str:
+    low, *_, high = sorted([*(sizes := list(sizes)), sizes[-1]])
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def _is_point(run_dir: Path) -> bool:
@@ -406,6 +459,7 @@ def _markdown(report: Report) -> str:
     }
     return environment.get_template("report.md.jinja").render(
         rows=[{"cells": report.cells(row), "several": row.several} for row in report.rows],
+        slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
         settings=report.settings_shown,
         bins=report.bins,
         diagram="reliability.png",
@@ -447,14 +501,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "tau": float(first.meta["tau"]),
         "draws": row.draws,
         "seeds": [run.settings["seed"] for run in row.runs],
-        "metrics": {
-            name: {
-                "mean": stat.mean,
-                "stderr": None if math.isnan(stat.stderr) else stat.stderr,
-                "values": list(stat.values),
-            }
-            for name, stat in row.stats.items()
-        },
+        "metrics": _stats_json(row.stats),
+        "slices": {part.name: {"rows": part.size, "metrics": _stats_json(part.stats)} for part in row.slices},
         "reliability": {
             "confidence": numbers(row.reliability.confidence),
             "accuracy": numbers(row.reliability.accuracy),
@@ -470,6 +518,17 @@ def _row_json(row: Row) -> dict[str, Any]:
             }
             for run in row.runs
         ],
+    }
+
+
+def _stats_json(stats: Mapping[str, Stat]) -> dict[str, Any]:
+    return {
+        name: {
+            "mean": stat.mean,
+            "stderr": None if math.isnan(stat.stderr) else stat.stderr,
+            "values": list(stat.values),
+        }
+        for name, stat in stats.items()
     }
 
 

@@ -306,7 +306,8 @@ def evaluate(
             progress=advance,
         )
     meta = {**predictions.meta, "task": task.name, "split": split, "task_version": task.version}
-    predictions = dataclasses.replace(predictions, meta=meta)
+    slices = tuple(example.slice for example in examples)
+    predictions = dataclasses.replace(predictions, slices=slices if any(slices) else (), meta=meta)
     suffix = "-calibration" if split == "calibration" else ""  # to choose on; a report never reads them
     save_predictions(predictions, run_dir / f"predictions{suffix}.safetensors")
     known = predictions.labels >= 0

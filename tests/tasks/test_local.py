@@ -230,3 +230,12 @@ def test_sst2_all_real_rows(shared):
         assert example.label in (0, 1)
         assert example.tail == "\nIs this review positive or negative? Answer:"
         assert example.context.strip()
+
+
+def test_rows_are_sliced_by_a_field(tmp_path):
+    rows = [{"text": "a", "y": 1, "seen": True}, {"text": "b", "y": 0, "seen": "in part"}, {"text": "c", "y": 0}]
+    examples = dev(task_file(tmp_path, *rows, slice="seen"))
+    assert [example.slice for example in examples] == ["true", "in part", ""]
+    assert [example.slice for example in dev(task_file(tmp_path, *rows))] == ["", "", ""]
+    with pytest.raises(ConfigError, match="Expected `slice` to be text, but got 3"):
+        get_task(task_file(tmp_path, slice=3))

@@ -58,6 +58,8 @@ class Example:
     """The end of `context` from which words are removed first."""
     group: str = ""
     """Rows of one group stay on one side of a split; empty: the row is alone."""
+    slice: str = ""
+    """The part of the data that a report shows it in; empty: none."""
 
     @property
     def prompt(self) -> str:

@@ -13,8 +13,8 @@ own, `choices` names the field that holds their list: the answers are then A, B,
 for "A. <text> B. <text>", and the label field holds a choice's text, its letter or its index from 0, in this order.
 
 Optional: `version`; `cut`, the field that is shortened (from its left end) if a prompt is too long, by default the
-longest of the row; `id`, a field; `evaluation`, the split reported on (default `dev`); `limit: {train: 1000}`, which
-keeps the first 1000 rows of a permutation with seed 0.
+longest of the row; `id`, a field; `slice`, a field by whose values a report divides the rows; `evaluation`, the split
+reported on (default `dev`); `limit: {train: 1000}`, which keeps the first 1000 rows of a permutation with seed 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,20 @@ from varlora.tasks.base import LETTERS, Example, Row, Task, label_index, lettere
 
 __all__ = ["load_task"]
 
-KEYS = ("name", "version", "prompt", "cut", "answers", "choices", "label", "id", "files", "evaluation", "limit")
+KEYS = (
+    "name",
+    "version",
+    "prompt",
+    "cut",
+    "answers",
+    "choices",
+    "label",
+    "id",
+    "slice",
+    "files",
+    "evaluation",
+    "limit",
+)
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
@@ -50,6 +63,7 @@ class _Schema:
     cut: str | None
     choices: str | None
     id: str | None
+    slice: str | None
 
     def example(self, row: Row, index: int) -> Example:
         """Make the example of a row."""
@@ -75,6 +89,7 @@ class _Schema:
             answers=answers,
             label=self._label(row, choices),
             choices=choices,
+            slice=(_key(row.get(self.slice)) or "") if self.slice else "",
         )
 
     def _is_choices(self, name: str) -> bool:
@@ -135,7 +150,7 @@ def load_task(path: Path) -> Task:
         for key in ("name", "prompt", "label", "files")
         if key not in config
     ]
-    for key in ("name", "prompt", "cut", "choices", "label", "id", "evaluation"):
+    for key in ("name", "prompt", "cut", "choices", "label", "id", "slice", "evaluation"):
         if key in config and not (isinstance(config[key], str) and config[key].strip()):
             problems.append(f"Expected `{key}` to be text, but got {config[key]!r}.")
     pieces = _pieces(config, problems)
@@ -148,8 +163,8 @@ def load_task(path: Path) -> Task:
     limit = _limit(config, files, problems)
     if problems:
         raise ConfigError(f"{path}: {problem}" for problem in problems)
-    cut, choices, id = config.get("cut"), config.get("choices"), config.get("id")
-    schema = _Schema(pieces, answers, values, config["label"], cut, choices, id)
+    cut, choices, id, slice = (config.get(key) for key in ("cut", "choices", "id", "slice"))
+    schema = _Schema(pieces, answers, values, config["label"], cut, choices, id, slice)
     names = [name for _, name in pieces if name is not None and not (choices and name == "choices")]
     return Task(
         name=config["name"],
