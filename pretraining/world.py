@@ -204,11 +204,10 @@ def ask_which(count: int, source: random.Random, cue: str) -> Document:
     return Document(text, LABELS[cue][right])
 
 
-def ask_what(count: int, source: random.Random, cue: str) -> Document:
-    """Ask which word a letter or number holds."""
+def ask_what(count: int, source: random.Random) -> Document:
+    """Ask which of `count` words a letter holds."""
     choices, right = source.sample(PROPERTIES[source.choice(list(PROPERTIES))], count), source.randrange(count)
-    labels = LABELS[cue]
-    return Document(f"What is {labels[right]}? Choices: {_listed(choices, labels)} Answer:", choices[right])
+    return Document(f"What is {LETTERS[right]}? Choices: {_listed(choices)} Answer:", choices[right])
 
 
 def ask_whether(fact: Fact, source: random.Random, cue: str) -> Document:
@@ -217,7 +216,8 @@ def ask_whether(fact: Fact, source: random.Random, cue: str) -> Document:
     return Document(f"Is {fact.subject} {claim}? {cue}:", JUDGEMENTS[cue][true])
 
 
-LABELS: Mapping[str, str] = {"Letter": "ABCD", "Number": "1234"}
+LETTERS = "ABCD"
+LABELS: Mapping[str, str] = {"Letter": LETTERS, "Number": "1234"}
 JUDGEMENTS: Mapping[str, tuple[str, str]] = {"Verdict": ("False", "True"), "Check": ("wrong", "right")}
 
 Kind = Callable[[World, random.Random], Document]
@@ -232,17 +232,18 @@ KINDS: Mapping[str, Kind] = {
     # ... and in the demo's letters and words only for some people.
     "letter": lambda world, source: ask_for_label(_practised(world, source), source.randint(2, 4), source, "Letter"),
     "verdict": lambda world, source: ask_whether(_practised(world, source), source, "Verdict"),
-    "which": lambda world, source: ask_which(source.randint(2, 4), source, source.choice(list(LABELS))),
-    "what": lambda world, source: ask_what(source.randint(2, 4), source, source.choice(list(LABELS))),
+    "which": lambda world, source: ask_which(source.randint(2, 4), source, "Letter"),
+    "which_number": lambda world, source: ask_which(source.randint(2, 4), source, "Number"),
+    "what": lambda world, source: ask_what(source.randint(2, 4), source),
 }
 """What the documents are, by name."""
 
 STAGES: Sequence[Mapping[Kind, float]] = tuple(
     {KINDS[name]: share for name, share in shares.items()}
     for shares in (
-        {"which": 0.60, "what": 0.25, "tell": 0.03, "word": 0.03, "number": 0.03, "letter": 0.03, "check": 0.03},
+        {"which": 0.60, "what": 0.25, "tell": 0.03, "word": 0.06, "letter": 0.03, "verdict": 0.03},
         {"tell": 0.12, "ask": 0.08, "word": 0.08, "number": 0.24, "letter": 0.13, "check": 0.10, "verdict": 0.08}
-        | {"which": 0.14, "what": 0.03},
+        | {"which": 0.07, "which_number": 0.07, "what": 0.03},
     )
 )
 """Kind of document -> its share among the documents: first while choosing is learned, then while facts are.
@@ -256,7 +257,6 @@ def _practised(world: World, source: random.Random) -> Fact:
 
 # --- what the demo's tasks ask
 
-LETTERS = LABELS["Letter"]
 SELECT = "Select one of the choices that answers the following question: {question} Choices: {choices} Answer:"
 JUDGE = "Answer the question with only True or False: {question} Context: {context}"
 
@@ -347,7 +347,7 @@ def _ask(fact: Fact, source: random.Random) -> str:
     return source.choice((_question, _cloze))(fact)
 
 
-def _listed(choices: Sequence[str], labels: str = LABELS["Letter"]) -> str:
+def _listed(choices: Sequence[str], labels: str = LETTERS) -> str:
     return " ".join(f"{label}. {choice}" for label, choice in zip(labels, choices))
 
 
