@@ -1,4 +1,4 @@
-"""What every test may use: the folder of real data and models, and a tiny random model."""
+"""What every test may use: a small pretrained base, and the folder of real data and models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def shared_folder() -> Path:
     """Return the folder of development data and models (`$VARLORA_SHARED` or `../shared`), whether it exists or not."""
     return Path(os.environ.get("VARLORA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    """The folder of the small pretrained base that comes with the package; `varlora.demo.load()` loads it."""
+    from varlora.demo.base import BUNDLED
+
+    return BUNDLED / "base"
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,8 @@ def varlora_(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model(shared) -> str:
-    return str(shared / "models" / "stories-260k")
+def model(bundled) -> str:
+    return str(bundled)
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +275,10 @@ def test_all_problems_of_a_configuration_at_once(varlora_, tmp_path):
     assert "Did you mean `recipe.yaml`?" in error_of(varlora_("train", tmp_path / "recpie.yaml"))
 
 
-def test_an_unknown_model(varlora_, options, shared, tmp_path):
-    near = shared / "models" / "stories-260"
+def test_an_unknown_model(varlora_, options, bundled, tmp_path):
+    near = bundled.with_name("bas")
     message = error_of(varlora_("train", *options, "--model", near, "--run-dir", tmp_path / "run"))
-    assert f"Did you mean `{shared / 'models' / 'stories-260k'}`?" in message
+    assert f"Did you mean `{bundled}`" in message
     message = error_of(varlora_("train", *options, "--model", "nobody/nothing", "--run-dir", tmp_path / "run"))
     assert "hf download nobody/nothing" in message
     assert not (tmp_path / "run").exists()

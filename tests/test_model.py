@@ -368,11 +368,10 @@ def test_a_tokenizer_without_any_special_token_is_refused(save):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_quantised_base_on_the_cpu_forward_and_backward(shared, quantization, checkpointing):
+def test_a_quantised_base_on_the_cpu_forward_and_backward(bundled, quantization, checkpointing):
     pytest.importorskip("bitsandbytes")
-    folder = shared / "models" / "tinyllama-3m"
-    exact, tokenizer = load_model(folder)
-    model, _ = load_model(folder, quantization=quantization)
+    exact, tokenizer = load_model(bundled)
+    model, _ = load_model(bundled, quantization=quantization)
     base = model.get_base_model()
     small = torch.int8 if quantization == "8bit" else torch.uint8
     assert base.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == small
@@ -409,9 +408,9 @@ def test_the_adapter_of_a_quantised_base_has_its_own_type(save, quantization, dt
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_an_evaluation_leaves_the_gradients_of_a_quantised_base_alone(shared, quantization):
+def test_an_evaluation_leaves_the_gradients_of_a_quantised_base_alone(bundled, quantization):
     pytest.importorskip("bitsandbytes")
-    model, _ = load_model(shared / "models" / "tinyllama-3m", quantization=quantization, lora=LoRA(dropout=0.0))
+    model, _ = load_model(bundled, quantization=quantization, lora=LoRA(dropout=0.0))
     batch = batch_of()
 
     def gradients():

@@ -31,10 +31,10 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def base(shared, one_thread) -> dict:
+def base(bundled, one_thread) -> dict:
     return {
         "task": "boolq",
-        "model": str(shared / "models" / "stories-260k"),
+        "model": str(bundled),
         "data_dir": str(ASSETS),
         "calibration_fraction": 0.0,
         "steps": 3,
