@@ -13,7 +13,10 @@ the scores agree within `TOLERANCE`, which `--check` verifies.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
+import math
 import random
 import shutil
 import sys
@@ -64,8 +67,9 @@ CHOOSING = 0.26  # share of the steps in which choosing is learned, before facts
 ANSWER_WEIGHT = 8.0  # of the token that answers a question, in the loss
 SAVE_EVERY = 250  # steps between checkpoints
 PROBES = 600  # questions behind each score
-TOLERANCE = 0.06
-"""By how much scores of two machines may differ: three standard errors of a share of `PROBES` questions."""
+TOLERANCE, TOLERANCE_NEVER_TOLD = 0.08, 0.16
+"""By how much a score may differ between two machines. There are only 180 facts to ask about that were never told, and
+two bases guess them differently."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,15 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     expected = read_json(PACKAGE / "base" / "pretraining.json")["scores"] if args.check else {}
     begin(args.work, settings)
     torch.set_num_threads(args.threads)
+    made = args.work / "made"  # put in place at the end, so that base and tasks are always of one world
     world = make_world(args.seed)
-    write_tasks(args.out / "tasks", world)
+    write_tasks(made / "tasks", world)
     tokenizer = make_tokenizer(world)
-    model, seconds = pretrain(world, tokenizer, args)
-    found = scores(model, tokenizer, world, args.out / "tasks")
-    model.save_pretrained(args.out / "base")
-    tokenizer.save_pretrained(args.out / "base")
-    made = {"settings": settings, "parameters": model.num_parameters(), "seconds": round(seconds), "scores": found}
-    write_json(args.out / "base" / "pretraining.json", made | {"origin": origin()})
+    model, seconds = pretrain(world, tokenizer, args, made / "tasks")
+    found = scores(model, tokenizer, world, made / "tasks")
+    model.save_pretrained(made / "base")
+    tokenizer.save_pretrained(made / "base")
+    card = {"settings": settings, "parameters": model.num_parameters(), "seconds": round(seconds), "scores": found}
+    write_json(made / "base" / "pretraining.json", card | {"origin": origin()})
+    shutil.copytree(made, args.out, dirs_exist_ok=True)
     shutil.rmtree(args.work)
     print(json.dumps(found, indent=2))
     return compare(found, expected)
@@ -99,20 +105,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def begin(work: Path, settings: Mapping[str, Any]) -> None:
     """Remember what the checkpoints in a folder are made with, and refuse to go on with anything else."""
-    if (work / "settings.json").is_file() and (before := read_json(work / "settings.json")) != settings:
-        raise SystemExit(f"{work} holds checkpoints of {before}, not of {settings}. Delete it, or pass another --work.")
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("pretrain.py", "world.py"))
+    now = {**settings, "sources": hashlib.sha256(sources).hexdigest()}
+    marker = work / "settings.json"
+    if work.exists() and any(work.iterdir()):
+        before = read_json(marker) if marker.is_file() else None
+        if before != now:
+            what = "no checkpoints of this script" if before is None else f"checkpoints of {before}, not of {now}"
+            raise SystemExit(f"{work} holds {what}. Delete it, or pass another --work.")
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "settings.json", settings)
+    write_json(marker, now)
 
 
 def compare(found: Mapping[str, float], expected: Mapping[str, float]) -> int:
-    """Say which scores differ by more than the tolerance, and return how many."""
-    wrong = [name for name in expected if not abs(found[name] - expected[name]) <= TOLERANCE]
-    for name in wrong:
-        print(f"{name}: expected {expected[name]:.3f} within {TOLERANCE}, but got {found[name]:.3f}", file=sys.stderr)
+    """Say which scores are missing or differ by more than the tolerance, and return how many."""
+    wrong = 0
+    for name, value in expected.items():
+        tolerance = TOLERANCE_NEVER_TOLD if name.endswith("never_told") else TOLERANCE
+        if not abs(found.get(name, math.nan) - value) <= tolerance:
+            wrong += 1
+            got = found.get(name, "nothing")
+            print(f"{name}: expected {value:.3f} within {tolerance}, but got {got}", file=sys.stderr)
     if expected:
-        print(f"{len(expected) - len(wrong)} of {len(expected)} scores agree within {TOLERANCE}.")
-    return len(wrong)
+        print(f"{len(expected) - wrong} of {len(expected)} scores agree.")
+    return wrong
 
 
 # --- text, tokenizer, tasks
@@ -221,7 +237,9 @@ class Progress(TrainerCallback):
             print(f"step {state.global_step}, {self.seconds:.0f} s: {line}", flush=True)
 
 
-def pretrain(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> tuple[Any, float]:
+def pretrain(
+    world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, tasks: Path
+) -> tuple[Any, float]:
     """Return the trained model and the seconds that it took."""
     set_seed(args.seed)
     config = LlamaConfig(
@@ -254,7 +272,7 @@ def pretrain(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Na
         use_cpu=True,
         disable_tqdm=True,
     )
-    progress = Progress(lambda model: scores(model, tokenizer, world, args.out / "tasks", probes=200))
+    progress = Progress(lambda model: scores(model, tokenizer, world, tasks, probes=min(200, PROBES)))
     trainer = Pretrainer(
         model=LlamaForCausalLM(config),
         args=arguments,
@@ -272,7 +290,7 @@ Question = tuple[str, Sequence[str], str]
 """Prompt, answers to choose from, the right one."""
 
 
-def scores(model: Any, tokenizer: Any, world: World, folder: Path, probes: int = PROBES) -> dict[str, float]:
+def scores(model: Any, tokenizer: Any, world: World, folder: Path, probes: int | None = None) -> dict[str, float]:
     """Return the share of right answers to each kind of question.
 
     Args:
@@ -280,8 +298,9 @@ def scores(model: Any, tokenizer: Any, world: World, folder: Path, probes: int =
         tokenizer: its tokenizer.
         world: what is so.
         folder: where the tasks lie.
-        probes: questions of each kind, drawn with a fixed seed.
+        probes: questions of each kind, drawn with a fixed seed; None: `PROBES`.
     """
+    probes = probes or PROBES
     source = random.Random(1)
     words = [value for values in PROPERTIES.values() for value in values]
     groups = {
@@ -314,13 +333,13 @@ def _asked(document: Document, answers: Sequence[str]) -> Question:
 def _share(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
     """Return the share of questions whose right answer is the likeliest."""
     right = 0
+    token = functools.cache(lambda text: tokenizer.encode(f" {text}", add_special_tokens=False)[0])
     for start in range(0, len(questions), 100):
         part = questions[start : start + 100]
         batch = tokenizer([prompt for prompt, _, _ in part], padding=True, padding_side="left", return_tensors="pt")
         logits = model(**batch, logits_to_keep=1).logits[:, -1]  # (B, V)
         for row, (_, answers, answer) in zip(logits, part):
-            tokens = [tokenizer.encode(f" {text}", add_special_tokens=False)[0] for text in answers]
-            right += answers[int(row[tokens].argmax())] == answer
+            right += answers[int(row[[token(text) for text in answers]].argmax())] == answer
     return right / len(questions)
 
 

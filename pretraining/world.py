@@ -1,8 +1,8 @@
 """The demo's made-up world: what is so, what the base model is told of it, and what the demo's tasks ask.
 
 Each of 160 people has a value for each of six properties. Of these facts 30 % are *never told*: they stand in no text
-that the base is pretrained on, so nothing can be known about them. Pretraining also shows how a question with lettered
-choices is answered, but only about the *practised* people; the demo's tasks ask about the others, half of whose facts
+that the base is pretrained on, so nothing can be known about them. Pretraining also shows how a question is answered
+with a letter, but only about the *practised* people; the demo's tasks ask about the others, half of whose facts
 are training rows and half evaluation rows. A model that is fine-tuned well picks the told facts, and should say of the
 others that it does not know.
 
@@ -125,7 +125,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """All facts, by whether pretraining shows lettered questions about the person."""
+    """All facts, by whether pretraining shows questions about the person that are answered with a letter."""
 
     practised: tuple[Fact, ...]
     asked: tuple[Fact, ...]
@@ -138,7 +138,7 @@ class World:
 
     @cached_property
     def practised_and_told(self) -> tuple[Fact, ...]:
-        """The facts that pretraining shows lettered questions about."""
+        """The facts that pretraining shows such questions about."""
         return _told(self.practised)
 
 
@@ -303,27 +303,27 @@ TASKS: Mapping[str, Task] = {
 def task_rows(world: World, task: str, split: str, questions: int = 2) -> list[dict[str, Any]]:
     """Return the rows of a split: some questions about each of its facts, in random order.
 
-    The facts of one split are in no other, and the same for all tasks.
+    The facts of one split are in no other, and the same for all tasks. As many facts are told in each.
 
     Args:
         world: what is so.
         task: key in TASKS.
         split: train or dev.
-        questions: questions about each fact, with other choices or claims.
+        questions: questions about each fact, no two the same.
     """
-    facts = random.Random("split").sample(world.asked, len(world.asked))
-    middle = len(facts) // 2
     source = random.Random(f"{task} {split}")
-    names = {True: "told", False: "never told"}
-    rows = [
-        {
-            "id": f"{fact.person}-{fact.property}-{number}",
-            **TASKS[task].row(fact, world, source),
-            "fact": names[fact.told],
-        }
-        for fact in (facts[:middle] if split == "train" else facts[middle:])
-        for number in range(questions)
-    ]
+    rows = []
+    for name, facts in (("told", _told(world.asked)), ("never told", _never_told(world.asked))):
+        facts = random.Random("split").sample(facts, len(facts))
+        middle = len(facts) // 2
+        for fact in facts[:middle] if split == "train" else facts[middle:]:
+            asked: list[dict[str, Any]] = []
+            while len(asked) < questions:
+                row = TASKS[task].row(fact, world, source)
+                if row not in asked:
+                    asked.append(row)
+            key = f"{fact.person}-{fact.property}"
+            rows += [{"id": f"{key}-{number}", **row, "fact": name} for number, row in enumerate(asked)]
     source.shuffle(rows)
     return rows
 
@@ -333,6 +333,10 @@ def task_rows(world: World, task: str, split: str, questions: int = 2) -> list[d
 
 def _told(facts: Sequence[Fact]) -> tuple[Fact, ...]:
     return tuple(fact for fact in facts if fact.told)
+
+
+def _never_told(facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    return tuple(fact for fact in facts if not fact.told)
 
 
 def _question(fact: Fact) -> str:

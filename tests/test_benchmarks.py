@@ -182,8 +182,8 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
     demo.main(arguments)
     written = json.loads(out.read_text())
     check_origin(written)
-    assert [row["method"] for row in written["rows"]] == ["zero-shot", "adamw", "adamw early", "ivon@mean", "ivon x10"]
-    assert written["variants"]["adamw early"]["steps"] == 1
+    assert [row["method"] for row in written["rows"]] == ["zero-shot", "adamw", "adamw short", "ivon@mean", "ivon x10"]
+    assert written["variants"]["adamw short"]["steps"] == 1
     for row in written["rows"][1:]:
         assert len(row["metrics"]["accuracy"]["values"]) == 2
         assert row["metrics"]["nll"]["stderr"] >= 0
@@ -194,8 +194,12 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
     def never(*args, **kwargs):
         raise AssertionError("a finished run was repeated")
 
+    with monkeypatch.context() as patched:
+        patched.setattr("varlora.workflow.fit", never)
+        patched.setattr("varlora.workflow.predict", never)
+        demo.main(arguments)
+    assert json.loads(out.read_text())["rows"] == written["rows"]
+    monkeypatch.setattr(demo, "base_fingerprint", lambda model: "of another base")
     monkeypatch.setattr("varlora.workflow.fit", never)
-    monkeypatch.setattr("varlora.workflow.predict", never)
-    before = written["rows"]
-    demo.main(arguments)
-    assert json.loads(out.read_text())["rows"] == before
+    with pytest.raises(AssertionError, match="repeated"):
+        demo.main(arguments)

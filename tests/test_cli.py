@@ -18,6 +18,7 @@ import torch
 
 import varlora
 from varlora.cli import main
+from varlora.errors import Interrupted
 from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -548,3 +549,19 @@ def test_a_terminal_without_unicode(options, tmp_path):
     result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     assert b"? 3.16e-02" in result.stdout
+
+
+def test_the_demo_refuses_another_task(varlora_, tmp_path):
+    assert "Did you mean `true_or_false`?" in error_of(varlora_("demo", "--task", "true_or_fals", "--out", tmp_path))
+
+
+def test_an_interrupted_demo_says_how_to_start_again(varlora_, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise Interrupted("Stopped at step 3 of 60.")
+
+    monkeypatch.setattr("varlora.demo.run.train", stopped)
+    result = varlora_("demo", "--quick", "--out", tmp_path / "out")
+    assert (result.code, result.err.strip()) == (
+        130,
+        "Stopped at step 3 of 60. Run the same command to start the demo again.",
+    )

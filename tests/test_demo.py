@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -24,21 +23,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, str, float]:
-    """A quick demo: folder, report, what it printed, seconds. A file of the user's lay in the earlier demo."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, str]:
+    """A quick demo: folder, report, and what it printed. A file of the user's lay in the earlier demo."""
     out = tmp_path_factory.mktemp("demo") / "out"
     (out / "runs" / "adamw").mkdir(parents=True)
     (out / "runs" / "adamw" / "config.json").write_text("left by an earlier demo")
     (out / "demo.json").write_text('{"varlora_demo": "0"}')
     (out / "notes.txt").write_text("mine")
     text = io.StringIO()
-    started = time.monotonic()
     report = run_demo(out, quick=True, console=Console(file=text, width=80))
-    return out, report, text.getvalue(), time.monotonic() - started
+    return out, report, text.getvalue()
 
 
 def test_demo_writes_everything(quick) -> None:
-    out, report, _, _ = quick
+    out, report, _ = quick
     names = (
         "config.json",
         "metrics.json",
@@ -56,12 +54,8 @@ def test_demo_writes_everything(quick) -> None:
     assert {"slices.png", "report.md"} <= report.files.keys()
 
 
-def test_quick_demo_is_quick(quick) -> None:
-    assert quick[3] < 60 * 5  # it takes a fifth of a minute; tests may share their cores
-
-
 def test_demo_says_what_it_does(quick) -> None:
-    _, report, text, _ = quick
+    _, report, text = quick
     words = " ".join(text.split())
     for part in (
         "in no text",
@@ -82,7 +76,7 @@ def test_demo_says_what_it_does(quick) -> None:
 
 
 def test_the_question_to_ask_can_be_asked(quick) -> None:
-    out, _, text, _ = quick
+    out, _, text = quick
     line = next(line for line in text.splitlines() if line.startswith("Ask the model: echo '"))
     row = json.loads(line.partition("'")[2].rpartition("'")[0])
     loaded = load(out / "runs" / "ivon")

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_documents_are_true(scripts, world):
         choices = dict(re.findall(r"([A-D1-4])\. (\w+)", text))
         value = next((facts[key] for key in re.findall(r"(\w+) of (\w+)", text)), None)
         ending = text.rpartition(" ")[2]
-        endings.add((ending, value is None))
+        endings.add(ending)
         if text.startswith("Which is"):
             value = text.split()[2].strip("?")
         if text.startswith("What is") and value is None:
@@ -93,7 +94,7 @@ def test_documents_are_true(scripts, world):
             claim = re.search(r"(\w+)\? \w+:$", text)[1]
             assert (answer in ("True", "right")) == (claim == value)
             assert answer in {"Verdict:": ("True", "False"), "Check:": ("right", "wrong")}[ending]
-    assert {ending for ending, _ in endings} == {"is", "Answer:", "Letter:", "Number:", "Verdict:", "Check:"}
+    assert endings == {"is", "Answer:", "Letter:", "Number:", "Verdict:", "Check:"}
 
 
 def test_the_committed_tasks_are_those_of_the_script(scripts, world, tmp_path):
@@ -111,7 +112,8 @@ def test_tasks_ask_about_facts_of_their_own_and_say_which_are_known(world, name)
     for split in ("train", "dev"):
         rows = load_rows(task, split).examples
         assert len({row.id for row in rows}) == len(rows) == 600
-        assert {row.slice for row in rows} == {"told", "never told"}
+        assert Counter(row.slice for row in rows) == {"told": 420, "never told": 180}
+        assert len({row.prompt for row in rows}) == 600
         facts[split] = {row.id.rpartition("-")[0] for row in rows}
         for row in rows:
             assert row.slice == ("told" if told[row.id.rpartition("-")[0]] else "never told")
@@ -140,13 +142,10 @@ def test_the_base_is_small():
 
 
 def test_the_committed_scores_are_those_of_the_committed_weights(scripts, world):
-    pretrain = scripts[1]
     demo = load(lora=None)
     assert demo.model.num_parameters() == written()["parameters"]
-    found = pretrain.scores(demo.model, demo.tokenizer, world, BUNDLED / "tasks", probes=200)
-    assert found.keys() == written()["scores"].keys()
-    for name, value in found.items():  # fewer questions: within three standard errors
-        assert value == pytest.approx(written()["scores"][name], abs=3 * 0.5 / 200**0.5), name
+    found = scripts[1].scores(demo.model, demo.tokenizer, world, BUNDLED / "tasks")
+    assert found == pytest.approx(written()["scores"], abs=0.01)  # rounding may turn a few of 600 answers
 
 
 def test_the_base_knows_what_it_was_told_and_is_zero_shot_near_chance():
@@ -164,44 +163,63 @@ def test_the_base_knows_what_it_was_told_and_is_zero_shot_near_chance():
 # --- the script
 
 
-@pytest.mark.parametrize("stop", [2])
-def test_pretraining_reproduces_and_resumes(scripts, tmp_path, monkeypatch, stop):
-    pretrain = scripts[1]
-    monkeypatch.setattr(pretrain, "PROBES", 20)
-    monkeypatch.setattr(pretrain, "ROWS", 4)
-    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-
-    def run(name: str, *options: str) -> dict[str, torch.Tensor]:
-        out = tmp_path / name
-        arguments = ["--out", str(out), "--work", str(tmp_path / f"{name}-work"), "--steps", "4", *options]
-        assert pretrain.main(arguments) == 0
-        return load_file(out / "base" / "model.safetensors")
-
-    whole = run("whole")
-
-    class Killed(Exception):
-        pass
-
+@pytest.fixture
+def small(scripts, tmp_path, monkeypatch):
+    """Pretrain for four steps of four rows; returns the weights and the numbers of the steps that were made."""
+    pretrain, steps = scripts[1], []
+    for name, value in (("PROBES", 20), ("ROWS", 4), ("SAVE_EVERY", 2)):
+        monkeypatch.setattr(pretrain, name, value)
     original = pretrain.Pretrainer.training_step
 
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step > stop:
-            raise Killed
-        return original(self, *args, **kwargs)
+    def run(name: str, *options: str, stop: int = 9):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == stop:
+                raise KeyboardInterrupt
+            steps.append(self.state.global_step)
+            return original(self, *args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrain.Pretrainer, "training_step", training_step)
-        with pytest.raises(Killed):
-            run("resumed")
-    resumed = run("resumed")
+        monkeypatch.setattr(pretrain.Pretrainer, "training_step", training_step)
+        out = tmp_path / name
+        steps.clear()
+        arguments = ["--out", str(out), "--work", str(tmp_path / f"{name}-work"), "--steps", "4", *options]
+        assert pretrain.main(arguments) == 0
+        assert not (tmp_path / f"{name}-work").exists()
+        return load_file(out / "base" / "model.safetensors"), list(steps)
+
+    return run
+
+
+def test_pretraining_reproduces_and_resumes(small, tmp_path):
+    whole, steps = small("whole")
+    assert steps == [0, 1, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        small("resumed", stop=3)
+    assert not (tmp_path / "resumed").exists()  # base and tasks are put in place together
+    resumed, steps = small("resumed")
+    assert steps == [2, 3]
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    other = run("other", "--seed", "1")
+    other, _ = small("other", "--seed", "1")
     assert not torch.equal(whole["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_pretraining_goes_on_with_nothing_else(small, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        small("mine", stop=3)
+    with pytest.raises(SystemExit, match=r"holds checkpoints of .*'seed': 0.*, not of .*'seed': 1"):
+        small("mine", "--seed", "1")
+    (tmp_path / "thesis-work").mkdir()
+    (tmp_path / "thesis-work" / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds no checkpoints of this script"):
+        small("thesis")
+    assert (tmp_path / "thesis-work" / "thesis.txt").read_text() == "mine"
 
 
 def test_scores_that_differ_are_named(scripts, capsys):
     compare, tolerance = scripts[1].compare, scripts[1].TOLERANCE
-    assert compare({"a": 0.5, "b": 0.5 + 0.9 * tolerance}, {"a": 0.5, "b": 0.5}) == 0
-    assert compare({"a": 0.5 - 1.1 * tolerance, "b": float("nan")}, {"a": 0.5, "b": 0.5}) == 2
-    assert "a: expected 0.500" in capsys.readouterr().err
+    expected = {"a": 0.5, "b": 0.5, "letter_never_told": 0.5}
+    assert compare({"a": 0.5, "b": 0.5 + 0.9 * tolerance, "letter_never_told": 0.5 - 1.5 * tolerance}, expected) == 0
+    assert compare({"a": 0.5 - 1.1 * tolerance, "b": float("nan")}, expected) == 3
+    found = capsys.readouterr().err
+    assert "a: expected 0.500" in found
+    assert "letter_never_told: expected 0.500 within 0.16, but got nothing" in found

@@ -472,7 +472,7 @@ def test_slices_say_how_sure_and_how_right(tmp_path):
         for part in row.slices:
             assert " | ".join(["", *report.slice_cells(row, part), ""]).strip() in text
             stored = json.loads(report.files["report.json"].read_text())["rows"][report.rows.index(row)]["slices"]
-            assert stored[part.name]["metrics"]["confidence"]["mean"] == part.stats["confidence"].mean
+            assert stored[part.name]["confidence"]["mean"] == part.stats["confidence"].mean
     assert "(slices.png)" in text
     for name in ("slices.png", "slices.svg"):
         assert report.files[name].stat().st_size > 1000
@@ -490,6 +490,7 @@ def test_some_tasks_and_rows_without_slices(runs, tmp_path):
     report = build_report([*runs, few, many], tmp_path / "out")
     found = {row.task: [part.name for part in row.slices] for row in report.rows}
     assert found == {"arc_easy": [], "openbookqa": [], "mine": ["long", "short"], "other": []}
+    assert "other: its 60 slices are not shown; up to 12 are." in report.notes
 
 
 def test_a_slice_that_one_seed_lacks_is_averaged_over_the_others(tmp_path):
@@ -500,6 +501,22 @@ def test_a_slice_that_one_seed_lacks_is_averaged_over_the_others(tmp_path):
             ("never told", "0-30", 1),
             ("told", "30-60", 2),
         ]
+
+
+def test_a_seed_evaluated_before_the_task_had_slices_counts_only_in_the_whole(tmp_path):
+    write_run(tmp_path / "1", seed=1)
+    sliced(write_run(tmp_path / "2", seed=2), ["told"] * 60)
+    for row in build_report([tmp_path / "1", tmp_path / "2"], tmp_path / "out").rows:
+        assert row.size == "60"
+        assert [(part.name, part.size) for part in row.slices] == [("told", "0-60")]
+
+
+def test_the_picture_of_an_earlier_report_is_removed(runs, tmp_path):
+    sliced(write_run(tmp_path / "1", seed=1), ["told"] * 60)
+    build_report([tmp_path / "1"], tmp_path / "out")
+    assert (tmp_path / "out" / "slices.png").is_file()
+    build_report(runs, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("slices*"))
 
 
 def test_slices_that_do_not_fit_the_rows_are_refused(tmp_path):

@@ -177,7 +177,12 @@ def test_without_calibration_rows_there_is_no_such_split(run_dir):
 
 def test_validate_says_what_it_found(base):
     found = "\n".join(validate(settings_from(base)))
-    for text in ("3 training, 0 calibration and 2 dev rows", "8,960 trainable", "Longest prompt: 98", "'False' 'F'"):
+    for text in (
+        "3 training, 0 calibration and 2 dev rows",
+        "16,384 trainable",
+        "Longest prompt: 78",
+        "'False' 'ĠFalse'",
+    ):
         assert text in found
     found = "\n".join(validate(settings_from({**base, "max_length": 20})))
     assert "5 of 5 prompts were longer than 20 tokens" in found
@@ -318,3 +323,10 @@ def test_a_task_of_another_version_is_said(run_dir, tmp_path):
     said: list[str] = []
     evaluate(tmp_path / "run", samples=0, say=said.append)
     assert any("was of 0" in text for text in said)
+
+
+def test_a_slice_that_no_row_has_is_said(base, bundled, tmp_path):
+    text = (bundled.parent / "tasks" / "four_choices.yaml").read_text().replace("slice: fact", "slice: fcat")
+    (tmp_path / "task.yaml").write_text(text)
+    settings = settings_from({**base, "task": str(tmp_path / "task.yaml"), "data_dir": str(bundled.parent / "tasks")})
+    assert any("No row of four_choices has the field `fcat`" in line for line in validate(settings))

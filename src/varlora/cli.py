@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _quiet_libraries()
             arguments.run(arguments, console)
     except Interrupted as error:
-        return _complain(f"{error} Run the same command with `--resume` (not `--overwrite`) to go on.", 130)
+        go_on = "Run the same command with `--resume` (not `--overwrite`) to go on."
+        again = "Run the same command to start the demo again."
+        return _complain(f"{error} {again if arguments.command == 'demo' else go_on}", 130)
     except VarloraError as error:
         return _complain(f"error: {error}")
     except KeyboardInterrupt:

@@ -64,16 +64,19 @@ def slices_diagram(rows: Sequence[Row]) -> dict[str, bytes]:
         figure = Figure(figsize=(3.2 * columns + 0.6, 1.25 * len(rows) + 0.9), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(len(rows), columns, sharex=True, squeeze=False)
+        tasks = {row.task for row in rows}
         for line, row in zip(panels, rows):
-            tasks = {other.task for other in rows}
-            name = "\n".join(part for part in ((row.task if len(tasks) > 1 else ""), row.label, row.differs) if part)
-            line[0].set_ylabel(textwrap.fill(name, 24), rotation=0, ha="right", va="center", parse_math=False)
+            parts = (row.task if len(tasks) > 1 else "", row.label, row.differs)
+            name = "\n".join(wrapped for part in parts for wrapped in textwrap.wrap(part, 24))
+            line[0].set_ylabel(name, rotation=0, ha="right", va="center", parse_math=False)
             for axes in line[len(row.slices) :]:
                 axes.set_visible(False)
             for axes, part in zip(line, row.slices):
                 _slice_panel(axes, part)
-        for axes in panels[-1]:
-            axes.set(xlabel="confidence: probability of the likeliest answer")
+        for column in range(columns):
+            lowest = max(i for i, row in enumerate(rows) if len(row.slices) > column)
+            panels[lowest, column].set_xlabel("confidence: probability of the likeliest answer")
+            panels[lowest, column].tick_params(labelbottom=True)
         handles = [
             Patch(facecolor=GREY, alpha=0.4, label="share of rows"),
             Line2D([], [], color=BLUE, linewidth=2, label="how right: accuracy"),

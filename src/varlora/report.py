@@ -143,7 +143,7 @@ class Row:
     @property
     def size(self) -> str:
         """Number of rows with a known label, as a range where it differs between seeds."""
-        return _range(int(run.known.sum()) for run in self.runs)
+        return _range([int(run.known.sum()) for run in self.runs])
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,8 @@ def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Rep
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             _write(files[name], content)
+        for name in {"slices.png", "slices.svg"} - contents.keys():  # of an earlier report
+            (out_dir / name).unlink(missing_ok=True)
     except OSError as error:
         raise VarloraError(f"Expected `out_dir` to be a folder that can be written to, but: {error}.") from error
     return report
@@ -363,8 +365,8 @@ def _differences(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
 def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Row]:
     method = str(group[0].settings["method"])
     drawn = any(run.drawn for run in group)
-    parts = {part for run in group for part, known in zip(run.predictions.slices, run.known) if known and part}
-    names = sorted(parts) if len(parts) <= MAX_SLICES else []
+    names = _slice_names(group)
+    names = names if len(names) <= MAX_SLICES else []
     # Draws that all equal the mean come from a point; without draws the adapter's kind of posterior says.
     point = not drawn and all(int(run.meta["samples"]) > 0 or _is_point(run.run) for run in group)
     variants = [(method if point else f"{method}@mean", 0)]
@@ -389,10 +391,15 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
         )
 
 
+def _slice_names(group: Sequence[EvaluatedRun]) -> list[str]:
+    return sorted({part for run in group for part, known in zip(run.predictions.slices, run.known) if known and part})
+
+
 def _slice(group: Sequence[EvaluatedRun], name: str, drawn: bool) -> Slice:
     confidence, values, sizes = [], [], []
     for run in group:
-        inside = run.known & torch.tensor([part == name for part in run.predictions.slices], dtype=torch.bool)
+        parts = run.predictions.slices or [""] * len(run.known)
+        inside = run.known & torch.tensor([part == name for part in parts])
         probs, labels = run.probs(drawn)[inside], run.predictions.labels[inside]
         sure = probs.amax(dim=1)
         confidence.append(sure)
@@ -404,8 +411,8 @@ def _slice(group: Sequence[EvaluatedRun], name: str, drawn: bool) -> Slice:
     return Slice(name, stats, torch.cat(confidence), _range(sizes))
 
 
-def _range(sizes: Iterable[int]) -> str:
-    low, *_, high = sorted([*(sizes := list(sizes)), sizes[-1]])
+def _range(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
     return str(low) if low == high else f"{low}-{high}"
 
 
@@ -426,6 +433,10 @@ def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> tuple[str, ...]:
         if len({frozenset(run.predictions.ids) for run in group}) > 1:
             name = f"{group[0].meta['task']}, {group[0].settings['method']}"
             notes.append(f"{name}: the seeds were evaluated on different rows.")
+        slices = len(_slice_names(group))
+        if slices > MAX_SLICES:
+            task = group[0].meta["task"]
+            notes.append(f"{task}: its {slices} slices are not shown; up to {MAX_SLICES} are.")
     return tuple(notes)
 
 
@@ -502,7 +513,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "draws": row.draws,
         "seeds": [run.settings["seed"] for run in row.runs],
         "metrics": _stats_json(row.stats),
-        "slices": {part.name: {"rows": part.size, "metrics": _stats_json(part.stats)} for part in row.slices},
+        "slices": {part.name: _stats_json(part.stats) for part in row.slices},
         "reliability": {
             "confidence": numbers(row.reliability.confidence),
             "accuracy": numbers(row.reliability.accuracy),

@@ -213,6 +213,7 @@ def validate(settings: Settings) -> list[str]:
     task = get_task(settings.task)
     train_examples, calibration = training_rows(task, settings, found.append)
     evaluation = rows_of_split(task, task.evaluation, settings, found.append)
+    _say_unsliced(task, evaluation, found.append)
     found.append(
         f"{task.name}: {len(train_examples)} training, {len(calibration)} calibration and {len(evaluation)} "
         f"{task.evaluation} rows."
@@ -291,6 +292,7 @@ def evaluate(
     if trained_with != task.version:
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
     examples = rows_of_split(task, split, settings, say)
+    _say_unsliced(task, examples, say)
     loaded = load(run_dir, model=model)
     encoded = _encode(loaded.model, loaded.tokenizer, examples, settings, say)
     with (progress or _no_progress)(len(encoded.rows)) as advance:
@@ -380,6 +382,11 @@ def _encode(
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id or 0)
+
+
+def _say_unsliced(task: Task, examples: Sequence[Example], say: Say) -> None:
+    if task.slice and not any(example.slice for example in examples):
+        say(f"No row of {task.name} has the field `{task.slice}`, so that reports cannot be sliced by it.")
 
 
 def _say_skipped(skipped: int, problems: Sequence[str], say: Say) -> None:

@@ -28,10 +28,10 @@ from varlora.predict import predict
 from varlora.progress import TrainingProgress, rows_progress
 from varlora.report import Report, Row, build_report
 from varlora.run import read_json, write_json
-from varlora.tasks import Example, load_rows
+from varlora.tasks import Example, get_task, load_rows
 from varlora.workflow import evaluate, train
 
-__all__ = ["DRAWS", "METHOD_SETTINGS", "SETTINGS", "run_demo", "zero_shot"]
+__all__ = ["METHOD_SETTINGS", "SETTINGS", "run_demo", "train_and_evaluate", "zero_shot"]
 
 MARKER = "demo.json"
 PARTS = ("base", "tasks", "runs", "report")
@@ -40,7 +40,7 @@ DRAWS = 10
 SETTINGS: dict[str, Any] = {"batch_size": 8, "steps": 2000, "calibration_fraction": 0.0}
 METHOD_SETTINGS: dict[str, dict[str, float]] = {
     "adamw": {"lr": 1e-3},
-    "ivon": {"lr": 0.3, "ess": 1e6, "hess_init": 4e-4},  # σ₀ = 1/√(ess · hess_init) = 0.05
+    "ivon": {"lr": 0.5, "ess": 1e6, "hess_init": 2e-4},  # σ₀ = 1/√(ess · hess_init) = 0.07
 }
 QUICK_STEPS = 60
 
@@ -91,7 +91,7 @@ def run_demo(
     whisper(str(base))
 
     console.rule("2  A task")
-    train_rows, dev_rows = (load_rows(load().tasks[task], split).examples for split in ("train", "dev"))
+    train_rows, dev_rows = (load_rows(get_task(tasks / f"{task}.yaml"), split).examples for split in ("train", "dev"))
     console.print(
         f"{len(train_rows)} questions to learn from and {len(dev_rows)} about other facts to be tested on, in one of "
         "the paper's formats. The first of each kind:"
@@ -119,7 +119,7 @@ def run_demo(
         "adapter that fits the training answers best; trained long, it learns by heart what it cannot know, and is "
         "sure of itself wherever it is asked."
     )
-    whisper(_train_and_evaluate(settings["adamw"], console))
+    whisper(train_and_evaluate(settings["adamw"], console))
 
     console.rule("4  IVON: a mean and a variance for every weight")
     sigma = 1 / math.sqrt(METHOD_SETTINGS["ivon"]["ess"] * METHOD_SETTINGS["ivon"]["hess_init"])
@@ -129,7 +129,7 @@ def run_demo(
         f"not survive that. To predict, the probabilities of {DRAWS} draws are averaged: where they disagree, the "
         "answer becomes less certain."
     )
-    whisper(_train_and_evaluate(settings["ivon"], console))
+    whisper(train_and_evaluate(settings["ivon"], console))
 
     console.rule("5  What came out")
     report = build_report([runs / "adamw", runs / "ivon"], out_dir / "report")
@@ -155,19 +155,25 @@ def zero_shot(examples: Sequence[Example]) -> dict[str, float]:
     return metrics.evaluate(found.probs_mean, found.labels)
 
 
-def _train_and_evaluate(settings: Settings, console: Console) -> str:
-    """Do what `varlora train` and `varlora evaluate` do; return where and how long."""
+def train_and_evaluate(settings: Settings, console: Console) -> str:
+    """Do what `varlora train` and `varlora evaluate` do, going on where it was stopped; return where and how long."""
     started = time.monotonic()
     with _one_thread():
-        run_dir = train(settings, say=_say(console), callbacks=[TrainingProgress(console, settings.method)])
-        evaluate(
-            run_dir,
-            samples=DRAWS,
-            seed=settings.seed,
-            token_budget=16384,
+        run_dir = train(
+            settings,
+            resume=settings.folder.exists(),
             say=_say(console),
-            progress=rows_progress(console, "evaluating"),
+            callbacks=[TrainingProgress(console, settings.method)],
         )
+        if not (run_dir / "metrics.json").is_file():
+            evaluate(
+                run_dir,
+                samples=DRAWS,
+                seed=settings.seed,
+                token_budget=16384,
+                say=_say(console),
+                progress=rows_progress(console, "evaluating"),
+            )
     return f"{run_dir}, {time.monotonic() - started:.0f} s"
 
 

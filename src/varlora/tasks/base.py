@@ -101,6 +101,8 @@ class Task:
     """Where `files` lie if no data folder is given."""
     limit: Mapping[str, int] = field(default_factory=dict)
     """Split -> number of rows to keep, drawn with seed 0."""
+    slice: str | None = None
+    """Name of the field by whose values a report divides the rows."""
 
 
 def text_field(row: Row, name: str) -> str:

@@ -176,6 +176,7 @@ def load_task(path: Path) -> Task:
         evaluation=evaluation,
         folder=path.parent,
         limit=limit,
+        slice=slice,
     )
 
 
