@@ -1,6 +1,6 @@
 """The demo's comparison over seeds: zero-shot, AdamW and IVON on the tasks of the bundled base.
 
-Each method runs with the demo's settings, and AdamW also with an eighth of the steps (its learning rate decays within
+Each method runs with the demo's settings, and AdamW also with a quarter of the steps (its learning rate decays within
 them), since long training is what it suffers from. Runs lie in the work folder and are never repeated: start again to
 go on. Beside the results, the report's picture of told and never told facts is written.
 
@@ -29,7 +29,7 @@ from varlora.report import build_report
 from varlora.run import read_json
 from varlora.tasks import load_rows
 
-SHORT = 1 / 8
+SHORT = 1 / 4
 """Share of the steps that `adamw short` has."""
 
 

@@ -183,7 +183,7 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
     written = json.loads(out.read_text())
     check_origin(written)
     assert [row["method"] for row in written["rows"]] == ["zero-shot", "adamw", "adamw short", "ivon@mean", "ivon x10"]
-    assert written["variants"]["adamw short"]["steps"] == 1
+    assert written["variants"]["adamw short"]["steps"] == 2
     for row in written["rows"][1:]:
         assert len(row["metrics"]["accuracy"]["values"]) == 2
         assert row["metrics"]["nll"]["stderr"] >= 0

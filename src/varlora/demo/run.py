@@ -39,7 +39,7 @@ DRAWS = 10
 
 SETTINGS: dict[str, Any] = {"batch_size": 8, "steps": 2000, "calibration_fraction": 0.0}
 METHOD_SETTINGS: dict[str, dict[str, float]] = {
-    "adamw": {"lr": 1e-3},
+    "adamw": {"lr": 3e-4},
     "ivon": {"lr": 0.5, "ess": 1e6, "hess_init": 2e-4},  # σ₀ = 1/√(ess · hess_init) = 0.07
 }
 QUICK_STEPS = 60
