@@ -182,8 +182,14 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
     demo.main(arguments)
     written = json.loads(out.read_text())
     check_origin(written)
-    assert [row["method"] for row in written["rows"]] == ["zero-shot", "adamw", "adamw short", "ivon@mean", "ivon x10"]
-    assert written["variants"]["adamw short"]["steps"] == 2
+    assert [row["method"] for row in written["rows"]] == [
+        "zero-shot",
+        "adamw",
+        "adamw at 3e-4",
+        "ivon@mean",
+        "ivon x10",
+    ]
+    assert written["variants"]["adamw at 3e-4"]["method"]["lr"] == 3e-4
     for row in written["rows"][1:]:
         assert len(row["metrics"]["accuracy"]["values"]) == 2
         assert row["metrics"]["nll"]["stderr"] >= 0

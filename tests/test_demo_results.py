@@ -51,7 +51,7 @@ def test_the_runs_are_of_the_committed_base():
 
 def test_every_run_is_there():
     assert results()["settings"]["seeds"] == [0, 1, 2]
-    methods = ("zero-shot", "adamw", "adamw short", "ivon@mean", "ivon x10")
+    methods = ("zero-shot", "adamw", "adamw at 3e-4", "ivon@mean", "ivon x10")
     assert set(rows()) == {(task, method) for task in CHANCE for method in methods}
 
 

@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -216,7 +217,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def origin() -> dict[str, Any]:
     """Where a result comes from: versions, commit, machine and time."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "torch": torch.__version__,  # its build too, such as +cpu, which the package's own version may lack
+        },
         "commit": _commit(),
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
