@@ -9,8 +9,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +136,3 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
     """Class logits without a graph."""
     with torch.no_grad():
         return class_logits(model, batch)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors of a few numbers gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -22,6 +22,7 @@ from varlora.checkpoint import (
     step_of,
 )
 from varlora.data import collate
+from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError
 from varlora.model import class_logits
 from varlora.params import trainable
@@ -31,7 +32,7 @@ from varlora.run import write_manifest, write_text
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with helpers.one_thread():
+    with one_thread():
         yield
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 import varlora.fit
 import varlora.predict
 from varlora.checkpoint import load_adapter
+from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, Interrupted, VarloraError
 from varlora.fit import NotFiniteError, check_training_arguments, class_loss
 from varlora.methods import AdamW, Ivon
@@ -33,7 +34,7 @@ both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: met
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with helpers.one_thread():
+    with one_thread():
         yield
 
 

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from varlora import IVON
+from varlora.demo.run import one_thread
 
 DATA = [{"input_ids": list(row.input_ids[:3]), "labels": list(row.input_ids[:3])} for row in helpers.make_rows(12)]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with helpers.one_thread():
+    with one_thread():
         yield
 
 

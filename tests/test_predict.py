@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from varlora.checkpoint import save_adapter
+from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.model import LoRA, load_model
 from varlora.params import swapped, trainable
@@ -26,7 +27,7 @@ S, N, C = 4, 11, 5
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with helpers.one_thread():
+    with one_thread():
         yield
 
 

@@ -15,6 +15,7 @@ from varlora import workflow
 from varlora.checkpoint import load_posterior
 from varlora.config import settings_from
 from varlora.data import collate
+from varlora.demo.run import one_thread
 from varlora.methods import METHODS, AdamW, Ivon, Method
 from varlora.model import class_logits
 from varlora.params import trainable
@@ -41,7 +42,7 @@ EVERY_STEP = {"logging_steps": 1}
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with helpers.one_thread():
+    with one_thread():
         yield
 
 

@@ -31,7 +31,7 @@ from varlora.run import read_json, write_json
 from varlora.tasks import Example, get_task, load_rows
 from varlora.workflow import evaluate, train
 
-__all__ = ["METHOD_SETTINGS", "SETTINGS", "run_demo", "train_and_evaluate", "zero_shot"]
+__all__ = ["METHOD_SETTINGS", "SETTINGS", "one_thread", "run_demo", "train_and_evaluate", "zero_shot"]
 
 MARKER = "demo.json"
 PARTS = ("base", "tasks", "runs", "report")
@@ -150,7 +150,7 @@ def zero_shot(examples: Sequence[Example]) -> dict[str, float]:
     demo = load()
     rows = encode_all(demo.tokenizer, examples).rows
     point = Point({name: p.detach().clone() for name, p in trainable(demo.model).items()})
-    with _one_thread():
+    with one_thread():
         found = predict(demo.model, point, rows, pad_token_id=demo.tokenizer.pad_token_id, samples=0)
     return metrics.evaluate(found.probs_mean, found.labels)
 
@@ -158,7 +158,7 @@ def zero_shot(examples: Sequence[Example]) -> dict[str, float]:
 def train_and_evaluate(settings: Settings, console: Console) -> str:
     """Do what `varlora train` and `varlora evaluate` do, going on where it was stopped; return where and how long."""
     started = time.monotonic()
-    with _one_thread():
+    with one_thread():
         run_dir = train(
             settings,
             resume=settings.folder.exists(),
@@ -183,7 +183,7 @@ def _say(console: Console, style: str = "") -> Callable[[str], None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: matrices this small only wait for a second one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
