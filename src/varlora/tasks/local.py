@@ -33,18 +33,8 @@ from varlora.tasks.base import LETTERS, Example, Row, Task, label_index, lettere
 __all__ = ["load_task"]
 
 KEYS = (
-    "name",
-    "version",
-    "prompt",
-    "cut",
-    "answers",
-    "choices",
-    "label",
-    "id",
-    "slice",
-    "files",
-    "evaluation",
-    "limit",
+    *("name", "version", "prompt", "cut", "answers", "choices", "label", "id", "slice"),
+    *("files", "evaluation", "limit"),
 )
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
