@@ -367,6 +367,7 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
     drawn = any(run.drawn for run in group)
     names = _slice_names(group)
     names = names if len(names) <= MAX_SLICES else []
+    parts = [_known_slices(run) for run in group]
     # Draws that all equal the mean come from a point; without draws the adapter's kind of posterior says.
     point = not drawn and all(int(run.meta["samples"]) > 0 or _is_point(run.run) for run in group)
     variants = [(method if point else f"{method}@mean", 0)]
@@ -387,25 +388,31 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
             stats={name: Stat(tuple(value[name] for value in values)) for name in values[0]},
             reliability=metrics.reliability(pooled, torch.cat(labels), bins),
             runs=tuple(group),
-            slices=tuple(_slice(group, name, draws > 0) for name in names),
+            slices=tuple(_slice(name, parts, probs, labels) for name in names),
         )
 
 
 def _slice_names(group: Sequence[EvaluatedRun]) -> list[str]:
-    return sorted({part for run in group for part, known in zip(run.predictions.slices, run.known) if known and part})
+    return sorted({part for run in group for part in _known_slices(run) if part})
 
 
-def _slice(group: Sequence[EvaluatedRun], name: str, drawn: bool) -> Slice:
+def _known_slices(run: EvaluatedRun) -> list[str]:
+    """Return the slice of each row with a known label; empty texts where the rows are not sliced."""
+    slices = run.predictions.slices or ("",) * len(run.known)
+    return [part for part, known in zip(slices, run.known.tolist()) if known]
+
+
+def _slice(name: str, parts: Sequence[Sequence[str]], probs: Sequence[Tensor], labels: Sequence[Tensor]) -> Slice:
+    """Return one slice; `parts`, `probs` and `labels` are of the rows with a known label, one entry for each seed."""
     confidence, values, sizes = [], [], []
-    for run in group:
-        parts = run.predictions.slices or [""] * len(run.known)
-        inside = run.known & torch.tensor([part == name for part in parts])
-        probs, labels = run.probs(drawn)[inside], run.predictions.labels[inside]
-        sure = probs.amax(dim=1)
+    for of_rows, all_probs, all_labels in zip(parts, probs, labels):
+        inside = torch.tensor([part == name for part in of_rows])
+        p, y = all_probs[inside], all_labels[inside]
+        sure = p.amax(dim=1)
         confidence.append(sure)
         sizes.append(len(sure))
         if len(sure):
-            right, nll = metrics.accuracy(probs, labels), metrics.nll(probs, labels)
+            right, nll = metrics.accuracy(p, y), metrics.nll(p, y)
             values.append({"accuracy": right, "confidence": sure.mean().item(), "nll": nll})
     stats = {key: Stat(tuple(value[key] for value in values)) for key, _, _ in SLICE_COLUMNS}
     return Slice(name, stats, torch.cat(confidence), _range(sizes))
