@@ -6,6 +6,7 @@ The scores of the committed weights are recomputed here; that a whole pretrainin
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import random
@@ -48,6 +49,10 @@ def written() -> dict:
 
 
 # --- the world
+
+
+def test_the_examples_of_the_world_are_run(scripts):
+    assert doctest.testmod(scripts[0]) == (0, 3)
 
 
 def test_a_world_is_a_function_of_its_seed(scripts):
