@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def shared_folder() -> Path:
     """Return the folder of development data and models (`$VARLORA_SHARED` or `../shared`), whether it exists or not."""
     return Path(os.environ.get("VARLORA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def global_seed() -> None:
+    """Give every test the same global randomness, whatever ran before it in its process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

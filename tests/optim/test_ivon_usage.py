@@ -377,21 +377,23 @@ def test_accelerate_forwards_train_and_eval() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     twin.load_state_dict(model.state_dict())
-    x = torch.randn(8, 3)
+    micro_batches = torch.randn(2, 4, 3)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     wrapped, optimizer = accelerator.prepare(model, IVON(model.named_parameters(), **SETTINGS))
-    for _ in range(4):  # two steps of two micro-batches
-        with accelerator.accumulate(wrapped):
-            optimizer.train()
-            accelerator.backward(wrapped(x).square().mean())
-            accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    for _ in range(2):
+        for x in micro_batches:
+            with accelerator.accumulate(wrapped):
+                optimizer.train()
+                accelerator.backward(wrapped(x).square().mean())
+                if accelerator.sync_gradients:  # accelerate would clip each micro-batch's share as well
+                    accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
     optimizer.eval()
     reference = IVON(twin.named_parameters(), **SETTINGS)
     for _ in range(2):
         with reference.sampled_params(train=True):
-            for _ in range(2):
+            for x in micro_batches:
                 (twin(x).square().mean() / 2).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         reference.step()
