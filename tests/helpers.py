@@ -88,7 +88,13 @@ def make_rows(count: int = 12, seed: int = 0, labelled: bool = True) -> list[Enc
 def run_fit(model: nn.Module, method: Method, run_dir: Path, rows: Sequence[Encoded] | None = None, **settings: Any):
     """Fit with small settings, each of which can be replaced."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    defaults: dict[str, Any] = {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "warn": lambda words: None}
+    defaults: dict[str, Any] = {
+        "steps": 6,
+        "batch_size": 4,
+        "checkpoint_every": 2,
+        "calibration": make_rows(8, seed=2),
+        "warn": lambda words: None,
+    }
     return fit(model, method, rows or make_rows(), run_dir, pad_token_id=0, **{**defaults, **settings})
 
 
@@ -108,8 +114,9 @@ def reloaded(run_dir: Path, **settings: Any) -> tuple[Any, Any]:
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:
-    """Return what was logged at each step, without the times."""
-    lines = (run_dir / "training.jsonl").read_text().splitlines()
+    """Return what was logged at each step, without the times; the members of an ensemble one after the other."""
+    files = sorted(run_dir.rglob("training.jsonl"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 

@@ -223,10 +223,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Put a checkpoint's adapter and optimizer state back, for a run that has no step left to make."""
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], checkpoint: Path) -> None:
+    """Put a checkpoint's adapter, optimizer state and method's state back, for a run that has no step left to make."""
     load_adapter(model, checkpoint)
     optimizer.load_state_dict(load_state(checkpoint, "optimizer"))
+    state.update(load_state(checkpoint, "method"))
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -244,7 +245,15 @@ def _rotate(newest: Path, limit: int) -> None:
 
 
 class CheckpointTrainer(Trainer):
-    """A `Trainer` whose checkpoints are safetensors and JSON with a manifest."""
+    """A `Trainer` whose checkpoints are safetensors and JSON with a manifest, and carry a method's state.
+
+    Args:
+        method_state: what the method collects while training; a checkpoint's is put into it on resuming.
+    """
+
+    def __init__(self, *args: Any, method_state: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.method_state = {} if method_state is None else method_state
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model: Any = self.model
@@ -261,6 +270,7 @@ class CheckpointTrainer(Trainer):
             optimizer, scheduler = self._stateful()
             save_state(Path(output_dir), "optimizer", optimizer.state_dict())
             save_state(Path(output_dir), "scheduler", scheduler.state_dict())
+            save_state(Path(output_dir), "method", self.method_state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -268,6 +278,7 @@ class CheckpointTrainer(Trainer):
         optimizer, scheduler = self._stateful()
         optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
         scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
+        self.method_state.update(load_state(Path(checkpoint), "method"))
 
     def _stateful(self) -> tuple[Any, Any]:
         assert self.optimizer is not None

@@ -39,6 +39,8 @@ examples:
   varlora train --task my-task.yaml --model my-model/ --steps 1000
   varlora train recipes/llama2-7b/arc_easy/ivon.yaml --data-dir data --seed 21 42 87
   varlora train --task boolq --model my-model/ --set lora.rank=16 method.lr=0.1 training_arguments.bf16=true
+  varlora train --method laplace_kfac --from runs/boolq-my-model-adamw-seed0
+  varlora train --method ensemble --from runs/boolq-my-model-ivon-seed0 runs/boolq-my-model-ivon-seed1
   varlora train --resume --run-dir runs/boolq-my-model-ivon-seed0
 """
 EVALUATE_EXAMPLES = """\
@@ -160,9 +162,13 @@ def _settings(
 ) -> list[Settings]:
     """Return the settings of each run; a run that is resumed by its directory alone starts from its own."""
     from varlora.config import load_settings
-    from varlora.workflow import settings_of
+    from varlora.workflow import recipe_from, settings_of
 
     recipe = arguments.recipe
+    if sources := getattr(arguments, "sources", None):
+        if recipe:
+            raise VarloraError("Expected a recipe or `--from`, but got both. Change single settings by `--set`.")
+        recipe = recipe_from(sources, arguments.method or "ivon")
     if resume and run_dir and not (recipe or arguments.task or arguments.model):
         recipe = settings_of(Path(run_dir)).to_dict()
     options = {name: getattr(arguments, name) for name in SETTINGS_OPTIONS}
@@ -171,6 +177,7 @@ def _settings(
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.progress import rows_progress
+    from varlora.report import TEMPERED
     from varlora.workflow import evaluate
 
     say = _speaker(console)
@@ -185,14 +192,26 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             token_budget=arguments.token_budget,
             data_dir=arguments.data_dir,
             model=arguments.model,
+            temperature=arguments.temperature,
             say=say,
             progress=rows_progress(console, "evaluate"),
         )
-        for key, draws in (("mean", "mean"), ("draws", str(results["samples"]))):
+        samples = str(results["samples"])
+        lines = (
+            ("mean", "mean"),
+            ("draws", samples),
+            ("mean_tempered", "mean +T"),
+            ("draws_tempered", f"{samples} +T"),
+        )
+        for key, draws in lines:
             if numbers := results.get(key):
                 cells = [100 * numbers["accuracy"], 100 * numbers["ece"], numbers["nll"], numbers["brier"]]
                 texts = [f"{cells[0]:.1f}", f"{cells[1]:.1f}", f"{cells[2]:.3f}", f"{cells[3]:.3f}"]
                 table.add_row(Text(str(run_dir)), results["split"], str(results["rows"]), draws, *texts)
+        if temperatures := results.get("temperature"):
+            table.caption = TEMPERED
+            at_mean, of_draws = temperatures["mean"], temperatures["draws"]
+            say(f"{run_dir}: temperature {at_mean:.2f} at the mean, {of_draws:.2f} of the draws")
     console.print(table)
     say(f"Written: predictions.safetensors and metrics.json in {' '.join(map(str, arguments.runs))}")
     say(f"Next: varlora report {' '.join(map(str, arguments.runs))}")
@@ -334,6 +353,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--seed", type=seed, nargs="+", help="one run for each; wins over the recipe's `seed` or `seeds`"
     )
+    train.add_argument(
+        "--from",
+        dest="sources",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="conclude the method from finished runs, with their settings, without training",
+    )
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
@@ -344,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     evaluate.add_argument("--split", help="split to report on (default: the task's own; also: calibration)")
     _draw_arguments(evaluate)
+    evaluate.add_argument(
+        "--no-temperature", dest="temperature", action="store_false", help="fit no temperature on the held-out rows"
+    )
     evaluate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
     evaluate.add_argument("--data-dir", help="where the data lie now, if not where they were")
 

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from varlora.errors import ConfigError, did_you_mean
-from varlora.fit import check_training_arguments
-from varlora.methods import METHODS, Method
+from varlora.fit import check_method, check_training_arguments
+from varlora.methods import METHODS, Method, Plan
 from varlora.model import LoRA
 from varlora.tasks import get_task
 
@@ -48,6 +46,8 @@ class Settings:
     """How to reach a posterior: a key of METHODS."""
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method; in a recipe they stand under `method:`, beside `name:`."""
+    sources: tuple[str, ...] = ()
+    """Run directories to conclude the method from, without training; left out: train."""
     data_dir: str | None = None
     """Folder with the task's files in their official layout; left out: from the hub."""
     run_dir: str | None = None
@@ -102,6 +102,7 @@ class Settings:
         plain = dataclasses.asdict(self)
         plain["method_settings"] = dataclasses.asdict(self.build_method())  # type: ignore[call-overload]
         plain["run_dir"] = str(self.folder)
+        plain["sources"] = list(self.sources)
         return plain
 
 
@@ -214,10 +215,11 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
         known["method"] = name
         method_class: Any = METHODS[name]
         known["method_settings"] = _convert_all(method_class, method_values, "method.", found)
-        weight = nn.Parameter(torch.zeros(1))  # the optimizer knows which of its settings are possible
-        _try(
-            lambda: method_class(**known["method_settings"]).optimizer({"weight": weight}, 1, 1, 0), found, "`method`: "
-        )
+        inner: Any = METHODS.get(known["method_settings"].get("of", ""))
+        if inner is not None:  # of a method that works on another one
+            inner_values = known["method_settings"].get("settings", {})
+            converted = _convert_all(inner, inner_values, "method.settings.", found)
+            known["method_settings"]["settings"] = _try(lambda: dataclasses.asdict(inner(**converted)), found) or {}
     if lora is not None:
         if isinstance(lora, LoRA):
             known["lora"] = lora
@@ -227,17 +229,35 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
         else:
             found.append(f"Expected `lora` to be a mapping, but got {lora!r}. Write e.g. `lora: {{rank: 8}}`.")
     _check(known, found)
+    if "method" in known and (method := _try(lambda: METHODS[name](**known["method_settings"]), found, "`method`: ")):
+        arguments = known["training_arguments"]
+        found += _try(lambda: check_method(method, _plan(known), arguments), found, "`method`: ") or []
     if found:
         raise ConfigError(found)
     return Settings(**known | _absolute(known))
 
 
-def _absolute(known: Mapping[str, Any]) -> dict[str, str]:
+def _plan(known: Mapping[str, Any]) -> Plan:
+    """Return what a run with these settings is going to do, as far as its method has to know."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
+
+    def value(name: str) -> Any:
+        return known.get(name, defaults[name])
+
+    dropout = (known.get("lora") or LoRA()).dropout
+    calibration = value("calibration_fraction") > 0
+    return Plan(value("steps"), value("accumulation"), dropout, calibration, finished=bool(value("sources")))
+
+
+def _absolute(known: Mapping[str, Any]) -> dict[str, Any]:
     """Paths as a run has to remember them, to be found from any folder."""
     paths = {name: Path(known[name]) for name in ("task", "model", "data_dir") if known.get(name)}
     if paths["task"].suffix not in (".yaml", ".yml"):
         del paths["task"]  # a name
-    return {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    found: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    if known.get("sources"):
+        found["sources"] = tuple(str(Path(source).resolve()) for source in known["sources"])
+    return found
 
 
 def _check(known: dict[str, Any], problems: list[str]) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from varlora.checkpoint import CheckpointTrainer, latest_checkpoint, restore, save_adapter, step_of
+from varlora.adapter import dropout_rates, reset_adapter
+from varlora.checkpoint import (
+    CheckpointTrainer,
+    latest_checkpoint,
+    load_adapter,
+    load_posterior,
+    restore,
+    save_adapter,
+    step_of,
+)
 from varlora.data import Batch, collate
 from varlora.errors import ConfigError, Interrupted, VarloraError, did_you_mean
-from varlora.methods import Method
+from varlora.methods import Method, Plan, Trained
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import Posterior
+from varlora.predict import predict
 from varlora.prompt import Encoded
 
-__all__ = ["NotFiniteError", "check_training_arguments", "class_loss", "fit"]
+__all__ = ["NotFiniteError", "check_method", "check_training_arguments", "class_loss", "conclude", "fit"]
 
 OURS = {
     "output_dir": "run_dir",
@@ -57,6 +66,10 @@ OURS = {
     "load_best_model_at_end": "nothing: the posterior belongs to the last step",
 }
 """Fields of `TrainingArguments` that a setting of ours (or nothing) stands for."""
+
+
+SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+"""Fields of `TrainingArguments` that a method with a schedule of its own leaves no room for."""
 
 
 class NotFiniteError(VarloraError):
@@ -87,6 +100,7 @@ def fit(
     checkpoint_every: int = 500,
     max_not_finite: int = 25,
     training_arguments: Mapping[str, Any] | None = None,
+    calibration: Sequence[Encoded] = (),
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     warn: Callable[[str], None] = print,
@@ -106,6 +120,7 @@ def fit(
         checkpoint_every: steps between checkpoints.
         max_not_finite: stop after so many steps in a row whose gradient is not finite.
         training_arguments: any other fields of `TrainingArguments`.
+        calibration: rows with labels that are held out, for methods that choose something on them.
         resume: go on from the newest complete checkpoint, if there is one.
         callbacks: more callbacks for the Trainer.
         warn: told in words what a user should know.
@@ -116,29 +131,56 @@ def fit(
     Raises:
         Interrupted: stopped by SIGINT or SIGTERM; a checkpoint was written.
         NotFiniteError: stopped after `max_not_finite` bad steps; a checkpoint of the last good state was written.
-        ConfigError: `training_arguments` has unknown fields, or fields that a setting of ours stands for.
+        ConfigError: `training_arguments` has unknown fields, or fields that a setting of ours stands for; or the
+            method cannot work in such a run.
         VarloraError: there are no rows, or a row has no label.
     """
     rows = list(rows)
-    if not rows:
-        raise VarloraError("Expected `rows` to hold training rows, but got none. Check the task's files and filters.")
-    unlabelled = sum(row.label is None for row in rows)
-    if unlabelled:
-        raise VarloraError(f"Expected a label in each training row, but {unlabelled} of {len(rows)} have none.")
-    if problems := check_training_arguments(training_arguments or {}):
+    _check_rows(rows, calibration)
+    plan = Plan(steps, accumulation, max(dropout_rates(model).values(), default=0.0), bool(calibration))
+    arguments_problems = check_training_arguments(training_arguments or {})
+    if problems := arguments_problems + check_method(method, plan, training_arguments or {}):
         raise ConfigError(problems)
-    draws = getattr(method, "mc_samples", 1)
-    if draws > accumulation:
-        raise VarloraError(
-            f"Expected `accumulation` to be at least `method.mc_samples`, but got {accumulation} for {draws} draws a "
-            f"step: each draw takes a micro-batch of its own. Pass `accumulation={draws}`."
-        )
+    every: dict[str, Any] = {
+        "pad_token_id": pad_token_id,
+        "batch_size": batch_size,
+        "calibration": calibration,
+        "warn": warn,
+    }
+    if members := method.members():
+        sources = []
+        for number, member in enumerate(members):
+            folder = run_dir / f"member-{number}"
+            folder.mkdir(exist_ok=True)
+            if resume and (folder / "adapter").is_dir():
+                sources.append(load_posterior(model, folder / "adapter"))
+                continue
+            reset_adapter(model, seed + number)
+            sources.append(
+                fit(
+                    model,
+                    member,
+                    rows,
+                    folder,
+                    steps=steps,
+                    accumulation=accumulation,
+                    seed=seed + number,
+                    checkpoint_every=checkpoint_every,
+                    max_not_finite=max_not_finite,
+                    training_arguments=training_arguments,
+                    resume=resume,
+                    callbacks=callbacks,
+                    **every,
+                )
+            )
+        return conclude(model, method, rows, run_dir, sources=sources, seed=seed, **every)
     start = latest_checkpoint(run_dir, warn) if resume else None
     if not resume and (old := next(run_dir.glob("checkpoint-[0-9]*"), None)):
         raise VarloraError(f"{old} is of an earlier run. Pass `resume=True` to go on with it, or another `run_dir`.")
     params = trainable(model)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
-    watch = _Watch(method, params, max_not_finite)
+    state: dict[str, Any] = {}
+    watch = _Watch(method, params, state, max_not_finite)
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "linear",
         "logging_steps": max(1, min(50, steps // 20)),
@@ -165,8 +207,9 @@ def fit(
         args=arguments,
         train_dataset=rows,
         data_collator=collator,
-        optimizers=(optimizer, None),
+        optimizers=(optimizer, method.schedule(optimizer, steps)),
         callbacks=[watch, *callbacks],
+        method_state=state,
     )
     trainer.varlora_method, trainer.varlora_optimizer = method, optimizer
     trainer.varlora_watch, trainer.varlora_run_dir = watch, run_dir
@@ -174,10 +217,10 @@ def fit(
         trainer.remove_callback(unwanted)
     try:
         if start and step_of(start) >= steps:
-            restore(model, optimizer, start)  # cut off after the last step; the Trainer would take one more
+            restore(model, optimizer, state, start)  # cut off after the last step; the Trainer would take one more
             step = steps
         else:
-            with _stop_on_signals(watch):
+            with _stop_on_signals(watch), method.training(model, optimizer):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
             step = trainer.state.global_step
     finally:
@@ -194,10 +237,100 @@ def fit(
         raise Interrupted(f"Stopped at step {step} of {steps}; {run_dir}/checkpoint-{step} is written.")
     if watch.not_finite:
         warn(f"{watch.not_finite} of {steps} steps were left out because loss or gradient was not finite.")
-    loader: Iterable[Batch] = DataLoader(rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
-    posterior = method.posterior(model, optimizer, loader)
+    return conclude(model, method, rows, run_dir, optimizer=optimizer, state=state, seed=seed, **every)
+
+
+def conclude(
+    model: nn.Module,
+    method: Method,
+    rows: Sequence[Encoded],
+    run_dir: Path,
+    *,
+    pad_token_id: int,
+    batch_size: int = 4,
+    calibration: Sequence[Encoded] = (),
+    optimizer: torch.optim.Optimizer | None = None,
+    state: Mapping[str, Any] | None = None,
+    sources: Sequence[Posterior] = (),
+    seed: int = 0,
+    warn: Callable[[str], None] = print,
+) -> Posterior:
+    """Conclude the posterior from what was trained, now or before, and write `adapter/` to `run_dir`.
+
+    Args:
+        model: the trained model; afterwards it is at the posterior mean.
+        method: how to reach the posterior.
+        rows: the training rows.
+        run_dir: the run directory, which exists.
+        pad_token_id: token to pad with.
+        batch_size: rows a batch of passes over the data.
+        calibration: rows that were held out.
+        optimizer: the optimizer that trained, if it did now.
+        state: what the method collected while training.
+        sources: posteriors of finished runs, or of members, to conclude from.
+        seed: seed of whatever the conclusion draws.
+        warn: told in words what a user should know.
+
+    Returns:
+        The posterior.
+    """
+
+    def draw(posterior: Posterior, of: Sequence[Encoded], n: int) -> tuple[Tensor, Tensor]:
+        found = predict(model, posterior, of, pad_token_id=pad_token_id, samples=n, seed=seed)
+        return found.logits, found.labels
+
+    model.eval()
+    posterior = method.posterior(
+        Trained(
+            model,
+            rows,
+            draw,
+            class_logits,
+            calibration=calibration,
+            pad_token_id=pad_token_id,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            state=state or {},
+            sources=sources,
+            seed=seed,
+            say=warn,
+        )
+    )
     save_adapter(model, posterior, run_dir / "adapter")
+    load_adapter(model, run_dir / "adapter")
     return posterior
+
+
+def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, Any]) -> list[str]:
+    """Return why a method cannot work in such a run, one sentence each.
+
+    Args:
+        method: the method.
+        plan: what the run is going to do.
+        training_arguments: fields meant for `TrainingArguments`.
+
+    Raises:
+        ValueError: a setting of the method's optimizer is impossible; also `TypeError` or `RuntimeError`, as torch and
+            the optimizers raise them.
+    """
+    if problems := method.problems(plan):
+        return problems
+    optimizer = method.optimizer({"weight": nn.Parameter(torch.zeros(1))}, 1, 1, 0)
+    if plan.finished or method.schedule(optimizer, plan.steps) is None:
+        return []
+    return [
+        f"`training_arguments.{name}` is set by the method {method.name}, which has its own schedule. Leave it out."
+        for name in SCHEDULE
+        if name in training_arguments
+    ]
+
+
+def _check_rows(rows: Sequence[Encoded], calibration: Sequence[Encoded]) -> None:
+    if not rows:
+        raise VarloraError("Expected `rows` to hold training rows, but got none. Check the task's files and filters.")
+    for what, of in (("training", rows), ("held-out", calibration)):
+        if unlabelled := sum(row.label is None for row in of):
+            raise VarloraError(f"Expected a label in each {what} row, but {unlabelled} of {len(of)} have none.")
 
 
 def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
@@ -268,8 +401,10 @@ class _Trainer(CheckpointTrainer):
 class _Watch(TrainerCallback):
     """Leaves out steps that are not finite, tells the method about each step, and stops when asked to."""
 
-    def __init__(self, method: Method, params: Mapping[str, nn.Parameter], max_not_finite: int) -> None:
-        self.method, self.params, self.max_not_finite = method, params, max_not_finite
+    def __init__(
+        self, method: Method, params: Mapping[str, nn.Parameter], state: dict[str, Any], max_not_finite: int
+    ) -> None:
+        self.method, self.params, self.state, self.max_not_finite = method, params, state, max_not_finite
         self.losses: list[Tensor] = []  # of the micro-batches of this step
         self.not_finite = 0
         self.not_finite_run = 0
@@ -294,7 +429,7 @@ class _Watch(TrainerCallback):
             self.not_finite_run = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.after_step(self.params, state.global_step, state.max_steps)
+        self.method.after_step(self.params, state.global_step, state.max_steps, self.state)
         if self.stop or self.not_finite_run >= self.max_not_finite:
             control.should_save = True
             control.should_training_stop = True

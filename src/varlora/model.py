@@ -30,9 +30,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from varlora.adapter import seeded
 from varlora.errors import ConfigError, VarloraError, did_you_mean
 
-__all__ = ["LoRA", "base_fingerprint", "class_logits", "load_model", "lora_targets"]
+__all__ = [
+    "LoRA",
+    "base_fingerprint",
+    "class_logits",
+    "load_model",
+    "lora_targets",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("8bit", "4bit")
@@ -304,9 +311,7 @@ def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
         target_modules=targets,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in chosen),  # GPT-2 stores its weights transposed
     )
-    # PEFT draws A on the CPU, so the CPU's generator is the one to seed: the bits do not depend on the device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         if parameter.requires_grad:  # PEFT gives an adapter the base's type

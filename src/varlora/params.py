@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from varlora.errors import DamagedFileError
 
-__all__ = ["check_same_parameters", "swapped", "trainable"]
+__all__ = ["check_same_parameters", "copied", "swapped", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -27,6 +27,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         ['weight']
     """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the parameters that training moves, keyed by name, for a posterior to keep.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> copied(layer)["weight"] is layer.weight
+        False
+    """
+    return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
 
 
 def check_same_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:

@@ -22,7 +22,7 @@ from varlora.prompt import Encoded
 __all__ = ["predict"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: nn.Module,
     posterior: Posterior,

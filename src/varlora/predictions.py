@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,16 @@ from varlora.errors import DamagedFileError
 from varlora.metrics import Uncertainty, average_probs, uncertainty
 from varlora.run import load_tensors, save_tensors
 
-__all__ = ["Predictions", "load_predictions", "save_predictions"]
+__all__ = ["Predictions", "Temperatures", "load_predictions", "save_predictions"]
+
+
+class Temperatures(NamedTuple):
+    """What the logits are to be divided by, fitted on held-out rows."""
+
+    draws: float
+    """Temperature of the draws."""
+    mean: float
+    """Temperature at the posterior mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +42,8 @@ class Predictions:
     slices: tuple[str, ...] = ()
     """The part of the data that each row belongs to, or nothing where the task names none."""
     meta: Mapping[str, str] = field(default_factory=dict)
-    """Where they come from: samples, tau, seed, and what the caller adds."""
+    """Where they come from: samples, tau, seed, and what the caller adds; `temperature` and `temperature_mean` if they
+    were fitted."""
 
     @property
     def probs(self) -> Tensor:
@@ -44,6 +54,24 @@ class Predictions:
     def probs_mean(self) -> Tensor:
         """(N, C) float64: probabilities at the posterior mean."""
         return average_probs(self.logits_mean[None])
+
+    @property
+    def temperatures(self) -> Temperatures | None:
+        """The temperatures that were fitted on held-out rows, if any were."""
+        if "temperature" not in self.meta:
+            return None
+        return Temperatures(float(self.meta["temperature"]), float(self.meta["temperature_mean"]))
+
+    def tempered(self, drawn: bool) -> Tensor:
+        """Return the probabilities with the logits divided by the fitted temperature, (N, C) float64.
+
+        Args:
+            drawn: those averaged over the draws, or those at the mean.
+        """
+        assert self.temperatures is not None
+        if drawn:
+            return average_probs(self.logits / self.temperatures.draws)
+        return average_probs(self.logits_mean[None] / self.temperatures.mean)
 
     @property
     def uncertainty(self) -> Uncertainty:

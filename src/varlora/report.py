@@ -32,10 +32,11 @@ from varlora.run import read_json
 
 __all__ = ["EvaluatedRun", "Report", "Row", "Skipped", "Slice", "Stat", "build_report", "read_run", "to_table"]
 
-NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every"})
+NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every", "sources"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
+TEMPERED = "+T: with the logits divided by a temperature that is fitted on the held-out rows"
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
 SLICE_COLUMNS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))
 
@@ -66,8 +67,10 @@ class EvaluatedRun:
         """(N,) whether a row's label is known."""
         return self.predictions.labels >= 0
 
-    def probs(self, drawn: bool) -> Tensor:
-        """(N, C) probabilities averaged over the draws, or at the mean."""
+    def probs(self, drawn: bool, tempered: bool = False) -> Tensor:
+        """(N, C) probabilities averaged over the draws, or at the mean; with the fitted temperature, or without."""
+        if tempered:
+            return self.predictions.tempered(drawn)
         return self.predictions.probs if drawn else self.predictions.probs_mean
 
     @property
@@ -132,6 +135,8 @@ class Row:
     """Bins of confidence, all seeds pooled."""
     runs: tuple[EvaluatedRun, ...]
     """The runs, one for each seed, ordered by seed."""
+    tempered: bool = False
+    """Whether the logits are divided by a temperature that was fitted on held-out rows."""
     slices: tuple[Slice, ...] = ()
     """Parts of the data, in the order of their names; none where the task does not slice."""
 
@@ -171,6 +176,11 @@ class Report:
     files: Mapping[str, Path]
     """What was written, by file name: report.md, report.json, reliability.png and .svg; slices.png and .svg if a task
     slices its rows."""
+
+    @property
+    def tempered(self) -> bool:
+        """Whether a row has its logits divided by a temperature."""
+        return any(row.tempered for row in self.rows)
 
     @property
     def settings_shown(self) -> bool:
@@ -261,7 +271,8 @@ def to_table(report: Report) -> Table:
         show_edge=False,  # edge, padding and folding: readable in terminals of 80 columns
         pad_edge=False,
         padding=0,
-        caption=f"ECE with {report.bins} equal-width bins (lo, hi]; ± standard error over seeds",
+        caption=f"ECE with {report.bins} equal-width bins (lo, hi]; ± standard error over seeds"
+        + ("\n" + TEMPERED if report.tempered else ""),
         caption_justify="left",
     )
     for name in ("task", "method", *(["settings"] if report.settings_shown else [])):
@@ -370,13 +381,17 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
     parts = [_known_slices(run) for run in group]
     # Draws that all equal the mean come from a point; without draws the adapter's kind of posterior says.
     point = not drawn and all(int(run.meta["samples"]) > 0 or _is_point(run.run) for run in group)
-    variants = [(method if point else f"{method}@mean", 0)]
+    variants = [(method if point else f"{method}@mean", 0, False)]
     if drawn:
         samples = len(group[0].predictions.logits)
-        variants.append((f"{method} x{samples}", samples))
-    for label, draws in variants:
+        variants.append((f"{method} x{samples}", samples, False))
+    if all(run.predictions.temperatures for run in group):
+        variants = [
+            one for label, draws, _ in variants for one in ((label, draws, False), (f"{label} +T", draws, True))
+        ]
+    for label, draws, tempered in variants:
         labels = [run.predictions.labels[run.known] for run in group]
-        probs = [run.probs(draws > 0)[run.known] for run in group]
+        probs = [run.probs(draws > 0, tempered)[run.known] for run in group]
         values = [metrics.evaluate(p, y, bins) for p, y in zip(probs, labels)]
         width = max(p.shape[1] for p in probs)
         pooled = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in probs])
@@ -388,6 +403,7 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
             stats={name: Stat(tuple(value[name] for value in values)) for name in values[0]},
             reliability=metrics.reliability(pooled, torch.cat(labels), bins),
             runs=tuple(group),
+            tempered=tempered,
             slices=tuple(_slice(name, parts, probs, labels) for name in names),
         )
 
@@ -480,6 +496,7 @@ def _markdown(report: Report) -> str:
         slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
         settings=report.settings_shown,
         bins=report.bins,
+        tempered=TEMPERED if report.tempered else "",
         diagram="reliability.png",
         notes=report.notes,
         skipped=report.skipped,

@@ -11,31 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from varlora import metrics
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_from
 from varlora.data import EncodedSet, encode_all
-from varlora.errors import DamagedFileError, VarloraError
-from varlora.fit import fit
+from varlora.errors import DamagedFileError, VarloraError, did_you_mean
+from varlora.fit import conclude, fit
+from varlora.methods import ANY, METHODS
 from varlora.model import base_fingerprint, load_model
 from varlora.params import trainable
-from varlora.posterior import Posterior
+from varlora.posterior import Posterior, Tempered
 from varlora.predict import predict
-from varlora.predictions import save_predictions
+from varlora.predictions import Predictions, load_predictions, save_predictions
 from varlora.prompt import PROMPT_VERSION
 from varlora.run import origin, prepare_run_dir, read_json, write_json
 from varlora.tasks import Task, get_task, load_rows, split_calibration
 from varlora.tasks.base import Example
+from varlora.temperature import fit_temperature
 
 __all__ = [
     "Loaded",
     "answer_rows",
     "check_run_dir",
+    "check_sources",
     "evaluate",
     "load",
+    "recipe_from",
     "rows_of_split",
     "settings_of",
     "train",
@@ -44,8 +48,14 @@ __all__ = [
 
 Say = Callable[[str], None]
 
-MOVABLE = ("run_dir", "data_dir", "model")
+MOVABLE = ("run_dir", "data_dir", "model", "sources")
 """Settings that a resumed run may change: where things lie."""
+SAME = ("task", "dtype", "quantization", "revision", "lora", "max_length", "chat", "row_filter", "skip_bad_rows")
+"""Settings that a run shares with the finished runs that it is concluded from."""
+CALIBRATION = "-calibration"
+"""End of the names of the held-out rows' files: to choose on; a report never reads them."""
+SPLIT = ("seed", "calibration_fraction")
+"""Settings that decide which training rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +141,16 @@ def train(
     settings = settings_from(dataclasses.asdict(settings))  # checked, also when made in Python
     run_dir = settings.folder
     check_run_dir(settings, resume=resume, overwrite=overwrite)
+    check_sources(settings)
     if resume and (run_dir / "adapter").is_dir():
         say(f"{run_dir} is trained already; nothing is left to do.")
         return run_dir
     method = settings.build_method()
     task = get_task(settings.task)
-    examples, _ = training_rows(task, settings, say)
+    examples, held_out = training_rows(task, settings, say)
     model, tokenizer = _load_base(settings)
     encoded = _encode(model, tokenizer, examples, settings, say)
+    calibration = _encode(model, tokenizer, held_out, settings, say).rows if held_out else []
     prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
     base, rows = base_fingerprint(model), hashlib.sha256(repr(encoded.rows).encode()).hexdigest()
     if (run_dir / "config.json").is_file():
@@ -148,22 +160,29 @@ def train(
         config = {"settings": settings.to_dict(), "task_version": task.version, "prompt_version": PROMPT_VERSION}
         data = {"base": base, "rows": rows, "training_rows": len(encoded.rows), "cut": encoded.cut}
         write_json(run_dir / "config.json", config | data | origin())
+    common: dict[str, Any] = {
+        "pad_token_id": _pad(tokenizer),
+        "batch_size": settings.batch_size,
+        "calibration": calibration,
+        "seed": settings.seed,
+        "warn": say,
+    }
+    if settings.sources:
+        conclude(model, method, encoded.rows, run_dir, sources=_load_sources(model, settings, base, rows), **common)
+        return run_dir
     fit(
         model,
         method,
         encoded.rows,
         run_dir,
-        pad_token_id=_pad(tokenizer),
         steps=settings.steps,
-        batch_size=settings.batch_size,
         accumulation=settings.accumulation,
-        seed=settings.seed,
         checkpoint_every=settings.checkpoint_every,
         max_not_finite=settings.max_not_finite,
         training_arguments=settings.training_arguments,
         resume=resume,
         callbacks=callbacks,
-        warn=say,
+        **common,
     )
     return run_dir
 
@@ -195,6 +214,83 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
                 f"Expected the settings that {run_dir} was started with, but {difference}. "
                 "Go on without changes, or give another run directory."
             )
+
+
+def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
+    """Return the settings of a run that concludes a method from finished runs: theirs, but for the method.
+
+    Args:
+        sources: run directories, at least one.
+        method: key of METHODS.
+
+    Raises:
+        VarloraError: a source is no run directory, or there is no such method.
+    """
+    if method not in METHODS:
+        raise VarloraError(f"Unknown method `{method}`. {did_you_mean(method, METHODS)}")
+    runs = [settings_of(source).to_dict() for source in sources]
+    first = runs[0]
+    theirs = {**first["method_settings"], "of": first["method"], "settings": first["method_settings"]}
+    theirs["size"] = len(sources)
+    made: Any = METHODS[method]
+    known = {field.name for field in dataclasses.fields(made)}
+    own = {name: value for name, value in theirs.items() if name in known}
+    if any(run[name] != first[name] for run in runs for name in SPLIT):
+        first["calibration_fraction"] = 0.0  # what one run held out, another was trained on
+    paths = [str(source) for source in sources]
+    return {**first, "method": method, "method_settings": own, "sources": paths, "run_dir": None}
+
+
+def check_sources(settings: Settings) -> None:
+    """Refuse finished runs that a method cannot be concluded from, before the work of loading.
+
+    Raises:
+        VarloraError: a source is unfinished, of a method that this one does not build on, or was trained otherwise.
+    """
+    sources = [Path(source) for source in settings.sources]
+    if not sources:
+        return
+    takes = settings.build_method().concludes_from
+    if not takes:
+        raise VarloraError(f"`{settings.method}` trains by itself. Leave `--from` out.")
+    single = settings.method != "ensemble"
+    if single and len(sources) > 1:
+        raise VarloraError(f"Expected one run to conclude {settings.method} from, but got {len(sources)}. Name one.")
+    if not single and len(sources) < 2:
+        raise VarloraError("Expected two runs or more for an ensemble, but got 1. Name more of them.")
+    here = settings.to_dict()
+    for source in sources:
+        there = settings_of(source).to_dict()
+        if takes != ANY and there["method"] not in takes:
+            raise VarloraError(
+                f"`{settings.method}` cannot be concluded from {source}, a run of `{there['method']}`: it takes "
+                f"{' or '.join(takes)}. Train one: `varlora train --method {takes[0]}`."
+            )
+        if not (source / "adapter").is_dir():
+            raise VarloraError(f"{source} is not finished. Go on with `varlora train --resume` first.")
+        differ = [name for name in SAME + (SPLIT if single else ()) if here[name] != there[name]]
+        if differ:
+            difference = "; ".join(f"`{name}` is {here[name]!r} and was {there[name]!r}" for name in differ)
+            raise VarloraError(
+                f"Expected the settings that {source} was trained with, but {difference}. Leave them out."
+            )
+        if not single and here["calibration_fraction"] and any(here[name] != there[name] for name in SPLIT):
+            raise VarloraError(
+                f"Expected `calibration_fraction` 0: {source} was trained on rows that another run held out, so that "
+                "none are left to choose on."
+            )
+
+
+def _load_sources(model: nn.Module, settings: Settings, base: str, rows: str) -> list[Posterior]:
+    """Return the posteriors of the finished runs, with the model at the first one's mean."""
+    sources = [Path(source) for source in settings.sources]
+    for source in sources:
+        _check_same(source, "base", base, f"the base model {settings.model}")
+    if len(sources) == 1:
+        _check_same(sources[0], "rows", rows, "the training rows")
+    posteriors = [load_posterior(model, source / "adapter") for source in sources]
+    load_adapter(model, sources[0] / "adapter")
+    return posteriors
 
 
 def validate(settings: Settings) -> list[str]:
@@ -260,6 +356,7 @@ def evaluate(
     token_budget: int = 4096,
     data_dir: str | None = None,
     model: str | None = None,
+    temperature: bool = True,
     say: Say = print,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None] | None]] | None = None,
 ) -> dict[str, Any]:
@@ -276,6 +373,7 @@ def evaluate(
         token_budget: tokens a batch, padding included.
         data_dir: where the data lie now, if not where they were.
         model: where the base lies now, if not where it was.
+        temperature: fit a temperature on the held-out rows as well, if there are any.
         say: told in words what a user should know.
         progress: given the number of rows, a context that gives a function to call with the rows done.
 
@@ -291,41 +389,88 @@ def evaluate(
     trained_with = read_json(run_dir / "config.json").get("task_version")
     if trained_with != task.version:
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
-    examples = rows_of_split(task, split, settings, say)
-    _say_unsliced(task, examples, say)
     loaded = load(run_dir, model=model)
-    encoded = _encode(loaded.model, loaded.tokenizer, examples, settings, say)
-    with (progress or _no_progress)(len(encoded.rows)) as advance:
-        predictions = predict(
-            loaded.model,
-            loaded.posterior,
-            encoded.rows,
-            pad_token_id=_pad(loaded.tokenizer),
-            samples=samples,
-            tau=tau,
-            seed=seed,
-            token_budget=token_budget,
-            progress=advance,
-        )
-    meta = {**predictions.meta, "task": task.name, "split": split, "task_version": task.version}
-    slices = tuple(example.slice for example in examples)
-    predictions = dataclasses.replace(predictions, slices=slices if any(slices) else (), meta=meta)
-    suffix = "-calibration" if split == "calibration" else ""  # to choose on; a report never reads them
-    save_predictions(predictions, run_dir / f"predictions{suffix}.safetensors")
+
+    def predicted(split: str) -> Predictions:
+        """Predict a split, and write its files."""
+        examples = rows_of_split(task, split, settings, say)
+        _say_unsliced(task, examples, say)
+        encoded = _encode(loaded.model, loaded.tokenizer, examples, settings, say)
+        with (progress or _no_progress)(len(encoded.rows)) as advance:
+            found = predict(
+                loaded.model,
+                loaded.posterior,
+                encoded.rows,
+                pad_token_id=_pad(loaded.tokenizer),
+                samples=samples,
+                tau=tau,
+                seed=seed,
+                token_budget=token_budget,
+                progress=advance,
+            )
+        origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
+        slices = tuple(example.slice for example in examples)
+        return dataclasses.replace(found, slices=slices if any(slices) else (), meta={**found.meta, **origin_of_rows})
+
+    def written(found: Predictions, suffix: str = "") -> dict[str, Any]:
+        save_predictions(found, run_dir / f"predictions{suffix}.safetensors")
+        results = _results(found)
+        write_json(run_dir / f"metrics{suffix}.json", results | origin())
+        return results
+
+    if split == "calibration":
+        return written(predicted(split), CALIBRATION)
+    predictions = predicted(split)
+    if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
+        held_out = _stored(run_dir, predictions)
+        if held_out is None:
+            held_out = predicted("calibration")
+            written(held_out, CALIBRATION)
+        fitted = {
+            "temperature": repr(fit_temperature(held_out.logits, held_out.labels)),
+            "temperature_mean": repr(fit_temperature(held_out.logits_mean[None], held_out.labels)),
+        }
+        predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
+    return written(predictions)
+
+
+def _stored(run_dir: Path, like: Predictions) -> Predictions | None:
+    """Return the run's predictions of its held-out rows, if they were made as these were."""
+    path = run_dir / f"predictions{CALIBRATION}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        found = load_predictions(path)
+    except DamagedFileError:
+        return None  # they are made anew
+    same = all(found.meta.get(key) == like.meta[key] for key in ("samples", "tau", "seed", "task", "task_version"))
+    return found if same else None
+
+
+def _results(predictions: Predictions) -> dict[str, Any]:
+    """Return what `metrics.json` holds."""
     known = predictions.labels >= 0
+    drawn = predictions.meta["samples"] != "0"
     results: dict[str, Any] = {
-        "task": task.name,
-        "split": split,
-        "samples": len(predictions.logits) if samples else 0,
-        "tau": tau,
+        "task": predictions.meta["task"],
+        "split": predictions.meta["split"],
+        "samples": len(predictions.logits) if drawn else 0,
+        "tau": float(predictions.meta["tau"]),
         "rows": int(known.sum()),
-        "cut": encoded.cut,
+        "cut": int(predictions.meta["cut"]),
         "bins": "10 equal-width bins (lo, hi]",
     }
+
+    def evaluated(probs: Tensor) -> dict[str, float]:
+        return metrics.evaluate(probs[known], predictions.labels[known])
+
     if known.any():
-        results["mean"] = metrics.evaluate(predictions.probs_mean[known], predictions.labels[known])
-        results["draws"] = metrics.evaluate(predictions.probs[known], predictions.labels[known]) if samples else None
-    write_json(run_dir / f"metrics{suffix}.json", results | origin())
+        results["mean"] = evaluated(predictions.probs_mean)
+        results["draws"] = evaluated(predictions.probs) if drawn else None
+        if predictions.temperatures:
+            results["temperature"] = predictions.temperatures._asdict()
+            results["mean_tempered"] = evaluated(predictions.tempered(drawn=False))
+            results["draws_tempered"] = evaluated(predictions.tempered(drawn=True)) if drawn else None
     return results
 
 

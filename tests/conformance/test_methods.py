@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,26 @@ from varlora.checkpoint import load_posterior
 from varlora.config import settings_from
 from varlora.data import collate
 from varlora.demo.run import one_thread
-from varlora.methods import METHODS, AdamW, Ivon, Method
+from varlora.fit import SCHEDULE
+from varlora.methods import (
+    METHODS,
+    AdamW,
+    Blob,
+    Ensemble,
+    Ivon,
+    LaplaceDiag,
+    LaplaceKfac,
+    McDropout,
+    Method,
+    Swa,
+    Swag,
+    Temperature,
+    Tfb,
+)
+from varlora.methods.base import Wrapping
 from varlora.model import class_logits
 from varlora.params import trainable
-from varlora.posterior import POSTERIORS, Posterior
+from varlora.posterior import POSTERIORS, Mixture, Posterior, Tempered
 from varlora.run import write_json
 
 
@@ -28,11 +44,38 @@ class Row(NamedTuple):
     """Key in METHODS."""
     method: Method
     """With settings that learn twelve rows by heart within 60 steps."""
+    dropout: float = 0.0
+    """Of the adapter; the checks that compare different batches of a step use 1e-9 in place of a rate."""
+
+    def model(self, **settings: Any) -> Any:
+        """Return the tiny model with a fresh adapter that the method can work on."""
+        return helpers.tiny_model(**{"dropout": self.dropout, **settings})
+
+    def slower(self) -> Method:
+        """Return the method with a quarter of the learning rate."""
+        if isinstance(self.method, Wrapping):
+            return replace(self.method, settings={**self.method.settings, "lr": self.method.settings["lr"] / 4})
+        return replace(self.method, lr=self.method.lr / 4)
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return training arguments without what a method with a schedule of its own refuses."""
+        own = self.method.schedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 10) is not None
+        return {name: value for name, value in given.items() if not (own and name in SCHEDULE)}
 
 
+AVERAGING: dict[str, Any] = {"lr": 2e-2, "start": 0.3, "every": 1}
 ROWS = [
     Row("adamw", AdamW(lr=2e-2)),
     Row("ivon", Ivon(lr=1.0, clip_radius=2e-2)),
+    Row("mc_dropout", McDropout(lr=2e-2), dropout=0.05),
+    Row("swa", Swa(**AVERAGING)),
+    Row("swag", Swag(**AVERAGING, rank=5)),
+    Row("laplace_diag", LaplaceDiag(lr=2e-2)),
+    Row("laplace_kfac", LaplaceKfac(lr=2e-2, rank=4)),
+    Row("tfb", Tfb(lr=2e-2, samples=3)),
+    Row("blob", Blob(lr=2e-2, sigma_init=0.3, gamma=100.0)),
+    Row("ensemble", Ensemble(of="adamw", settings={"lr": 2e-2}, size=2)),
+    Row("temperature", Temperature(of="ivon", settings={"lr": 1.0, "clip_radius": 2e-2}, samples=3)),
 ]
 
 every_method = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -60,7 +103,7 @@ def fitted(tmp_path_factory):
     def get(row: Row) -> Fitted:
         if row.name not in runs:
             run_dir = tmp_path_factory.mktemp(row.name)
-            model = helpers.tiny_model()
+            model = row.model()
             posterior = helpers.run_fit(model, row.method, run_dir, steps=60, checkpoint_every=60)
             runs[row.name] = Fitted(run_dir, model, posterior)
         return runs[row.name]
@@ -108,8 +151,8 @@ def test_posterior_is_of_the_model_and_the_model_is_at_its_mean(row, fitted):
 @every_method
 def test_posterior_is_a_copy(row, tmp_path):
     """What later happens to the model leaves it as it is."""
-    model = helpers.tiny_model()
-    tensors = helpers.run_fit(model, row.method, tmp_path, steps=2).tensors()
+    model = row.model()
+    tensors = helpers.run_fit(model, row.method, tmp_path, steps=3).tensors()
     before = {name: value.clone() for name, value in tensors.items()}
     with torch.no_grad():
         for p in trainable(model).values():
@@ -138,8 +181,8 @@ def test_frozen_weights_stay_bit_for_bit(row, settings, tmp_path):
 def test_accumulation_equals_the_large_batch(row, batches, tmp_path):
     """Also where an epoch ends in a smaller micro-batch: 11 rows are 4 + 4 + 3."""
     rows, (batch_size, accumulation) = helpers.make_rows(11), batches
-    method = replace(row.method, lr=row.method.lr / 4)
-    model, other = helpers.tiny_model(), helpers.tiny_model()
+    method, dropout = row.slower(), 1e-9 if row.dropout else 0.0
+    model, other = row.model(dropout=dropout), row.model(dropout=dropout)
     helpers.run_fit(model, method, tmp_path / "2x2", rows, batch_size=2, accumulation=2)
     helpers.run_fit(other, method, tmp_path / "other", rows, batch_size=batch_size, accumulation=accumulation)
     start, expected = helpers.bits(helpers.tiny_model()), helpers.bits(other)
@@ -186,6 +229,7 @@ INTERRUPTIONS = {
 @pytest.mark.parametrize("name", INTERRUPTIONS)
 def test_resumed_ends_in_the_bits_of_one_left_alone(row, name, tmp_path):
     case: dict[str, Any] = {"training_arguments": EVERY_STEP, "rows": ROWS_12, **INTERRUPTIONS[name]}
+    case["training_arguments"] = row.arguments(case["training_arguments"])
     at, model = case.pop("at"), {"dropout": 0.1, **case.pop("model", {})}
     case["checkpoint_every"] = at
     helpers.run_fit(helpers.tiny_model(**model), row.method, tmp_path / "whole", **case)
@@ -221,9 +265,10 @@ def test_sampled_restores_bit_for_bit_also_after_an_exception(row, fitted):
 def test_same_generator_same_logits(row, fitted):
     _, model, posterior = fitted(row)
     batch = collate(helpers.make_rows(5, seed=1), 0)
-    one, two = (
-        posterior.draw_logits(model, batch, 4, torch.Generator().manual_seed(7), helpers.forward) for _ in range(2)
-    )
+    with torch.no_grad():
+        one, two = (
+            posterior.draw_logits(model, batch, 4, torch.Generator().manual_seed(7), class_logits) for _ in range(2)
+        )
     assert torch.equal(one, two)
     assert one.shape[1:] == (5, 5)
     assert torch.equal(one.isfinite(), batch["answer_mask"].expand_as(one))
@@ -261,7 +306,7 @@ def test_a_loaded_run_gives_the_same_bits(row, model, tmp_path):
         {
             "task": "boolq",
             "model": str(helpers.base_folder()),
-            "method": row.name,
+            "method": {"name": row.name, **asdict(row.method)},
             "run_dir": str(tmp_path),
             "dtype": model.get("dtype", "float32"),
             "quantization": model.get("quantization"),
@@ -277,14 +322,16 @@ def test_a_loaded_run_gives_the_same_bits(row, model, tmp_path):
 
 @every_method
 def test_posterior_in_bfloat16_is_in_float32_where_it_has_a_scale(row, tmp_path):
-    model = helpers.tiny_model(adapter="bfloat16", dtype="bfloat16")
+    model = row.model(adapter="bfloat16", dtype="bfloat16")
     posterior = helpers.run_fit(model, row.method, tmp_path)
     tensors = posterior.tensors()
-    for name, value in tensors.items():
-        if name.startswith("std."):
-            assert value.dtype == torch.float32
-            assert tensors[name.replace("std.", "mean.")].dtype == torch.float32
-            assert (value > 0).all()
+    spread = {name: value for name, value in tensors.items() if "std." in name or "variance." in name}
+    for name, value in spread.items():
+        assert value.dtype == torch.float32
+        assert (value >= 0).all()
+        mean = name.replace("std.", "mean.").replace("variance.", "mean.")
+        assert tensors[mean].dtype == torch.float32
+    assert not spread or any((value > 0).any() for value in spread.values())
     with posterior.at_mean(model):
         assert all(p.dtype == torch.bfloat16 for p in trainable(model).values())
     assert helpers.same(load_posterior(model, tmp_path / "adapter").tensors(), tensors)
@@ -292,8 +339,18 @@ def test_posterior_in_bfloat16_is_in_float32_where_it_has_a_scale(row, tmp_path)
 
 @every_method
 def test_forward_of_the_mean_is_the_model_itself(row, fitted):
+    """But for ensembles, which average their members' probabilities, and temperatures."""
     _, model, posterior = fitted(row)
     batch = collate(helpers.make_rows(5, seed=1), 0)
-    at_mean = posterior.draw_logits(model, batch, 0, torch.Generator(), helpers.forward)
     with torch.no_grad():
-        assert torch.equal(at_mean[0], class_logits(model, batch))
+        at_mean = posterior.draw_logits(model, batch, 0, torch.Generator(), class_logits)
+        expected = class_logits(model, batch)
+        if isinstance(posterior, Tempered):
+            expected = expected / posterior.temperature_mean
+        elif isinstance(posterior, Mixture):
+            parts = [
+                member.draw_logits(model, batch, 0, torch.Generator(), class_logits) for member in posterior.members
+            ]
+            torch.testing.assert_close(at_mean.softmax(-1), torch.cat(parts).softmax(-1).mean(0, keepdim=True))
+            return
+    assert torch.equal(at_mean[0], expected)

@@ -5,10 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from varlora.methods.adamw import AdamW
-from varlora.methods.base import Method
+from varlora.methods.base import ANY, Method, Plan, Trained
+from varlora.methods.blob import Blob
+from varlora.methods.ensemble import Ensemble
 from varlora.methods.ivon import Ivon
+from varlora.methods.laplace import LaplaceDiag, LaplaceKfac
+from varlora.methods.mc_dropout import McDropout
+from varlora.methods.swa import Swa, Swag
+from varlora.methods.temperature import Temperature
+from varlora.methods.tfb import Tfb
 
-__all__ = ["METHODS", "AdamW", "Ivon", "Method"]
+__all__ = [
+    "ANY",
+    "METHODS",
+    "AdamW",
+    "Blob",
+    "Ensemble",
+    "Ivon",
+    "LaplaceDiag",
+    "LaplaceKfac",
+    "McDropout",
+    "Method",
+    "Plan",
+    "Swa",
+    "Swag",
+    "Temperature",
+    "Tfb",
+    "Trained",
+]
 
-METHODS: dict[str, Callable[..., Method]] = {"adamw": AdamW, "ivon": Ivon}
+METHODS: dict[str, Callable[..., Method]] = {
+    method.name: method
+    for method in (
+        AdamW,
+        Ivon,
+        McDropout,
+        Swa,
+        Swag,
+        LaplaceDiag,
+        LaplaceKfac,
+        Tfb,
+        Blob,
+        Ensemble,
+        Temperature,
+    )
+}
 """Name -> class; calling it with settings gives the method."""

@@ -2,25 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from varlora.posterior import Posterior
+from varlora.data import Batch, collate
+from varlora.errors import did_you_mean
+from varlora.posterior import Forward, Posterior
+from varlora.prompt import Encoded
 
-__all__ = ["Method"]
+__all__ = ["ANY", "AdamWTraining", "Method", "Plan", "Trained", "Wrapping"]
+
+ANY = ("*",)
+"""As `Method.concludes_from`: finished runs of every method."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, as far as a method may have to object before anything runs."""
+
+    steps: int
+    """Optimizer steps."""
+    accumulation: int
+    """Micro-batches a step."""
+    dropout: float
+    """Dropout rate of the adapter's inputs."""
+    calibration: bool
+    """Whether rows are held out for calibration."""
+    finished: bool = False
+    """Whether the posterior is concluded from finished runs, without training."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training ended with: all that a posterior may be concluded from."""
+
+    model: nn.Module
+    """The trained model, in evaluation mode; a run that is concluded from finished runs has it at the first's mean."""
+    rows: Sequence[Encoded]
+    """The training rows."""
+    draw: Callable[[Posterior, Sequence[Encoded], int], tuple[Tensor, Tensor]]
+    """`draw(posterior, rows, n)`: class logits of n fixed draws for each row, (S, N, C), or of the mean for n = 0, and
+    the labels, (N,); on the CPU. The same run draws the same models each time."""
+    forward: Forward
+    """`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable."""
+    calibration: Sequence[Encoded] = ()
+    """The rows that were held out; empty if none were."""
+    pad_token_id: int = 0
+    """Token to pad with."""
+    batch_size: int = 4
+    """Rows a batch of passes that need gradients."""
+    optimizer: torch.optim.Optimizer | None = None
+    """What `optimizer` returned, after its last step; None where nothing was trained now."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What `after_step` collected."""
+    sources: Sequence[Posterior] = ()
+    """Posteriors of the finished runs, or of the members, to conclude from."""
+    seed: int = 0
+    """Seed of whatever the conclusion draws."""
+    say: Callable[[str], None] = print
+    """Told in words what a user should know."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the training rows in batches as large as those of training."""
+        for start in range(0, len(self.rows), self.batch_size):
+            yield collate(self.rows[start : start + self.batch_size], self.pad_token_id)
+
+    def generator(self) -> torch.Generator:
+        """Return a generator on the model's device, seeded by the run's seed."""
+        return torch.Generator(next(self.model.parameters()).device).manual_seed(self.seed)
 
 
 class Method(Protocol):
     """How to reach a posterior: which optimizer, what to watch, what to conclude.
 
-    A method is a frozen dataclass of its settings, one file, and one entry in `METHODS`.
+    A method is a frozen dataclass of its settings that names this class as its base, one file, and one entry in
+    `METHODS`. What few methods need has a default here that does nothing.
     """
 
     name: ClassVar[str]
     """Key in `METHODS`, and what reports call it."""
+    concludes_from: ClassVar[tuple[str, ...]] = ()
+    """Methods whose finished runs the posterior can be concluded from without training; `ANY` for all."""
+
+    def problems(self, plan: Plan) -> list[str]:
+        """Return why the method cannot work in a run like this, and the cure; a sentence each."""
+        return []
+
+    def members(self) -> Sequence[Method]:
+        """Methods to train one after the other, each on a fresh adapter, in place of this one; empty for most."""
+        return ()
 
     def optimizer(
         self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
@@ -35,20 +111,105 @@ class Method(Protocol):
         """
         ...
 
-    def after_step(self, params: Mapping[str, nn.Parameter], step: int, total_steps: int) -> None:
-        """Look at the parameters after step `step` (from 1) of `total_steps`."""
-        ...
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler | None:
+        """Make the learning rate's schedule; None: the Trainer's, linear decay by default."""
+        return None
 
-    def posterior(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> Posterior:
-        """Conclude: the posterior after training.
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Within the context the model's training passes are the method's own; after it as before."""
+        return nullcontext()
+
+    def after_step(
+        self, params: Mapping[str, nn.Parameter], step: int, total_steps: int, state: dict[str, Any]
+    ) -> None:
+        """Look at the parameters after step `step` (from 1) of `total_steps`.
 
         Args:
-            model: the trained model.
-            optimizer: what `optimizer` returned, after its last step.
-            loader: batches of the training rows, for methods that need a pass over them.
+            params: the trainable parameters by name.
+            step: the step that was just made.
+            total_steps: all steps.
+            state: what was collected so far, empty at first; nested dicts and lists of tensors and plain values, which
+                checkpoints carry.
         """
+
+    def posterior(self, trained: Trained) -> Posterior:
+        """Conclude: the posterior after training, a copy that later training leaves alone."""
         ...
 
     def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """What to log beside the loss, by name; empty for most."""
-        ...
+        return {}
+
+
+@dataclass(frozen=True)
+class AdamWTraining(Method):
+    """The settings and optimizer of the methods that train as AdamW does and differ in what they conclude.
+
+    Defaults are the paper's: learning rate 5e-5 with linear decay to zero, no weight decay.
+    """
+
+    lr: float = 5e-5
+    """Learning rate at the first step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Decay of the gradient's average."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's average."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradient's average."""
+
+    def optimizer(
+        self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
+    ) -> torch.optim.Optimizer:
+        """Return torch's AdamW."""
+        return torch.optim.AdamW(
+            list(params.items()),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+        )
+
+
+@dataclass(frozen=True)
+class Wrapping(Method):
+    """The settings of the methods that work on any other one: trained along with it, or on its finished runs."""
+
+    concludes_from: ClassVar[tuple[str, ...]] = ANY
+
+    of: str = "adamw"
+    """The other method: a key of METHODS."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its settings."""
+
+    def inner(self) -> Method:
+        """Make the other method."""
+        from varlora.methods import METHODS
+
+        return METHODS[self.of](**self.settings)
+
+    def problems(self, plan: Plan) -> list[str]:
+        """Those of the other method, if it is trained now."""
+        if plan.finished:
+            return []
+        from varlora.methods import METHODS
+
+        if self.of not in METHODS:
+            return [f"Expected `of` to be a method, but got `{self.of}`. {did_you_mean(self.of, METHODS)}"]
+        if isinstance(self.inner(), Wrapping):
+            return [
+                f"Expected `of` to be a method that trains one adapter, but got `{self.of}`. "
+                f"Train that first, and use `{self.name}` on its finished runs."
+            ]
+        return self.inner().problems(plan)
+
+    def optimizer(
+        self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
+    ) -> torch.optim.Optimizer:
+        """Return the other method's optimizer."""
+        return self.inner().optimizer(params, num_examples, batch_size, seed)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler | None:
+        """Return the other method's schedule."""
+        return self.inner().schedule(optimizer, total_steps)

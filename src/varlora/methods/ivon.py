@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from varlora.methods.base import Method, Plan, Trained
 from varlora.optim.ivon import IVON
 from varlora.posterior import DiagonalGaussian
 
@@ -25,7 +26,7 @@ LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Ivon:
+class Ivon(Method):
     """Train with IVON and keep its Gaussian.
 
     References:
@@ -57,17 +58,24 @@ class Ivon:
     debias: bool = True
     """Whether to divide the momentum by 1 − β₁ᵗ."""
 
+    def problems(self, plan: Plan) -> list[str]:
+        """Each draw of a step takes a micro-batch of its own."""
+        if self.mc_samples <= plan.accumulation:
+            return []
+        return [
+            f"Expected `accumulation` to be at least `method.mc_samples`, but got {plan.accumulation} for "
+            f"{self.mc_samples} draws a step: each draw takes a micro-batch of its own. "
+            f"Set `accumulation={self.mc_samples}`."
+        ]
+
     def optimizer(self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int) -> IVON:
         """Return IVON over the named parameters."""
         return IVON(list(params.items()), batch_size=batch_size, seed=seed, **asdict(self))
 
-    def after_step(self, params: Mapping[str, nn.Parameter], step: int, total_steps: int) -> None:
-        """Watch nothing: the optimizer keeps the posterior."""
-
-    def posterior(self, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> DiagonalGaussian:
+    def posterior(self, trained: Trained) -> DiagonalGaussian:
         """Read mean and variance from the optimizer."""
-        assert isinstance(optimizer, IVON)
-        return optimizer.posterior()
+        assert isinstance(trained.optimizer, IVON)
+        return trained.optimizer.posterior()
 
     def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Mean σ over all weights and by layer: where it jumps in the first steps, h₀ is far off (the paper's hint)."""

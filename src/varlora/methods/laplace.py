@@ -1,0 +1,152 @@
+"""Laplace: a Gaussian around AdamW's optimum, from the curvature of the loss there (Yang et al. 2024, Laplace-LoRA).
+
+The curvature is the generalised Gauss-Newton matrix of the C answers' logits, summed over the N training rows:
+
+    H = Σₙ JₙᵀΛₙJₙ,  Λₙ = diag(pₙ) − pₙpₙᵀ,   posterior N(θ*, (H + δI)⁻¹)
+
+with Jₙ (C, P) the logits' gradients and δ the precision of the prior. Of H either the diagonal is kept, or for each
+weight matrix a Kronecker product of small factors (KFAC), whose large sides are of low rank. Λ = LLᵀ has rank C − 1, so
+C − 1 backward passes a batch are exact; the Fisher estimate takes one, at answers that the model draws.
+
+δ maximises the evidence `½ (P log δ − Σᵢ log(hᵢ + δ) − δ‖θ*‖²)`, with hᵢ the eigenvalues of H, or minimises the NLL of
+the calibration split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from varlora import metrics
+from varlora.curvature import Curvature, Diagonal, Kronecker, best_evidence, root, sampled_root
+from varlora.gradients import one_pass
+from varlora.methods.base import AdamWTraining, Plan, Trained
+from varlora.params import copied
+from varlora.posterior import Linearised, Posterior
+
+__all__ = ["LaplaceDiag", "LaplaceKfac"]
+
+CANDIDATES = tuple(10 ** (power / 2) for power in range(-2, 13))
+"""Prior precisions whose NLL on the calibration split is compared: half a decade apart, 0.1 to a million."""
+DRAWS = 10
+"""Draws for that, where weights are drawn."""
+
+
+@dataclass(frozen=True)
+class _Laplace(AdamWTraining):
+    """What both have in common: all but the form of the curvature."""
+
+    concludes_from: ClassVar[tuple[str, ...]] = ("adamw",)
+
+    curvature: Literal["ggn", "fisher"] = "ggn"
+    """The exact matrix, or its estimate from one answer a row that the model draws: one backward pass a batch."""
+    prior_precision: float | None = None
+    """δ; left out: chosen as `choose_by` says."""
+    choose_by: Literal["evidence", "calibration"] = "evidence"
+    """Choose δ by the evidence on the training rows, or by the NLL of the held-out rows."""
+    predictive: Literal["linearised", "weights"] = "linearised"
+    """Predict with the linearised model, or draw weights."""
+
+    def problems(self, plan: Plan) -> list[str]:
+        found = []
+        if self.prior_precision is not None and not 0 < self.prior_precision < math.inf:
+            found.append(f"Expected `prior_precision` to be a number > 0, but got {self.prior_precision}.")
+        if self.choose_by == "calibration" and self.prior_precision is None and not plan.calibration:
+            found.append(
+                "Expected rows that are held out for `choose_by: calibration`, but there are none. "
+                "Set `calibration_fraction`, e.g. to 0.1, or `choose_by: evidence`."
+            )
+        return found
+
+    def collector(self, trained: Trained) -> Curvature:
+        """Make what collects the curvature."""
+        raise NotImplementedError
+
+    def posterior(self, trained: Trained) -> Posterior:
+        """Go once through the training rows for the curvature, choose the prior's precision, and conclude."""
+        mean = {name: p.float() for name, p in copied(trained.model).items()}
+        found = self.collector(trained)
+        for inputs, gradients, tokens in self.passes(trained):
+            found.add(inputs, gradients, tokens)
+        precision = self.prior_precision or self.chosen(found, mean, trained)
+        trained.say(f"The prior precision is {precision:.4g}.")
+        return self.concluded(found, mean, precision)
+
+    def chosen(self, found: Curvature, mean: Mapping[str, Tensor], trained: Trained) -> float:
+        """Choose the prior precision."""
+        if self.choose_by == "evidence":
+            return best_evidence(found.eigenvalues(), sum(p.double().square().sum().item() for p in mean.values()))
+
+        def loss(precision: float) -> float:
+            candidate = self.concluded(found, mean, precision)
+            logits, labels = trained.draw(candidate, trained.calibration, DRAWS)
+            return metrics.nll(metrics.average_probs(logits), labels)
+
+        return min(CANDIDATES, key=loss)
+
+    def concluded(self, found: Curvature, mean: Mapping[str, Tensor], precision: float) -> Posterior:
+        """Return the posterior with this prior precision."""
+        gaussian = found.gaussian(mean, precision)
+        return Linearised(gaussian) if self.predictive == "linearised" else gaussian
+
+    def passes(self, trained: Trained) -> Iterator[tuple[dict[str, Tensor], list[dict[str, Tensor]], int]]:
+        """Yield each batch's layer inputs, their outputs' gradients at each column of Λ's root, and its tokens."""
+        generator, left_out = trained.generator(), 0
+        for batch in trained.batches():
+            with one_pass(trained.model, batch, trained.forward) as found:
+                probs = found.logits.detach().double().softmax(-1)
+                columns = sampled_root(probs, generator) if self.curvature == "fisher" else root(probs)
+                gradients = [found.backward(column.float()) for column in columns]
+            mask = batch["attention_mask"].to(probs.device)  # (B, T)
+            inputs = {name: a * mask[:, :, None] for name, a in found.inputs.items()}
+            if all(value.isfinite().all() for values in (inputs, *gradients) for value in values.values()):
+                yield inputs, gradients, int(mask.sum())
+            else:
+                left_out += len(probs)
+        if left_out:
+            trained.say(f"{left_out} training rows were left out of the curvature: their gradients are not finite.")
+
+
+@dataclass(frozen=True)
+class LaplaceDiag(_Laplace):
+    """Train with AdamW, then take the curvature's diagonal for the posterior's precision.
+
+    References:
+        Yang et al. 2024, Bayesian Low-rank Adaptation for Large Language Models; Daxberger et al. 2021, Laplace Redux.
+    """
+
+    name: ClassVar[str] = "laplace_diag"
+
+    def collector(self, trained: Trained) -> Curvature:
+        """Collect the diagonal."""
+        return Diagonal()
+
+
+@dataclass(frozen=True)
+class LaplaceKfac(_Laplace):
+    """Train with AdamW, then take a Kronecker-factored curvature for the posterior's precision.
+
+    References:
+        Yang et al. 2024, Bayesian Low-rank Adaptation for Large Language Models; Ritter et al. 2018, A Scalable Laplace
+        Approximation for Neural Networks.
+    """
+
+    name: ClassVar[str] = "laplace_kfac"
+
+    rank: int = 10
+    """Rank of the large side of each factor."""
+
+    def problems(self, plan: Plan) -> list[str]:
+        """A factor of rank 0 is none."""
+        found = super().problems(plan)
+        if self.rank < 1:
+            found.append(f"Expected `rank` to be a whole number >= 1, but got {self.rank}.")
+        return found
+
+    def collector(self, trained: Trained) -> Curvature:
+        """Collect Kronecker factors."""
+        return Kronecker(self.rank, trained.generator(), trained.say)

@@ -1,0 +1,44 @@
+"""MC dropout: the adapter that AdamW trains with dropout, with the dropout left on at prediction.
+
+While training, LoRA's dropout drops inputs of A at random; a network trained so is a draw from a variational posterior
+over A (Gal and Ghahramani 2016). S draws are S masks, each over the inputs of every A and the same for all rows and
+tokens, so that a draw is one model, `A diag(z)/(1 − p)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from varlora.adapter import dropout_rates
+from varlora.methods.base import AdamWTraining, Plan, Trained
+from varlora.params import copied
+from varlora.posterior import Dropout
+
+__all__ = ["McDropout"]
+
+
+@dataclass(frozen=True)
+class McDropout(AdamWTraining):
+    """Train with AdamW and predict with the adapter's dropout on.
+
+    References:
+        Gal and Ghahramani 2016, Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning.
+    """
+
+    name: ClassVar[str] = "mc_dropout"
+    concludes_from: ClassVar[tuple[str, ...]] = ("adamw",)
+
+    def problems(self, plan: Plan) -> list[str]:
+        """Without dropout all draws would be the mean."""
+        if plan.dropout > 0:
+            return []
+        return ["Expected the adapter to be trained with dropout, but its rate is 0. Set `lora.dropout`, e.g. to 0.1."]
+
+    def posterior(self, trained: Trained) -> Dropout:
+        """Return the last iterate with the dropout rates of the adapter."""
+        mean = copied(trained.model)
+        rates = {name: torch.tensor(rate, dtype=torch.float64) for name, rate in dropout_rates(trained.model).items()}
+        return Dropout(mean, {name: rates[name].to(mean[name].device) for name in rates})

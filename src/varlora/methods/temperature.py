@@ -1,0 +1,67 @@
+"""Temperature scaling on the held-out rows, of any method's posterior (Guo et al. 2017).
+
+Logits are divided by the temperature T that minimises the NLL of the calibration split, `−log mean_s softmax(z_s/T)`.
+Either this trains the method and then fits T, or it fits T for a finished run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from varlora.methods.base import Plan, Trained, Wrapping
+from varlora.posterior import Tempered
+from varlora.temperature import fit_temperature
+
+__all__ = ["Temperature"]
+
+
+@dataclass(frozen=True)
+class Temperature(Wrapping):
+    """Divide the logits of any method by a temperature that is fitted on held-out rows.
+
+    References:
+        Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
+    """
+
+    name: ClassVar[str] = "temperature"
+    samples: int = 10
+    """Draws at which T is fitted; the mean has a temperature of its own."""
+
+    def problems(self, plan: Plan) -> list[str]:
+        """T is chosen on rows that were not trained on."""
+        found = super().problems(plan)
+        if not plan.calibration:
+            found.append(
+                "Expected rows that are held out for the temperature, but there are none. "
+                "Set `calibration_fraction`, e.g. to 0.1."
+            )
+        if self.samples < 1:
+            found.append(f"Expected `samples` to be a number of draws >= 1, but got {self.samples}.")
+        return found
+
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Train as the method does."""
+        return self.inner().training(model, optimizer)
+
+    def after_step(
+        self, params: Mapping[str, nn.Parameter], step: int, total_steps: int, state: dict[str, Any]
+    ) -> None:
+        """Watch what the method watches."""
+        self.inner().after_step(params, step, total_steps, state)
+
+    def posterior(self, trained: Trained) -> Tempered:
+        """Return the method's posterior, or the finished run's, with the temperatures of the held-out rows."""
+        inner = trained.sources[0] if trained.sources else self.inner().posterior(trained)
+        draws, mean = (fit_temperature(*trained.draw(inner, trained.calibration, n)) for n in (self.samples, 0))
+        trained.say(f"The temperature of the draws is {draws:.3f}, at the mean {mean:.3f}.")
+        return Tempered(inner, draws, mean)
+
+    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Log what the method logs."""
+        return self.inner().log(optimizer)

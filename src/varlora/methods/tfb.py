@@ -1,0 +1,120 @@
+"""TFB, training-free Bayesianisation: as much noise in the adapter as its loss bears (Shi et al. 2024).
+
+With B = U diag(d) Vᵀ, the adapter is written as B' = U diag(d) and A' = VᵀA, the same product. Row i of A' gets noise
+of standard deviation σ/dᵢ, so that each direction of B's column space carries noise of the same size, and σ is the
+largest for which
+
+    NLL(σ) ≤ (1 + bound) NLL(0)
+
+on some rows, the anchor set, with the average of S draws. All σ are tried with the same noise, so NLL(σ) is smooth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from varlora import metrics
+from varlora.adapter import lora_pairs
+from varlora.methods.base import AdamWTraining, Plan, Trained
+from varlora.params import copied
+from varlora.posterior import DiagonalGaussian
+
+__all__ = ["Tfb"]
+
+FIRST = 0.01
+"""The σ that is tried first."""
+HALVINGS = 20
+"""How often it is doubled or halved until it fails or passes, at the most."""
+BISECTIONS = 6
+"""Bisections of the last factor of two: σ is exact to about 1 %."""
+
+
+@dataclass(frozen=True)
+class Tfb(AdamWTraining):
+    """Train with AdamW, then find the largest noise in the adapter that hardly raises the loss.
+
+    References:
+        Shi et al. 2024, Training-Free Bayesianization for Low-Rank Adapters of Large Language Models.
+    """
+
+    name: ClassVar[str] = "tfb"
+    concludes_from: ClassVar[tuple[str, ...]] = ("adamw", "swa", "ivon", "blob")
+
+    bound: float = 0.003
+    """Relative rise of the NLL that is borne."""
+    anchor_rows: int = 500
+    """Training rows, the first ones, on which the NLL is taken."""
+    samples: int = 10
+    """Draws S that are averaged for it."""
+
+    def problems(self, plan: Plan) -> list[str]:
+        """Bound, rows and draws must leave something to search with."""
+        found = []
+        if not 0 < self.bound < math.inf:
+            found.append(f"Expected `bound` to be a relative rise > 0, but got {self.bound}. The paper's is 0.003.")
+        found += [
+            f"Expected `{name}` to be a whole number >= 1, but got {getattr(self, name)}."
+            for name in ("anchor_rows", "samples")
+            if getattr(self, name) < 1
+        ]
+        return found
+
+    def posterior(self, trained: Trained) -> DiagonalGaussian:
+        """Turn the adapter, and search the scale."""
+        mean, unit = turned({name: p.float() for name, p in copied(trained.model).items()})
+        if dead := sum(int((std[:, 0] == 0).sum()) for name, std in unit.items() if ".lora_A." in name):
+            trained.say(f"{dead} directions of the adapter have no singular value and get no noise.")
+        anchors = trained.rows[: self.anchor_rows]
+
+        def loss(sigma: float) -> float:
+            posterior = DiagonalGaussian(mean, {name: sigma * std for name, std in unit.items()})
+            logits, labels = trained.draw(posterior, anchors, self.samples if sigma else 0)
+            return metrics.nll(metrics.average_probs(logits), labels)
+
+        limit = (1 + self.bound) * loss(0.0)
+        sigma = largest(lambda sigma: loss(sigma) <= limit)
+        trained.say(f"The scale of the noise is {sigma:.4g}." if sigma else "No noise passes the bound: raise `bound`.")
+        return DiagonalGaussian(mean, {name: sigma * std for name, std in unit.items()})
+
+
+def turned(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the adapter as U diag(d) and VᵀA, and the standard deviations for σ = 1: 1/dᵢ in row i of A.
+
+    Directions whose dᵢ is zero but for rounding get none: B passes nothing of them on.
+    """
+    mean, unit = {}, {}
+    for a, b in lora_pairs(weights):
+        u, d, vt = torch.linalg.svd(weights[b], full_matrices=False)
+        mean[a], mean[b] = vt @ weights[a], u * d
+        least = d.max() * max(weights[b].shape) * torch.finfo(d.dtype).eps
+        inverse = torch.where(d > least, 1 / d, 0.0)
+        unit[a], unit[b] = inverse[:, None].expand_as(mean[a]).contiguous(), torch.zeros_like(mean[b])
+    return mean, unit
+
+
+def largest(passes: Callable[[float], bool]) -> float:
+    """Return the largest σ found that passes, where larger ones fail; 0 if none does.
+
+    Example:
+        >>> round(largest(lambda sigma: sigma <= 0.3), 2)
+        0.3
+    """
+    sigma = FIRST
+    factor = 2.0 if passes(sigma) else 0.5
+    for _ in range(HALVINGS):
+        if passes(sigma * factor) != (factor > 1):
+            break
+        sigma *= factor
+    else:
+        return sigma if factor > 1 else 0.0
+    low, high = sorted((sigma, sigma * factor))
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    return low

@@ -1,0 +1,82 @@
+"""Dropout as a posterior: a draw keeps a random part of each adapter's inputs (Gal and Ghahramani 2016)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from varlora.params import swapped
+from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, prefixed, without_prefix
+
+__all__ = ["Dropout"]
+
+
+@dataclass(frozen=True)
+class Dropout:
+    r"""Bernoulli masks over the inputs of some weight matrices: `W diag(z)/(1 − p)` with z ~ Bernoulli(1 − p).
+
+    A mask belongs to a draw, not to a token: dropping an input of a linear layer is dropping a column of its weights,
+    so a draw is one model, the same for every row, which `nn.Dropout` in training mode is not.
+
+    Example:
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> posterior = Dropout({"weight": torch.ones(1, 4)}, {"weight": torch.tensor(0.5)})
+        >>> with posterior.sampled(layer, torch.Generator().manual_seed(0)):
+        ...     layer.weight.tolist()
+        [[0.0, 2.0, 0.0, 0.0]]
+
+    References:
+        Gal and Ghahramani 2016, Dropout as a Bayesian Approximation, equation 2 (a mask over the rows of a weight).
+    """
+
+    kind: ClassVar[str] = "dropout"
+
+    mean: Mapping[str, Tensor]
+    """The weights by parameter name."""
+    rate: Mapping[str, Tensor]
+    """p by name of those weights, (out, in), whose inputs are dropped; tensors without dimensions."""
+    tau: float = 1.0
+    """Factor of the variance of z/(1 − p)."""
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return one draw of the weights by parameter name."""
+        drawn = dict(self.mean)
+        for name in sorted(self.rate):
+            weight, rate = self.mean[name], self.rate[name].item()
+            uniform = torch.rand(weight.shape[1], generator=generator, device=generator.device).to(weight.device)
+            kept = (uniform >= rate).float() / (1 - rate)  # (in,)
+            drawn[name] = weight * (1 + math.sqrt(self.tau) * (kept - 1))
+        return drawn
+
+    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Within the context `model` is one draw; after it, bit for bit what it was."""
+        return swapped(model, self.draw(generator))
+
+    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within the context `model` has all its inputs."""
+        return swapped(model, self.mean)
+
+    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
+        """Class logits of `n` draws, (S, B, C); with `n = 0` without dropout, S = 1."""
+        return draw_logits_by_loop(self, model, batch, n, generator, forward)
+
+    def scale(self, tau: float) -> Dropout:
+        """Return the masks with `tau` times the variance around 1; 0 is no dropout."""
+        check_tau(tau)
+        return Dropout(self.mean, self.rate, self.tau * tau)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights as `mean.<parameter>`, the rates as `rate.<parameter>`, and `tau`."""
+        tau = torch.tensor(self.tau, dtype=torch.float64)
+        return prefixed("mean", self.mean) | prefixed("rate", self.rate) | {"tau": tau}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Dropout:
+        """Rebuild from `tensors()`."""
+        return cls(without_prefix("mean", tensors), without_prefix("rate", tensors), tensors["tau"].item())

@@ -1,0 +1,135 @@
+"""A Gaussian with a variance for each weight: IVON's posterior, and others'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from varlora.errors import VarloraError
+from varlora.params import swapped
+from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, normal, prefixed, without_prefix
+
+__all__ = ["DiagonalGaussian"]
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    r"""A Gaussian with a mean and a variance for each weight, `q(θ) = N(m, diag(v))` (the paper, section 2).
+
+    Draws go through the parameters in the order of their names, so they depend on the generator alone.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> posterior = DiagonalGaussian({"weight": torch.tensor([[2.0]])}, {"weight": torch.tensor([[0.5]])})
+        >>> with posterior.sampled(layer, torch.Generator().manual_seed(0)):
+        ...     drawn = layer.weight.item()
+        >>> drawn != 2.0
+        True
+        >>> posterior.scale(4.0).std["weight"].item()
+        1.0
+    """
+
+    kind: ClassVar[str] = "diagonal_gaussian"
+
+    mean: Mapping[str, Tensor]
+    """m by parameter name, float32 (or wider) whatever the parameter's type."""
+    std: Mapping[str, Tensor]
+    """σ = √v by parameter name, of the mean's shape and type."""
+
+    def __post_init__(self) -> None:
+        differ = set(self.mean) ^ set(self.std)
+        differ |= {name for name in set(self.mean) & set(self.std) if self.mean[name].shape != self.std[name].shape}
+        if differ:
+            raise VarloraError(
+                f"Expected `mean` and `std` to have the same names and shapes, but `{min(differ)}` differs. "
+                "Pass both from the same model."
+            )
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return one draw of the weights, m + σε with ε ~ N(0, I), by parameter name."""
+        drawn = {}
+        for name in sorted(self.mean):
+            mean, std = self.mean[name], self.std[name]
+            drawn[name] = torch.addcmul(mean, std, normal(mean, generator))
+        return drawn
+
+    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Within the context `model` is one draw; after it, bit for bit what it was."""
+        return swapped(model, self.draw(generator))
+
+    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within the context `model` is at m."""
+        return swapped(model, self.mean)
+
+    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
+        """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1."""
+        return draw_logits_by_loop(self, model, batch, n, generator, forward)
+
+    def scale(self, tau: float) -> DiagonalGaussian:
+        """Return N(m, τv): the trade between accuracy (small τ) and calibration (large τ) of the paper's Table 2.
+
+        Args:
+            tau: factor of the variance, >= 0.
+
+        Raises:
+            VarloraError: `tau` is negative or not finite.
+        """
+        check_tau(tau)
+        return DiagonalGaussian(self.mean, {name: std * math.sqrt(tau) for name, std in self.std.items()})
+
+    def prune(self, fraction: float) -> DiagonalGaussian:
+        """Return the posterior with the given fraction of weights of lowest |m|/√v set to exactly 0, without variance.
+
+        Args:
+            fraction: share of all weights, 0 to 1.
+
+        Raises:
+            VarloraError: `fraction` is not within 0 and 1.
+
+        References:
+            the follow-up of the paper (arXiv:2506.14280), pruning at test time.
+
+        Example:
+            >>> mean, std = torch.tensor([0.1, -3.0, 2.0, 0.2]), torch.ones(4)
+            >>> DiagonalGaussian({"w": mean}, {"w": std}).prune(0.5).mean["w"].tolist()
+            [0.0, -3.0, 2.0, 0.0]
+        """
+        if not 0 <= fraction <= 1:
+            raise VarloraError(f"Expected `fraction` to be a share of the weights within 0 and 1, but got {fraction}.")
+        # 0/0 is a weight that is certainly zero: it goes first
+        ratio = {
+            name: (self.mean[name].abs() / self.std[name]).nan_to_num(nan=0.0, posinf=math.inf) for name in self.mean
+        }
+        total = sum(value.numel() for value in ratio.values())
+        count = round(fraction * total)
+        if count == 0:
+            return self
+        flat = torch.cat([value.flatten() for value in ratio.values()])
+        lowest = torch.zeros(total, dtype=torch.bool, device=flat.device)
+        lowest[flat.argsort(stable=True)[:count]] = True
+        pruned = dict(zip(ratio, lowest.split([value.numel() for value in ratio.values()])))
+
+        def without(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.masked_fill(pruned[name].view_as(value), 0.0) for name, value in values.items()}
+
+        return DiagonalGaussian(without(self.mean), without(self.std))
+
+    def quadratic(self, name: str, gradients: Tensor) -> Tensor:
+        """Return the covariance that one parameter gives to linear functions of it, (B, C, C) float64."""
+        scaled = (gradients * self.std[name]).flatten(2).double()
+        return scaled @ scaled.mT
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean and standard deviation, as `mean.<parameter>` and `std.<parameter>`."""
+        return prefixed("mean", self.mean) | prefixed("std", self.std)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DiagonalGaussian:
+        """Rebuild from `tensors()`."""
+        return cls(without_prefix("mean", tensors), without_prefix("std", tensors))

@@ -1,0 +1,97 @@
+"""A Gaussian whose precision is a Kronecker product plus a multiple of the identity: KFAC-Laplace's posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from varlora.params import swapped
+from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, normal, prefixed, without_prefix
+
+__all__ = ["KroneckerGaussian"]
+
+
+@dataclass(frozen=True)
+class KroneckerGaussian:
+    r"""For each weight matrix W (out, in) a Gaussian whose covariance has eigenvectors `uⱼ vᵢᵀ`.
+
+    With U (out, k) and V (in, l) orthonormal, the component of W along `uⱼ vᵢᵀ` has variance sⱼᵢ, and whatever is
+    orthogonal to all of these has variance r. So a draw is, with E ~ N(0, I) of W's shape,
+    `W + √r E + U ((√s − √r) ∘ (Uᵀ E V)) Vᵀ`: a factor's large side may be of low rank, and no covariance is formed.
+
+    Example:
+        >>> e1 = torch.eye(2)[:, :1]
+        >>> posterior = KroneckerGaussian(
+        ...     {"w": torch.zeros(2, 2)}, {"w": e1}, {"w": e1}, {"w": torch.full((1, 1), 4.0)}, torch.tensor(1.0)
+        ... )
+        >>> posterior.quadratic("w", torch.eye(4).view(1, 4, 2, 2)).diagonal(dim1=1, dim2=2).tolist()
+        [[4.0, 1.0, 1.0, 1.0]]
+
+    References:
+        Ritter et al. 2018, A Scalable Laplace Approximation for Neural Networks; Yang et al. 2024, Bayesian Low-rank
+        Adaptation for Large Language Models (the low rank of the large sides).
+    """
+
+    kind: ClassVar[str] = "kronecker_gaussian"
+
+    mean: Mapping[str, Tensor]
+    """W by parameter name, (out, in)."""
+    left: Mapping[str, Tensor]
+    """U by parameter name, (out, k) with orthonormal columns, k <= out."""
+    right: Mapping[str, Tensor]
+    """V by parameter name, (in, l) with orthonormal columns, l <= in."""
+    variance: Mapping[str, Tensor]
+    """s by parameter name, (k, l)."""
+    rest: Tensor
+    """r, the variance of what is orthogonal to all `uⱼ vᵢᵀ`; without dimensions."""
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return one draw of the weights by parameter name."""
+        drawn = {}
+        for name in sorted(self.mean):
+            mean, left, right = self.mean[name], self.left[name], self.right[name]
+            noise, rest = normal(mean, generator), self.rest.sqrt()
+            within = (self.variance[name].sqrt() - rest) * (left.T @ noise @ right)  # (k, l)
+            drawn[name] = mean + rest * noise + left @ within @ right.T
+        return drawn
+
+    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Within the context `model` is one draw; after it, bit for bit what it was."""
+        return swapped(model, self.draw(generator))
+
+    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within the context `model` is at the mean."""
+        return swapped(model, self.mean)
+
+    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
+        """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1."""
+        return draw_logits_by_loop(self, model, batch, n, generator, forward)
+
+    def quadratic(self, name: str, gradients: Tensor) -> Tensor:
+        """Return the covariance that one parameter gives to linear functions of it, (B, C, C) float64."""
+        along = (self.left[name].T @ gradients @ self.right[name]).flatten(2).double()  # (B, C, k * l)
+        whole, rest = gradients.flatten(2).double(), self.rest.double()
+        excess = self.variance[name].flatten().double() - rest
+        return rest * (whole @ whole.mT) + (along * excess) @ along.mT
+
+    def scale(self, tau: float) -> KroneckerGaussian:
+        """Return the Gaussian with `tau` times the covariance."""
+        check_tau(tau)
+        variance = {name: value * tau for name, value in self.variance.items()}
+        return KroneckerGaussian(self.mean, self.left, self.right, variance, self.rest * tau)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean, eigenvectors and variances, as `mean.`, `left.`, `right.` and `variance.<parameter>`, and `rest`."""
+        fields = {name: prefixed(name, getattr(self, name)) for name in ("mean", "left", "right", "variance")}
+        return {key: value for field in fields.values() for key, value in field.items()} | {"rest": self.rest}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> KroneckerGaussian:
+        """Rebuild from `tensors()`."""
+        mean, left, right, variance = (without_prefix(name, tensors) for name in ("mean", "left", "right", "variance"))
+        return cls(mean, left, right, variance, tensors["rest"])

@@ -1,0 +1,69 @@
+"""Temperature scaling as a posterior: any other one, with its logits divided by one number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from varlora.posterior.base import Forward, Posterior, pack, unpack
+
+__all__ = ["Tempered"]
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """A posterior whose class logits are divided by a temperature T; T > 1 is less sure.
+
+    The weights are the inner posterior's: the temperature acts on logits alone. The mean has a temperature of its own,
+    because averaging draws makes them less sure already.
+
+    References:
+        Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
+    """
+
+    kind: ClassVar[str] = "tempered"
+
+    inner: Posterior
+    """The posterior whose logits are divided."""
+    temperature: float
+    """T of the draws, > 0."""
+    temperature_mean: float
+    """T at the mean, > 0."""
+
+    @property
+    def members(self) -> tuple[Posterior, ...]:
+        """The inner posterior, as a mixture has its members."""
+        return (self.inner,)
+
+    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Within the context `model` is a draw of the inner posterior."""
+        return self.inner.sampled(model, generator)
+
+    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within the context `model` is at the inner posterior's mean."""
+        return self.inner.at_mean(model)
+
+    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
+        """The inner posterior's logits divided by the temperature, (S, B, C)."""
+        logits = self.inner.draw_logits(model, batch, n, generator, forward)
+        return logits / (self.temperature if n else self.temperature_mean)
+
+    def scale(self, tau: float) -> Tempered:
+        """Scale the inner posterior's variance; the temperatures stay."""
+        return Tempered(self.inner.scale(tau), self.temperature, self.temperature_mean)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The inner posterior's tensors as `0/<kind>/<tensor>`, and `temperature`: of the draws and at the mean."""
+        temperatures = torch.tensor([self.temperature, self.temperature_mean], dtype=torch.float64)
+        return pack([self.inner]) | {"temperature": temperatures}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Tempered:
+        """Rebuild from `tensors()`."""
+        (inner,) = unpack(tensors)
+        return cls(inner, *tensors["temperature"].tolist())

@@ -1,0 +1,147 @@
+"""Fitting a temperature, against scipy's optimizer and cases that can be solved by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, special
+from torch import Tensor
+
+from varlora.metrics import MetricError
+from varlora.temperature import RANGE, fit_temperature
+
+
+def problem(seed: int, draws: int, rows: int = 40, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Logits of random confidence, right more often than not, and labels; some rows lack an answer."""
+    source = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes - 1, (rows,), generator=source)
+    sure = 10 ** (2 * torch.rand(1, generator=source) - 0.5)
+    logits = torch.randn(1, rows, classes, generator=source) + 0.7 * torch.randn(draws, rows, classes, generator=source)
+    logits = sure * (logits + 1.2 * torch.nn.functional.one_hot(labels, classes))
+    logits[:, ::3, -1] = -math.inf
+    return logits, labels
+
+
+def nll(log_temperature: float, logits: Tensor, labels: Tensor) -> float:
+    """−mean log mean_s softmax(z_s/T), in numpy and logarithms throughout."""
+    z = logits.double().numpy() / math.exp(log_temperature)
+    log_probs = special.log_softmax(z, axis=-1)[:, np.arange(len(labels)), labels.numpy()]  # (S, N)
+    return -float((special.logsumexp(log_probs, axis=0) - math.log(len(z))).mean())
+
+
+def best(logits: Tensor, labels: Tensor) -> float:
+    """The temperature by scipy: the best of a fine grid, refined between its neighbours."""
+    grid = np.linspace(*np.log(RANGE), 300)
+    at = int(np.argmin([nll(value, logits, labels) for value in grid]))
+    bounds = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
+    found = optimize.minimize_scalar(
+        nll, bounds=bounds, args=(logits, labels), method="bounded", options={"xatol": 1e-10}
+    )
+    return math.exp(found.x)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 8])
+@pytest.mark.parametrize("seed", range(6))
+def test_agrees_with_scipy(seed: int, draws: int) -> None:
+    logits, labels = problem(seed, draws)
+    expected = best(logits, labels)
+    assert 0.06 < expected < 40  # not at an end
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_other_temperature_is_better() -> None:
+    logits, labels = problem(0, draws=5)
+    found = nll(math.log(fit_temperature(logits, labels)), logits, labels)
+    assert all(found <= nll(value, logits, labels) + 1e-12 for value in np.linspace(*np.log(RANGE), 500))
+
+
+@pytest.mark.parametrize(("counts", "high"), [((9, 6), True), ((6, 9), False)])
+def test_of_two_minima_it_takes_the_lower(counts: tuple[int, int], high: bool) -> None:
+    """Rows whose draws contradict each other, the right one being surer, at two scales that are far apart."""
+    pairs = [[100.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 0.03]]  # of the first rows, and of the others
+    logits = torch.cat([torch.tensor(pair)[:, None].repeat(1, count, 1) for pair, count in zip(pairs, counts)], 1)
+    labels = torch.zeros(15, dtype=torch.long)
+    values = [nll(value, logits, labels) for value in np.linspace(*np.log(RANGE), 400)]
+    minima = [b for a, b, c in zip(values, values[1:], values[2:]) if a > b < c]
+    assert len(minima) == 2
+    assert (best(logits, labels) > 1) == high
+    assert fit_temperature(logits, labels) == pytest.approx(best(logits, labels), rel=1e-5)
+
+
+# --- solved by hand ---
+
+
+@pytest.mark.parametrize("gap", [0.5, 4.0, 20.0])
+@pytest.mark.parametrize("right", [6, 8, 9])
+def test_equal_gaps_give_the_share_that_is_right(gap: float, right: int) -> None:
+    """Of ten rows with one gap, r right: softmax(gap/T) is r/10, so T = gap / log(r/(10 − r))."""
+    logits = torch.tensor([[[gap, 0.0]] * 10])
+    labels = torch.tensor([0] * right + [1] * (10 - right))
+    assert fit_temperature(logits, labels) == pytest.approx(gap / math.log(right / (10 - right)), rel=1e-6)
+
+
+def test_equal_draws_are_one_draw() -> None:
+    logits, labels = problem(1, draws=1)
+    assert fit_temperature(logits.repeat(3, 1, 1), labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_logits_so_many_times_as_large_take_so_many_times_the_temperature(factor: float) -> None:
+    logits, labels = problem(2, draws=4)
+    assert fit_temperature(factor * logits, labels) == pytest.approx(factor * fit_temperature(logits, labels), rel=1e-6)
+
+
+def test_a_constant_beside_a_rows_logits_does_not_matter() -> None:
+    logits, labels = problem(3, draws=4)
+    shift = torch.arange(float(logits.shape[1]))[:, None]
+    assert fit_temperature(logits + shift, labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
+
+
+def test_answers_that_a_row_lacks_do_not_matter() -> None:
+    logits, labels = problem(4, draws=4)
+    wider = torch.nn.functional.pad(logits, (0, 2), value=-math.inf)
+    assert fit_temperature(wider, labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-9)
+
+
+# --- the ends of the range ---
+
+
+@pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_model_that_is_always_right_gets_the_lowest(gap: float, draws: int) -> None:
+    logits = torch.tensor([[gap, 0.0]] * 4).expand(draws, 4, 2)
+    assert fit_temperature(logits, torch.zeros(4, dtype=torch.long)) == pytest.approx(RANGE[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])
+def test_a_model_that_is_always_wrong_gets_the_highest(gap: float) -> None:
+    logits = torch.tensor([[[gap, 0.0]] * 4])
+    assert fit_temperature(logits, torch.ones(4, dtype=torch.long)) == pytest.approx(RANGE[1], rel=1e-9)
+
+
+def test_logits_that_say_nothing_give_some_temperature_in_the_range() -> None:
+    found = fit_temperature(torch.zeros(1, 4, 3), torch.tensor([0, 1, 2, 0]))
+    assert RANGE[0] * (1 - 1e-9) <= found <= RANGE[1]
+
+
+# --- what it takes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_takes_logits_of_any_type(dtype: torch.dtype) -> None:
+    logits, labels = problem(5, draws=2)
+    rounded = logits.to(dtype)
+    assert fit_temperature(rounded, labels) == pytest.approx(best(rounded, labels), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [((4, 3), [0, 1, 2, 0]), ((2, 4, 3), [0, 1, 2]), ((2, 0, 3), []), ((0, 4, 3), [0, 1, 2, 0]), ((1, 2, 3), [0, -1])],
+    ids=["no draws' dimension", "labels missing", "no rows", "no draws", "an unknown label"],
+)
+def test_refuses_what_has_no_nll(shape: tuple[int, ...], labels: list[int]) -> None:
+    with pytest.raises(MetricError, match="Expected"):
+        fit_temperature(torch.zeros(shape), torch.tensor(labels, dtype=torch.long))
