@@ -313,6 +313,8 @@ def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, An
         ValueError: a setting of the method's optimizer is impossible; also `TypeError` or `RuntimeError`, as torch and
             the optimizers raise them.
     """
+    if plan.finished and not method.concludes_from:
+        return [f"`{method.name}` trains by itself and is not concluded from finished runs. Leave `--from` out."]
     if problems := method.problems(plan):
         return problems
     optimizer = method.optimizer({"weight": nn.Parameter(torch.zeros(1))}, 1, 1, 0)

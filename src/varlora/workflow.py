@@ -21,6 +21,7 @@ from varlora.data import EncodedSet, encode_all
 from varlora.errors import DamagedFileError, VarloraError, did_you_mean
 from varlora.fit import conclude, fit
 from varlora.methods import ANY, METHODS
+from varlora.methods.base import AdamWTraining
 from varlora.model import base_fingerprint, load_model
 from varlora.params import trainable
 from varlora.posterior import Posterior, Tempered
@@ -228,11 +229,13 @@ def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
     """
     if method not in METHODS:
         raise VarloraError(f"Unknown method `{method}`. {did_you_mean(method, METHODS)}")
-    runs = [settings_of(source).to_dict() for source in sources]
+    runs_settings = [settings_of(source) for source in sources]
+    runs = [settings.to_dict() for settings in runs_settings]
     first = runs[0]
-    theirs = {**first["method_settings"], "of": first["method"], "settings": first["method_settings"]}
-    theirs["size"] = len(sources)
+    theirs = {"of": first["method"], "settings": first["method_settings"], "size": len(sources)}
     made: Any = METHODS[method]
+    if isinstance(runs_settings[0].build_method(), AdamWTraining):
+        theirs |= {field.name: first["method_settings"][field.name] for field in dataclasses.fields(AdamWTraining)}
     known = {field.name for field in dataclasses.fields(made)}
     own = {name: value for name, value in theirs.items() if name in known}
     if any(run[name] != first[name] for run in runs for name in SPLIT):
@@ -251,8 +254,6 @@ def check_sources(settings: Settings) -> None:
     if not sources:
         return
     takes = settings.build_method().concludes_from
-    if not takes:
-        raise VarloraError(f"`{settings.method}` trains by itself. Leave `--from` out.")
     single = settings.method != "ensemble"
     if single and len(sources) > 1:
         raise VarloraError(f"Expected one run to conclude {settings.method} from, but got {len(sources)}. Name one.")

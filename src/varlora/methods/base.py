@@ -191,12 +191,12 @@ class Wrapping(Method):
 
     def problems(self, plan: Plan) -> list[str]:
         """Those of the other method, if it is trained now."""
-        if plan.finished:
-            return []
         from varlora.methods import METHODS
 
         if self.of not in METHODS:
             return [f"Expected `of` to be a method, but got `{self.of}`. {did_you_mean(self.of, METHODS)}"]
+        if plan.finished:
+            return []
         if isinstance(self.inner(), Wrapping):
             return [
                 f"Expected `of` to be a method that trains one adapter, but got `{self.of}`. "

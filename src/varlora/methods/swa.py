@@ -48,11 +48,13 @@ class _Averaging(AdamWTraining):
             found.append(f"Expected `start` to be a fraction of training from 0 to below 1, but got {self.start}.")
         if self.every < 1:
             found.append(f"Expected `every` to be a number of steps >= 1, but got {self.every}.")
+        if not self.lr > 0:
+            found.append(f"Expected `lr` to be a learning rate > 0, but got {self.lr}.")
         if self.average_lr is not None and self.average_lr < 0:
             found.append(f"Expected `average_lr` to be a learning rate >= 0, but got {self.average_lr}.")
         if not found and (count := self.snapshots(plan.steps)) < self.needed:
             found.append(
-                f"Expected at least {self.needed} snapshots, but {plan.steps} steps with `start` {self.start} and "
+                f"Expected snapshots, at least {self.needed}, but {plan.steps} steps with `start` {self.start} and "
                 f"`every` {self.every} give {count}. Train longer, or lower `every` or `start`."
             )
         return found
@@ -79,7 +81,7 @@ class _Averaging(AdamWTraining):
         if self.shape == "trainer":
             return None
         first = self.first(total_steps)
-        low = 0.5 if self.average_lr is None else self.average_lr / self.lr
+        low = 0.5 if self.average_lr is None else self.average_lr / self.lr  # `problems` refuses a rate of 0
 
         def factor(step: int) -> float:  # of the learning rate, at the step numbered from 0
             if step >= first and self.shape == "cyclic":

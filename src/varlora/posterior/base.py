@@ -60,6 +60,11 @@ class Posterior(Protocol):
         """What a checkpoint stores, keyed by parameter name."""
         ...
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Posterior:
+        """Rebuild from `tensors()`."""
+        ...
+
 
 class Gaussian(Posterior, Protocol):
     """A Gaussian over the weights that knows the covariance of linear functions of them."""
