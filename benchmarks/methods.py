@@ -25,7 +25,6 @@ import torch
 from _common import (
     ROOT,
     Part,
-    Samples,
     count,
     interleave,
     parser,
@@ -64,24 +63,32 @@ COLUMNS = 4
 BOUND = 200e6
 """Bytes that the curvature's factors may take at Llama-2-7B's shapes."""
 LIMITS = {
-    "training": "forward and backward pass; what a method adds is memory traffic over the adapter (IVON's noise: drawing). "
-    "The Trainer's own work, the same for all, is not in the times, so the ratios are upper bounds.",
-    "swa, swag": f"a snapshot every {STEPS} steps reads and writes mean and squares once; SWAG's list is copied whole. "
-    "None is taken before `start`, so over a whole training the extra is half of this by default.",
-    "blob": "one more matrix product of A's shape, forward and backward, in each layer, on a copy of the layer's input.",
+    "training": "forward and backward pass; what a method adds is memory traffic over the adapter (IVON: and drawing). "
+    "The Trainer's own work, the same for all, is not in the times, so the ratios are upper bounds. Methods that train "
+    "as AdamW does are timed all the same: how far they are from 1 is the noise.",
+    "swa, swag": f"a snapshot every {STEPS} steps reads and writes mean and squares; SWAG's list is copied whole. None "
+    "is taken before `start`, so over a whole training the extra is half of this by default.",
+    "blob": "one more product of A's shape, forward and backward, in each layer, on a copy of the layer's input.",
     "laplace": "one forward and, for C answers, C − 1 backward passes a batch (fisher: 1). SST-2 has C = 2, where both "
-    "are one pass, so a pass over the rows is at its limit at one epoch of training.",
-    "kfac": "4 d rank operations for each token, factor and column: matrix products with 2 rank columns.",
-    "tfb": "(S + 1) forward passes over the anchor rows for each scale that is tried; the mean's pass is not needed.",
-    "temperature": "forward passes over the held-out rows; a point needs one.",
-    "prediction": "S forward passes, and one at the mean. Linearised: 1 forward and C backward passes for any S, and "
+    "are one, so a pass over the rows is at its limit at one epoch of training.",
+    "kfac": "8 d rank operations for each token, factor and column: two matrix products of 2 rank columns.",
+    "tfb": "(S + 1) forward passes over the anchor rows for each scale that is tried, the last one at the mean.",
+    "temperature": "forward passes over the held-out rows.",
+    "prediction": "S forward passes, and one at the mean. Linearised: 2 forward and C backward passes for any S, and "
     "each row's Jacobians, C P numbers, written and read.",
-    "memory": "`state` is counted from the tensors that optimizer and method hold between steps. Peaks are the most that "
-    "is allocated at once beside what was held before, from the allocator's events.",
-    "bayesian_lora": "samples labels (one backward pass a batch), takes the last position alone, and leaves the model in "
-    "training mode; ours takes all positions. Its low-rank factors take a float64 singular value decomposition a batch.",
+    "memory": "State is counted from the tensors that optimizer and method hold between steps. Peaks are the most that "
+    "is allocated at once, beside what was held before, by the allocator's events.",
+    "bayesian_lora": "samples labels (one backward pass a batch) and takes the last position alone, where ours takes "
+    "all; each batch costs it a float64 singular value decomposition of each wide factor.",
     "llama2_7b": "random gradients, inputs and weights; no forward or backward pass of the base is in any time.",
 }
+"""What bounds each cost."""
+AS_WITHOUT = "that of the method without the suffix"
+WHY_NULL = {
+    "fisher": {"training": AS_WITHOUT, "prediction": AS_WITHOUT},
+    "weights": {"training": AS_WITHOUT, "conclusion": AS_WITHOUT, "posterior": AS_WITHOUT},
+}
+"""Why a variant has no number of its own."""
 ABSENT = {
     "bayesian-peft (BLoB, TFB)": "no such distribution on the package index",
     "swag-lora": "no such distribution on the package index",
@@ -108,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     methods, trainees = _training(base, args)
     posteriors = _conclusions(methods, base, trainees, args)
     _predictions(methods, base, posteriors, args)
+    for name, of in methods.items():
+        if (suffix := name.rpartition(" ")[2]) in WHY_NULL:
+            of |= {**dict.fromkeys(WHY_NULL[suffix]), "why_null": WHY_NULL[suffix]}
     found: dict[str, Any] = {
         "base": {
             "numel": base.numel,
@@ -334,7 +344,7 @@ def _conclusions(
         found["conclusion"] = {
             "seconds": spread(seconds[name]["total"]),
             "training_epochs": ratio(seconds[name]["total"], seconds["epoch"]["total"]),
-            "forward_passes_of_predict": passes[name],
+            "predicted_models": passes[name],
             "peak_bytes": _peak(lambda: light.posterior(trained)),  # noqa: B023
         }
         found["posterior"] = {
@@ -376,7 +386,7 @@ def _predictions(
 # --- the shapes of Llama-2-7B's adapter ---
 
 
-def _adapter(args: argparse.Namespace) -> nn.ParameterDict:
+def _adapter(args: argparse.Namespace) -> nn.Module:
     """Return the matrices of an adapter without its base, with gradients."""
     generator = torch.Generator().manual_seed(args.seed)
     module = nn.Module()
@@ -388,7 +398,7 @@ def _adapter(args: argparse.Namespace) -> nn.ParameterDict:
                 _at(module, f"layers.{layer}.self_attn.{projection}.lora_{side}.default").register_parameter(
                     "weight", p
                 )
-    return module  # type: ignore[return-value]
+    return module
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:
@@ -426,8 +436,10 @@ def _llama_steps(args: argparse.Namespace, every: dict[str, Any]) -> dict[str, A
     ]
     candidates["swa, a snapshot"] = [("step", _snapshot(trainees["swa"]))]
     candidates["swag, a snapshot"] = [("step", _snapshot(trainees["swag"]))]
-    blob, x = trainees["blob"], torch.randn(args.batch_size, args.tokens, args.hidden, requires_grad=True)
-    candidates["blob, flipout noise"] = [("step", lambda: _flipout(blob, x))]
+    noisy = Trainee.of(_made("blob"), _adapter(args), 1000, args.batch_size, args.seed)
+    noisy.optimizer.zero_grad()  # so that each pass begins a step
+    x = torch.randn(args.batch_size, args.tokens, args.hidden, requires_grad=True)
+    candidates["blob, flipout noise"] = [("step", lambda: _flipout(noisy, x))]
     print("Optimizer steps at Llama-2-7B's shapes", flush=True)
     seconds, _ = interleave(candidates, torch.device("cpu"), max(1, args.rounds // 2), **every)
     plain = _held(trainees["adamw"])
@@ -450,14 +462,10 @@ def _snapshot(trainee: Trainee) -> Callable[[], None]:
 
 def _flipout(trainee: Trainee, x: Tensor) -> None:
     """Make the noise of each A and its gradients, layer by layer, as within forward and backward pass."""
-    trainee.optimizer.train()
+    trainee.optimizer.train()  # new noise, as there is no gradient of M or B
     for name in trainee.optimizer.G:
+        x.grad = None
         trainee.optimizer.noise(name, x).sum().backward()
-    x.grad = None
-    trainee.optimizer.zero_grad()
-    trainee.optimizer.step()  # no gradient of M: nothing moves, and the noise is forgotten
-    for p in trainee.params.values():
-        p.grad = torch.zeros_like(p)
 
 
 def _llama_posteriors(args: argparse.Namespace, every: dict[str, Any]) -> dict[str, Any]:
@@ -676,8 +684,8 @@ def _peak(run: Callable[[], Any]) -> int:
 def _print(found: dict[str, Any]) -> None:
     rows = []
     for name, of in found["methods"].items():
-        training, conclusion = of.get("training", {}), of.get("conclusion", {})
-        posterior, prediction = of.get("posterior", {}), of.get("prediction", {})
+        training, conclusion = of["training"] or {}, of["conclusion"] or {}
+        posterior, prediction = of["posterior"] or {}, of["prediction"] or {}
         rows.append(
             [
                 name,

@@ -67,11 +67,16 @@ def save_base(folder: Path, **changes: Any) -> Path:
 
 
 def tiny_model(
-    dropout: float = 0.0, dtype: Any = "float32", adapter: Any = "float32", quantization: Any = None, rank: int = 4
+    dropout: float = 0.0,
+    dtype: Any = "float32",
+    adapter: Any = "float32",
+    quantization: Any = None,
+    rank: int = 4,
+    device: str = "cpu",
 ) -> Any:
     """Return the tiny model with a fresh adapter, the same bits at every call."""
     lora = LoRA(rank=rank, alpha=2 * rank, dropout=dropout, dtype=adapter)
-    return load_model(base_folder(), dtype=dtype, quantization=quantization, lora=lora, device="cpu")[0]
+    return load_model(base_folder(), dtype=dtype, quantization=quantization, lora=lora, device=device)[0]
 
 
 def make_rows(count: int = 12, seed: int = 0, labelled: bool = True) -> list[Encoded]:

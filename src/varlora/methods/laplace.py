@@ -68,6 +68,7 @@ class _Laplace(AdamWTraining):
 
     def posterior(self, trained: Trained) -> Posterior:
         """Go once through the training rows for the curvature, choose the prior's precision, and conclude."""
+        trained.say(f"Going through {len(trained.rows)} training rows for the curvature.")
         mean = {name: p.float() for name, p in copied(trained.model).items()}
         found = self.collector(trained)
         for inputs, gradients, tokens in self.passes(trained):

@@ -71,6 +71,7 @@ class Tfb(AdamWTraining):
         if dead := sum(int((std[:, 0] == 0).sum()) for name, std in unit.items() if ".lora_A." in name):
             trained.say(f"{dead} directions of the adapter have no singular value and get no noise.")
         anchors = trained.rows[: self.anchor_rows]
+        trained.say(f"Searching the scale of the noise on {len(anchors)} training rows.")
 
         def loss(sigma: float) -> float:
             posterior = DiagonalGaussian(mean, {name: sigma * std for name, std in unit.items()})
