@@ -16,8 +16,9 @@ import argparse
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-length", type=count, default=256, help="tokens a row (default: %(default)s)")
     made.add_argument("--rounds", type=count, default=15, help=f"timed rounds of {STEPS} steps (default: %(default)s)")
     made.add_argument("--passes", type=count, default=3, help="rounds of what takes seconds (default: %(default)s)")
+    made.add_argument("--warmup", type=int, default=1, help="rounds before either (default: %(default)s)")
     made.add_argument("--layers", type=count, default=32, help="layers at the large shapes (default: %(default)s)")
     made.add_argument("--hidden", type=count, default=4096, help="width there (default: %(default)s)")
     made.add_argument("--tokens", type=count, default=128, help="tokens a row there (default: %(default)s)")
@@ -202,10 +204,9 @@ class Trainee:
     made: int = 0
 
     @classmethod
-    def of(cls, method: Method, model: nn.Module, num_examples: int, batch_size: int, seed: int) -> Trainee:
+    def of(cls, method: Method, model: nn.Module, params: dict[str, nn.Parameter], args: argparse.Namespace) -> Trainee:
         """Make its optimizer, and take the snapshots that training will have taken."""
-        params = trainable(model.train())
-        made = cls(method, model, method.optimizer(params, num_examples, batch_size, seed), params)
+        made = cls(method, model, method.optimizer(params, args.rows, args.batch_size, args.seed), params)
         for _ in range(KEPT):
             made.made += STEPS
             method.after_step(params, made.made, FOREVER, made.state)
@@ -222,7 +223,7 @@ class Trainee:
         self.made += 1
         self.method.after_step(self.params, self.made, FOREVER, self.state)
 
-    def train(self, batches: Iterator[Batch]) -> None:
+    def train(self, batches: Iterable[Batch]) -> None:
         """Make a training step with each batch, as `fit` does within its Trainer."""
         self.model.train()
         with self.method.training(self.model, self.optimizer):
@@ -231,6 +232,10 @@ class Trainee:
                 (class_loss(class_logits(self.model, batch), batch["labels"]) / len(batch["labels"])).backward()
                 self.move()
                 self.optimizer.zero_grad()
+
+    def train_next(self, stream: Iterator[Batch]) -> None:
+        """Make the steps of one round."""
+        self.train(islice(stream, STEPS))
 
     def trained(self, base: Base, rows: Sequence[Encoded], sources: Sequence[Posterior] = ()) -> Trained:
         """Return what `fit` would conclude the posterior from."""
@@ -273,13 +278,13 @@ def _training(base: Base, args: argparse.Namespace) -> tuple[dict[str, Any], dic
     for name in METHODS:
         if name != "ensemble":
             model, _ = load_model(base.name, seed=args.seed, device="cpu")
-            trainees[name] = Trainee.of(_made(name), model, len(base.rows), args.batch_size, args.seed)
+            trainees[name] = Trainee.of(_made(name), model, trainable(model), args)
     candidates: dict[str, list[Part]] = {}
     for name, trainee in trainees.items():
         stream = cycle(base.batches)  # each method's own: round r has the same batches for all
-        candidates[name] = [("steps", lambda t=trainee, s=stream: t.train(islice(s, STEPS)))]
+        candidates[name] = [("steps", partial(trainee.train_next, stream))]
     print("Training steps", flush=True)
-    seconds, _ = interleave(candidates, torch.device("cpu"), args.rounds, warmup=1, seed=args.seed)
+    seconds, _ = interleave(candidates, torch.device("cpu"), args.rounds, warmup=args.warmup, seed=args.seed)
     longest = collate(base.longest[: base.batch_size], base.pad)
     found: dict[str, Any] = {}
     plain = _held(trainees["adamw"])
@@ -290,7 +295,7 @@ def _training(base: Base, args: argparse.Namespace) -> tuple[dict[str, Any], dic
                 "ratio_to_adamw": ratio(seconds[name]["total"], seconds["adamw"]["total"]),
                 "state_bytes": _held(trainee),
                 "state_bytes_beyond_adamw": _held(trainee) - plain,
-                "peak_bytes": _peak(lambda t=trainee: t.train(iter([longest]))),
+                "peak_bytes": _peak(partial(trainee.train, [longest])),
             }
         }
     size = METHODS["ensemble"]().size  # type: ignore[attr-defined]
@@ -331,9 +336,9 @@ def _conclusions(
         of = replace(trained, draw=draw, sources=sources if name == "ensemble" else ())
         posteriors[name] = trainee, method.posterior(of)
 
-    epoch = Trainee.of(adamw.method, adamw.model, len(base.rows), args.batch_size, args.seed)
-    candidates: dict[str, list[Part]] = {n: [("pass", lambda n=n: conclude(n))] for n in concluding}
-    candidates["epoch"] = [("epoch", lambda: epoch.train(iter(base.batches)))]
+    epoch = Trainee.of(adamw.method, adamw.model, adamw.params, args)
+    candidates: dict[str, list[Part]] = {name: [("pass", partial(conclude, name))] for name in concluding}
+    candidates["epoch"] = [("epoch", partial(epoch.train, base.batches))]
     print("Conclusions", flush=True)
     seconds, _ = interleave(candidates, torch.device("cpu"), args.passes, warmup=0, seed=args.seed)
     for name, (method, trainee) in concluding.items():
@@ -345,7 +350,7 @@ def _conclusions(
             "seconds": spread(seconds[name]["total"]),
             "training_epochs": ratio(seconds[name]["total"], seconds["epoch"]["total"]),
             "predicted_models": passes[name],
-            "peak_bytes": _peak(lambda: light.posterior(trained)),  # noqa: B023
+            "peak_bytes": _peak(partial(light.posterior, trained)),
         }
         found["posterior"] = {
             "kind": posteriors[name][1].kind,
@@ -367,12 +372,10 @@ def _predictions(
     def run(trainee: Trainee, posterior: Posterior, samples: int) -> None:
         predict(trainee.model, posterior, base.held_out, pad_token_id=base.pad, samples=samples, seed=args.seed)
 
-    candidates: dict[str, list[Part]] = {
-        name: [("predict", lambda t=t, p=p: run(t, p, 10))] for name, (t, p) in shown.items()
-    }
-    candidates["at the mean"] = [("predict", lambda: run(*posteriors["adamw"], 0))]
+    candidates: dict[str, list[Part]] = {name: [("predict", partial(run, *of, 10))] for name, of in shown.items()}
+    candidates["at the mean"] = [("predict", partial(run, *posteriors["adamw"], 0))]
     print("Predictions", flush=True)
-    seconds, _ = interleave(candidates, torch.device("cpu"), args.passes, warmup=1, seed=args.seed)
+    seconds, _ = interleave(candidates, torch.device("cpu"), args.passes, warmup=args.warmup, seed=args.seed)
     for name in shown:
         methods.setdefault(name, {})["prediction"] = {
             "seconds_per_row": spread([value / len(base.held_out) for value in seconds[name]["total"]]),
@@ -386,33 +389,23 @@ def _predictions(
 # --- the shapes of Llama-2-7B's adapter ---
 
 
-def _adapter(args: argparse.Namespace) -> nn.Module:
+def _adapter(args: argparse.Namespace) -> dict[str, nn.Parameter]:
     """Return the matrices of an adapter without its base, with gradients."""
     generator = torch.Generator().manual_seed(args.seed)
-    module = nn.Module()
+    made = {}
     for layer in range(args.layers):
         for projection in ("q_proj", "v_proj"):
             for side, shape in (("A", (8, args.hidden)), ("B", (args.hidden, 8))):
                 p = nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
                 p.grad = torch.randn(shape, generator=generator) * 1e-3
-                _at(module, f"layers.{layer}.self_attn.{projection}.lora_{side}.default").register_parameter(
-                    "weight", p
-                )
-    return module
-
-
-def _at(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        if not hasattr(module, name):
-            module.add_module(name, nn.Module())
-        module = getattr(module, name)
-    return module
+                made[f"layers.{layer}.self_attn.{projection}.lora_{side}.default.weight"] = p
+    return made
 
 
 def _llama(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what needs the shapes alone."""
     block = torch.zeros(args.flush_mb * 2**20 // 4)
-    every: dict[str, Any] = {"flush": lambda: block.add_(1), "seed": args.seed, "warmup": 1}
+    every: dict[str, Any] = {"flush": lambda: block.add_(1), "seed": args.seed, "warmup": args.warmup}
     return {
         "adapter": {"matrices": 4 * args.layers, "numel": 32 * args.layers * args.hidden},
         "steps": _llama_steps(args, every),
@@ -422,28 +415,27 @@ def _llama(args: argparse.Namespace) -> dict[str, Any]:
 
 def _llama_steps(args: argparse.Namespace, every: dict[str, Any]) -> dict[str, Any]:
     """Time optimizer and `after_step` of the methods that do not train as AdamW does, the snapshot of ten included."""
+    base = nn.Identity()  # there is none
     trainees = {
-        name: Trainee.of(_made(name), _adapter(args), 1000, args.batch_size, args.seed)
-        for name in ("adamw", "ivon", "swa", "swag", "blob")
+        name: Trainee.of(_made(name), base, _adapter(args), args) for name in ("adamw", "ivon", "swa", "swag", "blob")
     }
     candidates: dict[str, list[Part]] = {}
     for name, trainee in trainees.items():
         parts: list[Part] = [("draw", trainee.draw)] if name == "ivon" else []
         candidates[name] = [*parts, ("step", trainee.move)] * STEPS
-    averaged = AveragedModel(_adapter(args))
-    candidates["torch AveragedModel, a snapshot"] = [
-        ("step", lambda: averaged.update_parameters(trainees["swa"].model))
-    ]
+    alone = nn.ParameterList(trainees["swa"].params.values())
+    averaged = AveragedModel(alone)
+    candidates["torch AveragedModel, a snapshot"] = [("step", partial(averaged.update_parameters, alone))]
     candidates["swa, a snapshot"] = [("step", _snapshot(trainees["swa"]))]
     candidates["swag, a snapshot"] = [("step", _snapshot(trainees["swag"]))]
-    noisy = Trainee.of(_made("blob"), _adapter(args), 1000, args.batch_size, args.seed)
+    noisy = Trainee.of(_made("blob"), base, _adapter(args), args)
     noisy.optimizer.zero_grad()  # so that each pass begins a step
     x = torch.randn(args.batch_size, args.tokens, args.hidden, requires_grad=True)
-    candidates["blob, flipout noise"] = [("step", lambda: _flipout(noisy, x))]
+    candidates["blob, flipout noise"] = [("step", partial(_flipout, noisy, x))]
     print("Optimizer steps at Llama-2-7B's shapes", flush=True)
     seconds, _ = interleave(candidates, torch.device("cpu"), max(1, args.rounds // 2), **every)
     plain = _held(trainees["adamw"])
-    found = {}
+    found: dict[str, Any] = {}
     for name, times in seconds.items():
         steps = STEPS if name in trainees else 1
         found[name] = {"seconds": spread([value / steps for value in times["total"]])}
@@ -457,7 +449,7 @@ def _llama_steps(args: argparse.Namespace, every: dict[str, Any]) -> dict[str, A
 
 
 def _snapshot(trainee: Trainee) -> Callable[[], None]:
-    return lambda: trainee.method.after_step(trainee.params, STEPS, FOREVER, trainee.state)
+    return partial(trainee.method.after_step, trainee.params, STEPS, FOREVER, trainee.state)
 
 
 def _flipout(trainee: Trainee, x: Tensor) -> None:
@@ -471,7 +463,7 @@ def _flipout(trainee: Trainee, x: Tensor) -> None:
 def _llama_posteriors(args: argparse.Namespace, every: dict[str, Any]) -> dict[str, Any]:
     """Time one batch of the curvature, its decomposition, one draw of each posterior, and the linearised covariance."""
     generator = torch.Generator().manual_seed(args.seed)
-    mean = {name: p.detach() for name, p in trainable(_adapter(args)).items()}
+    mean = {name: p.detach() for name, p in _adapter(args).items()}
 
     def values(width: int) -> Tensor:
         return torch.randn(args.batch_size, args.tokens, width, generator=generator)
@@ -484,18 +476,24 @@ def _llama_posteriors(args: argparse.Namespace, every: dict[str, Any]) -> dict[s
 
     def first(name: str) -> None:
         collectors[name] = Diagonal() if name == "diagonal" else Kronecker(10, generator, lambda text: None)
-        collectors[name].add(inputs, [gradients], tokens)
+        add(name, 1)
+
+    def add(name: str, columns: int) -> None:
+        collectors[name].add(inputs, [gradients] * columns, tokens)
+
+    def eigenvalues(name: str) -> None:
+        collectors[name].eigenvalues()
 
     def conclude(name: str) -> None:
         posteriors[name] = collectors[name].gaussian(mean, 1.0)
 
     candidates: dict[str, list[Part]] = {
         name: [
-            ("first batch", lambda n=name: first(n)),
-            ("batch, 1 column", lambda n=name: collectors[n].add(inputs, [gradients], tokens)),
-            (f"batch, {COLUMNS} columns", lambda n=name: collectors[n].add(inputs, [gradients] * COLUMNS, tokens)),
-            ("eigenvalues", lambda n=name: collectors[n].eigenvalues()),
-            ("posterior", lambda n=name: conclude(n)),
+            ("first batch", partial(first, name)),
+            ("batch, 1 column", partial(add, name, 1)),
+            (f"batch, {COLUMNS} columns", partial(add, name, COLUMNS)),
+            ("eigenvalues", partial(eigenvalues, name)),
+            ("posterior", partial(conclude, name)),
         ]
         for name in ("diagonal", "kronecker")
     }
@@ -533,11 +531,13 @@ def _llama_posteriors(args: argparse.Namespace, every: dict[str, Any]) -> dict[s
         "low rank": LowRankGaussian(mean, std, deviations),
         "dropout": Dropout(mean, {name: torch.tensor(0.1) for name in mean if ".lora_A." in name}),
     }
-    candidates = {f"{name}, a draw": [("run", lambda p=p: p.draw(generator))] for name, p in posteriors.items()}
-    for name in ("diagonal", "kronecker"):
-        candidates[f"{name}, covariances"] = [
-            ("run", lambda p=posteriors[name]: [p.quadratic(n, j) for n, j in jacobian.items()])
-        ]
+    candidates = {f"{name}, a draw": [("run", partial(p.draw, generator))] for name, p in posteriors.items()}
+
+    def covariances(name: str) -> None:
+        for parameter, of in jacobian.items():
+            posteriors[name].quadratic(parameter, of)
+
+    candidates |= {f"{name}, covariances": [("run", partial(covariances, name))] for name in ("diagonal", "kronecker")}
     print("Posteriors at Llama-2-7B's shapes", flush=True)
     seconds, _ = interleave(candidates, torch.device("cpu"), args.rounds, **every)
     found["draws"] = {
@@ -571,7 +571,7 @@ def _peers(base: Base, adamw: Trainee, args: argparse.Namespace) -> dict[str, An
     else:
         candidates["bayesian_lora"] = [("pass", _bayesian_lora(peer, base, adamw))]
     print("Peers", flush=True)
-    seconds, _ = interleave(candidates, torch.device("cpu"), args.passes, warmup=1, seed=args.seed)
+    seconds, _ = interleave(candidates, torch.device("cpu"), args.passes, warmup=args.warmup, seed=args.seed)
     if "bayesian_lora" in candidates:
         found["bayesian_lora"] = {
             "version": peer.__version__,
@@ -580,13 +580,13 @@ def _peers(base: Base, adamw: Trainee, args: argparse.Namespace) -> dict[str, An
                 n: ratio(t["total"], seconds["bayesian_lora"]["total"]) for n, t in seconds.items() if "ours" in n
             },
         }
-    swa = Trainee.of(_made("swa"), adamw.model, len(base.rows), args.batch_size, args.seed)
+    swa = Trainee.of(_made("swa"), adamw.model, adamw.params, args)
     whole, alone = AveragedModel(adamw.model), nn.ParameterList(adamw.params.values())
     averaged = AveragedModel(alone)
     candidates = {
         "ours": [("snapshot", _snapshot(swa))],
-        "the adapter": [("snapshot", lambda: averaged.update_parameters(alone))],
-        "the whole model": [("snapshot", lambda: whole.update_parameters(adamw.model))],
+        "the adapter": [("snapshot", partial(averaged.update_parameters, alone))],
+        "the whole model": [("snapshot", partial(whole.update_parameters, adamw.model))],
     }
     seconds, _ = interleave(candidates, torch.device("cpu"), 10 * args.rounds, seed=args.seed, progress=False)
     found["torch AveragedModel"] = {

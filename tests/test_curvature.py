@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from varlora.curvature import RANGE, Diagonal, Factor, Kronecker, best_evidence, root, sampled_root
 from varlora.demo.run import one_thread
+from varlora.errors import VarloraError
 
 SIZES = {"v": (2, 6), "w": (5, 3)}
 """out and in of two layers."""
@@ -124,7 +126,7 @@ def test_root_where_answers_have_no_probability(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("rest", [1e-12, 1e-30, 1e-200])
+@pytest.mark.parametrize("rest", [1e-12, 1e-100])
 def test_root_of_a_model_that_is_almost_sure(classes: int, rest: float) -> None:
     """Λ of 1e-12 is not rounded away, whichever answer it is sure of."""
     for sure in range(classes):
@@ -199,9 +201,9 @@ def test_kronecker_is_g_times_a_over_all_tokens() -> None:
 def test_eigenvectors_are_orthonormal_and_their_number_is_the_rank_of_large_factors() -> None:
     sizes = {"up": (50, 4), "down": (4, 60), "both": (50, 60)}
     posterior = collected(kronecker(3), batches(sizes)).gaussian(zeros(sizes), 1.0)
-    for name, (k, l) in {"up": (3, 4), "down": (4, 3), "both": (3, 3)}.items():
-        assert posterior.variance[name].shape == (k, l)
-        for basis, rank in ((posterior.left[name], k), (posterior.right[name], l)):
+    for name, ranks in {"up": (3, 4), "down": (4, 3), "both": (3, 3)}.items():
+        assert posterior.variance[name].shape == ranks
+        for basis, rank in zip((posterior.left[name], posterior.right[name]), ranks):
             torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
         assert ((posterior.variance[name] > 0) & (posterior.variance[name] <= 1)).all()
     assert posterior.rest == 1
@@ -372,26 +374,21 @@ def test_a_factor_of_low_rank_is_not_reported(d: int, rank: int) -> None:
     assert not any(positive(d, rank, seed).eigen()[2] for seed in range(2 if d > 1000 else 20))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RecursionError, reason="BUG: a sketch that has overflown is damped for ever: the run hangs"
-)
+@pytest.mark.xfail(strict=True, reason="BUG: a sketch that has overflown is damped for ever: the run hangs")
 def test_a_sketch_that_has_overflown_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite activations whose squares are not: whatever comes of it, the run must not hang."""
+    """Finite activations whose squares are not: it may be refused, but must not hang."""
     factor, calls, cholesky = Factor(2, numbers(20, 4)), 0, torch.linalg.cholesky_ex
 
     def counted(matrix: Tensor) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 400:  # ten times from 1e-45 to 1e308 and more
-            raise RecursionError("hangs")
+        assert calls < 700, "hangs"  # ten times each from the smallest float64 to the largest
         return cholesky(matrix)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
     factor.add(1e20 * numbers(3, 20, seed=1))
-    with pytest.raises(Exception) as caught:
+    with contextlib.suppress(VarloraError):
         factor.eigen()
-    if isinstance(caught.value, RecursionError):
-        raise caught.value
 
 
 # --- the evidence ---
@@ -422,9 +419,10 @@ def test_best_evidence_is_where_the_evidence_is_largest(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("eigenvalues", "square", "end"),
-    [([1.0, 2.0], 0.0, 1), ([1e9, 1e9], 1e-12, 1), ([0.0, 0.0], 1.0, 0), ([1e-9], 1e3, 0)],
+    [([1.0, 2.0], 0.0, 1e8), ([1e9, 1e9], 1e-12, 1e8), ([0.0, 0.0], 1.0, 1e-4), ([1e-9], 1e3, 1e-4)],
     ids=["all weights zero", "weights close to zero", "no curvature", "hardly any curvature"],
 )
-def test_best_evidence_stays_in_its_range(eigenvalues: list[float], square: float, end: int) -> None:
+def test_best_evidence_stays_in_its_range(eigenvalues: list[float], square: float, end: float) -> None:
     found = best_evidence(torch.tensor(eigenvalues, dtype=torch.float64), square)
-    assert found == pytest.approx(RANGE[end], rel=1e-6)
+    assert found == pytest.approx(end, rel=1e-6)
+    assert end in RANGE
