@@ -16,7 +16,7 @@ LAYERS = {
     1: {"tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
     3: {"run", "predictions", "checkpoint", "fit", "predict"},
-    4: {"config", "workflow", "progress", "report", "diagram", "demo", "cli"},
+    4: {"config", "sources", "workflow", "progress", "report", "diagram", "demo", "cli"},
 }
 """Every file or folder of the package, by its name, and its layer."""
 
@@ -24,7 +24,7 @@ WITHIN = {
     "params": {"errors"},
     "gradients": {"errors", "params"},
     "posterior": {"errors", "params", "gradients"},
-    "curvature": {"posterior"},
+    "curvature": {"errors", "posterior"},
     "temperature": {"metrics"},
     "metrics": {"errors"},
     "prompt": {"tasks"},
@@ -34,10 +34,11 @@ WITHIN = {
     "predictions": {"run"},
     "predict": {"predictions"},
     "fit": {"checkpoint", "predict"},
-    "workflow": {"config"},
+    "sources": {"config"},
+    "workflow": {"config", "sources"},
     "report": {"diagram"},
     "demo": {"config", "workflow", "progress", "report"},
-    "cli": {"config", "workflow", "progress", "report", "demo"},
+    "cli": {"config", "sources", "workflow", "progress", "report", "demo"},
 }
 """What a file imports from its own layer: the base modules of its kind, and nothing else."""
 

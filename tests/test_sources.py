@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from test_workflow import silent
 
 from varlora import metrics
@@ -18,8 +19,9 @@ from varlora.methods import METHODS
 from varlora.posterior import Mixture, Tempered
 from varlora.predictions import load_predictions
 from varlora.report import build_report
+from varlora.sources import recipe_from
 from varlora.temperature import fit_temperature
-from varlora.workflow import evaluate, load, recipe_from, train
+from varlora.workflow import evaluate, load, train
 
 CONCLUDED = ["mc_dropout", "laplace_diag", "laplace_kfac", "tfb", "temperature"]
 SPREAD = {"rank": 2, "samples": 3}
@@ -172,7 +174,7 @@ def test_mc_dropout_of_a_run_without_dropout(base, runs, tmp_path, request):
     without = runs(seed=5, lora={"dropout": 0.0})
     request.getfixturevalue("nothing_loads")
     text = refusal("mc_dropout", [without], tmp_path / "run")
-    assert "its rate is 0. Set `lora.dropout`, e.g. to 0.1." in text
+    assert "its rate is 0. Train with `lora.dropout`, 0.1 say." in text
 
 
 def test_a_method_that_trains_by_itself(runs, tmp_path, request):
@@ -223,8 +225,8 @@ def test_a_source_of_other_rows(task, runs, tmp_path):
     [
         ({"name": "swag", "every": 50}, {"steps": 60}, "60 steps with `start` 0.5 and `every` 50 give 0"),
         ({"name": "swag"}, {"steps": 30}, "Expected snapshots, at least 2"),
-        ({"name": "mc_dropout"}, {"lora": {"dropout": 0}}, "its rate is 0. Set `lora.dropout`"),
-        ({"name": "temperature"}, {"calibration_fraction": 0}, "Set `calibration_fraction`, e.g. to 0.1."),
+        ({"name": "mc_dropout"}, {"lora": {"dropout": 0}}, "its rate is 0. Train with `lora.dropout`"),
+        ({"name": "temperature"}, {"calibration_fraction": 0}, "Train with `calibration_fraction`, e.g. 0.1"),
         ({"name": "laplace_diag", "choose_by": "calibration"}, {"calibration_fraction": 0}, "`choose_by: evidence`"),
         ({"name": "laplace_kfac", "curvature": "hessian"}, {}, "Expected `method.curvature` to be one of ggn, fisher"),
         ({"name": "ensemble", "size": 1}, {}, "number of members >= 2, but got 1"),
@@ -250,6 +252,71 @@ def test_settings_of_the_wrapped_method_are_read_as_its_own(base):
     assert settings.method_settings["settings"]["ess"] == 1e5
     assert settings.to_dict()["method_settings"]["settings"]["hess_init"] == 1e-3
     assert settings.to_dict()["method_settings"]["size"] == 2
+
+
+def test_a_run_directory_that_is_a_source(runs, tmp_path, request):
+    """`--overwrite` would delete it first."""
+    source = Path(shutil.copytree(runs(), tmp_path / "a" / "source"))
+    request.getfixturevalue("nothing_loads")
+    for run_dir in (source, source.parent):
+        (settings,) = load_settings(recipe_from([source], "tfb"), {"run_dir": str(run_dir)})
+        with pytest.raises(VarloraError, match="is or holds"):
+            train(settings, overwrite=True, say=silent)
+        assert (source / "adapter").is_dir()
+
+
+def test_the_same_run_twice(runs, tmp_path, request):
+    source = runs()
+    request.getfixturevalue("nothing_loads")
+    assert "one is named twice" in refusal("ensemble", [source, source / ".." / source.name], tmp_path / "run")
+
+
+@pytest.mark.parametrize("assignment", ["steps=7", "method.lr=0.7", "calibration_fraction=0.2", "lora.rank=2"])
+def test_settings_without_effect(runs, tmp_path, request, assignment):
+    source = runs()
+    request.getfixturevalue("nothing_loads")
+    (settings,) = load_settings(recipe_from([source], "tfb"), {"run_dir": str(tmp_path / "run")}, [assignment])
+    with pytest.raises(VarloraError, match="without training they have no effect"):
+        train(settings, say=silent)
+
+
+def test_a_conclusion_is_not_resumed_from_other_runs(runs, tmp_path, monkeypatch):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    recipe = {**recipe_from([runs(), runs("ivon")], "ensemble"), "run_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patched:
+        patched.setattr("varlora.methods.ensemble.Ensemble.posterior", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_settings(recipe)[0], say=silent)
+    other = {**recipe, "sources": [str(runs()), str(runs("ivon", steps=5))]}
+    with pytest.raises(VarloraError):
+        train(load_settings(other)[0], resume=True, say=silent)
+    train(load_settings(recipe)[0], resume=True, say=silent)
+
+
+def test_an_ensemble_of_runs_on_other_rows_has_nothing_held_out(task, base, runs, tmp_path):
+    """Same seed and fraction, other data: what one held out, the other was trained on."""
+    data = Path(shutil.copytree(task.parent, tmp_path / "data"))
+    rows = data / "true_or_false.train.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-3]))
+    other = tmp_path / "other"
+    train(settings_from({**base, "data_dir": str(data), "run_dir": str(other)}), say=silent)
+    recipe = {**recipe_from([runs(), other], "ensemble"), "run_dir": str(tmp_path / "run")}
+    with pytest.raises(DamagedFileError, match=r"rows to be what .* was trained with"):
+        train(load_settings(recipe)[0], say=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_reports_tell_ensembles_of_other_members_apart(runs, tmp_path):
+    folders = []
+    for number, other in enumerate((runs("ivon"), runs(seed=1))):
+        folders.append(concluded("ensemble", [runs(), other], tmp_path / str(number)))
+        evaluate(folders[-1], samples=2, say=silent)
+    report = build_report(folders, tmp_path / "report")
+    assert not report.skipped
+    assert sum("members=adamw+ivon" in row.differs for row in report.rows) == 4  # mean and draws, with +T
+    assert sum("members=adamw+adamw" in row.differs for row in report.rows) == 2
 
 
 # --- temperatures ---
@@ -306,6 +373,30 @@ def test_without_held_out_rows_or_wish_there_is_no_temperature(runs, tmp_path):
     assert "temperature" not in evaluate(run_dir, temperature=False, say=silent)
     assert [row.label for row in build_report([run_dir], tmp_path / "report").rows] == ["adamw"]
     assert not (run_dir / "predictions-calibration.safetensors").exists()
+
+
+def test_predictions_are_kept_where_no_temperature_can_be_fitted(task, runs, tmp_path):
+    """The held-out rows are others now, or gone."""
+    run_dir, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(runs("ivon"), run_dir)
+    shutil.copytree(task.parent, data)
+    rows = data / "true_or_false.train.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    for text, why in (("".join(lines[1:]), "its checksum differs"), (None, "true_or_false.train.jsonl")):
+        rows.write_text(text) if text else rows.unlink()
+        said = []
+        results = evaluate(run_dir, samples=2, data_dir=str(data), say=said.append)
+        assert "temperature" not in results
+        assert any("No temperature was fitted" in line and why in line for line in said), said
+        assert load_predictions(run_dir / "predictions.safetensors").temperatures is None
+    with pytest.raises(VarloraError):
+        evaluate(run_dir, split="calibration", data_dir=str(data), say=silent)
+
+
+def test_a_temperature_at_the_end_of_its_range_is_said():
+    said = []
+    fit_temperature(torch.tensor([[[1.0, 0.0]] * 5]), torch.zeros(5, dtype=torch.long), said.append)
+    assert "at the end of its range, 0.05: the 5 held-out rows" in said[0]
 
 
 def test_a_tempered_run_has_its_temperature_already(runs, tmp_path):

@@ -12,11 +12,11 @@ import torch
 
 import varlora
 from varlora import metrics
-from varlora.config import Settings, settings_from
+from varlora.config import Settings, settings_from, settings_of
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
-from varlora.workflow import answer_rows, check_run_dir, evaluate, load, rows_of_split, settings_of, train, validate
+from varlora.workflow import answer_rows, check_run_dir, evaluate, load, rows_of_split, train, validate
 
 ASSETS = Path(__file__).parent / "assets"
 

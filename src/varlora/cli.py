@@ -149,7 +149,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
         check_run_dir(settings, **how)  # of all runs, before the hours of the first
     done = []
     for settings in runs:
-        say(f"Training {settings.method} on {settings.task} with {settings.model}, seed {settings.seed}.")
+        if settings.sources:
+            say(f"Concluding {settings.method} from {', '.join(settings.sources)}.")
+        else:
+            say(f"Training {settings.method} on {settings.task} with {settings.model}, seed {settings.seed}.")
         with TrainingProgress(console, settings.method) as progress:
             done.append(train(settings, **how, say=say, callbacks=[progress]))
     for folder in done:
@@ -161,8 +164,8 @@ def _settings(
     arguments: argparse.Namespace, *, seeds: list[int] | None = None, run_dir: str | None = None, resume: bool = False
 ) -> list[Settings]:
     """Return the settings of each run; a run that is resumed by its directory alone starts from its own."""
-    from varlora.config import load_settings
-    from varlora.workflow import recipe_from, settings_of
+    from varlora.config import load_settings, settings_of
+    from varlora.sources import recipe_from
 
     recipe = arguments.recipe
     if sources := getattr(arguments, "sources", None):
@@ -218,9 +221,10 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.config import settings_of
     from varlora.run import write_text
     from varlora.tasks import get_task, make_examples, parse_rows
-    from varlora.workflow import answer_rows, load, settings_of
+    from varlora.workflow import answer_rows, load
 
     say = _speaker(console)
     source = "standard input" if arguments.input == "-" else arguments.input
@@ -295,8 +299,12 @@ def _list_runs() -> list[str]:
     for folder in sorted(path.parent for path in Path("runs").rglob("config.json") if is_run(path.parent)):
         states = {"adapter": "trained", "metrics.json": "evaluated"}
         found = [word for name, word in states.items() if (folder / name).exists()]
-        steps = sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal())
-        lines.append(f"{folder}  {', '.join(found) or (f'at step {steps[-1]}' if steps else 'not started')}")
+        members = len(list(folder.glob("member-*")))
+        at = f"in member {members - 1}, " if members else ""
+        inside = folder / f"member-{members - 1}" if members else folder
+        steps = sorted(int(path.name[11:]) for path in inside.glob("checkpoint-*") if path.name[11:].isdecimal())
+        at += f"at step {steps[-1]}" if steps else "not started"
+        lines.append(f"{folder}  {', '.join(found) or at}")
     return lines or ["none under runs/"]
 
 

@@ -19,13 +19,14 @@ import yaml
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from varlora.errors import ConfigError, did_you_mean
+from varlora.errors import ConfigError, DamagedFileError, VarloraError, did_you_mean
 from varlora.fit import check_method, check_training_arguments
 from varlora.methods import METHODS, Method, Plan
 from varlora.model import LoRA
+from varlora.run import read_json
 from varlora.tasks import get_task
 
-__all__ = ["Settings", "load_settings", "read_recipe", "settings_from"]
+__all__ = ["Settings", "load_settings", "read_recipe", "settings_from", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,13 @@ def load_settings(
     return [settings_from({**values, "seed": seed, "run_dir": path}, problems) for seed, path in zip(seeds, own)]
 
 
-def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Settings:
+def settings_from(values: Mapping[str, Any], problems: Sequence[str] = (), *, stored: bool = False) -> Settings:
     """Check plain values and make settings of them.
 
     Args:
         values: settings by name; `method` may be a name, or a mapping with `name` and the method's settings.
         problems: what was found wrong already, to be reported with the rest.
+        stored: of a run that exists: this machine need not be able to train with its `training_arguments`.
 
     Raises:
         ConfigError: with every problem found.
@@ -215,7 +217,7 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
         known["method"] = name
         method_class: Any = METHODS[name]
         known["method_settings"] = _convert_all(method_class, method_values, "method.", found)
-        inner: Any = METHODS.get(known["method_settings"].get("of", ""))
+        inner: Any = METHODS.get(known["method_settings"].get("of", getattr(method_class, "of", "")))
         if inner is not None:  # of a method that works on another one
             inner_values = known["method_settings"].get("settings", {})
             converted = _convert_all(inner, inner_values, "method.settings.", found)
@@ -228,13 +230,27 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Se
             known["lora"] = _try(lambda: LoRA(**lora_values), found, "`lora`: ")
         else:
             found.append(f"Expected `lora` to be a mapping, but got {lora!r}. Write e.g. `lora: {{rank: 8}}`.")
-    _check(known, found)
+    _check(known, found, stored)
     if "method" in known and (method := _try(lambda: METHODS[name](**known["method_settings"]), found, "`method`: ")):
         arguments = known["training_arguments"]
         found += _try(lambda: check_method(method, _plan(known), arguments), found, "`method`: ") or []
     if found:
         raise ConfigError(found)
     return Settings(**known | _absolute(known))
+
+
+def settings_of(run_dir: Path) -> Settings:
+    """Return the settings that a run was started with.
+
+    Raises:
+        VarloraError: there is no such run directory, or its config.json is damaged.
+    """
+    if not run_dir.is_dir():
+        raise VarloraError(f"There is no run directory {run_dir}. `varlora ls runs` lists those under runs/.")
+    config = read_json(run_dir / "config.json")
+    if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
+        raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
+    return settings_from({**config["settings"], "run_dir": str(run_dir)}, stored=True)
 
 
 def _plan(known: Mapping[str, Any]) -> Plan:
@@ -260,7 +276,7 @@ def _absolute(known: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check(known: dict[str, Any], problems: list[str]) -> None:
+def _check(known: dict[str, Any], problems: list[str], stored: bool) -> None:
     if "task" in known:
         _try(lambda: get_task(known["task"]), problems)
     at_least = {
@@ -285,7 +301,7 @@ def _check(known: dict[str, Any], problems: list[str]) -> None:
     texts = {name: value for name, value in arguments.items() if isinstance(value, str) and _is_number(hints.get(name))}
     arguments |= _convert_all(TrainingArguments, texts, "training_arguments.", problems)
     problems += check_training_arguments(arguments)
-    if arguments and not problems:
+    if arguments and not problems and not stored:
         _try(lambda: _check_values(arguments), problems, "`training_arguments`: ")
 
 

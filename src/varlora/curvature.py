@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from varlora.errors import VarloraError
 from varlora.posterior import DiagonalGaussian, KroneckerGaussian
 from varlora.posterior.base import Gaussian, normal
 
@@ -211,18 +212,22 @@ class Factor:
         """
         y, omega = self.y.double(), self.omega.double()
         size, width = y.shape
+        if not y.isfinite().all():
+            raise VarloraError("Expected finite curvature, but it overflows. Load the base in float32 or bfloat16.")
         if size == width:
             values, vectors = torch.linalg.eigh((y + y.mT) / 2)
             damped = bool(values[0] < -1e-5 * values[-1].abs())
             return values.clamp(min=0).flip(0), vectors.flip(1), damped
-        shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y).clamp(min=1e-300)
-        damped = False
+        # sums in float32 leave rounding of this size; a shift that has to be larger is damping
+        rounding = size**0.5 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(y).clamp(min=1e-300)
+        shift = rounding
         while True:
             shifted = y + shift * omega
             lower, failed = torch.linalg.cholesky_ex(omega.mT @ shifted)
             if not failed:
                 break
-            shift, damped = 10 * shift, True
+            shift = 10 * shift
+        damped = bool(shift > 1e3 * rounding)
         left = torch.linalg.solve_triangular(lower, shifted.mT, upper=False).mT  # (d, width): S ≈ left leftᵀ
         vectors, roots, _ = torch.linalg.svd(left, full_matrices=False)
         return (roots.square() - shift).clamp(min=0)[: self.rank], vectors[:, : self.rank], damped

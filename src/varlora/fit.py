@@ -12,6 +12,7 @@ import json
 import math
 import signal
 import threading
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -155,7 +156,7 @@ def fit(
             if resume and (folder / "adapter").is_dir():
                 sources.append(load_posterior(model, folder / "adapter"))
                 continue
-            reset_adapter(model, seed + number)
+            reset_adapter(model, (seed + number) % 2**32)
             sources.append(
                 fit(
                     model,
@@ -164,7 +165,7 @@ def fit(
                     folder,
                     steps=steps,
                     accumulation=accumulation,
-                    seed=seed + number,
+                    seed=(seed + number) % 2**32,
                     checkpoint_every=checkpoint_every,
                     max_not_finite=max_not_finite,
                     training_arguments=training_arguments,
@@ -315,6 +316,14 @@ def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, An
     """
     if plan.finished and not method.concludes_from:
         return [f"`{method.name}` trains by itself and is not concluded from finished runs. Leave `--from` out."]
+    hints = typing.get_type_hints(type(method))
+    choices = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+    if problems := [
+        f"Expected `{name}` to be one of {', '.join(known)}, but got {getattr(method, name)!r}."
+        for name, known in choices.items()
+        if getattr(method, name) not in known
+    ]:
+        return problems
     if problems := method.problems(plan):
         return problems
     optimizer = method.optimizer({"weight": nn.Parameter(torch.zeros(1))}, 1, 1, 0)

@@ -342,6 +342,9 @@ def _traits(run: EvaluatedRun) -> dict[str, str]:
                 yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
     origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version")}
+    if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble
+        origin["members"] = "+".join(member["method"] for member in members)
+        origin["members' settings"] = json.dumps([member["method_settings"] for member in members])
     evaluated = {key: run.meta[key] for key in ("split", "tau", "samples")}
     return {**dict(flat(run.settings)), "task evaluated": run.meta["task"], **evaluated, **origin}
 
@@ -369,7 +372,8 @@ def _differences(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
         same = [t for t, rival in rivals if rival.settings["method"] == group[0].settings["method"]]
         names = {n for n in ("model", "split") if any(t.get(n) != mine.get(n) for t, _ in rivals)}
         names |= {n for t in same for n in {*t, *mine} if t.get(n) != mine.get(n)}
-        found.append(", ".join(f"{name}={mine.get(name, 'unset')}" for name in sorted(names)))
+        shown = {name.removeprefix("method_settings."): mine.get(name, "unset") for name in sorted(names)}
+        found.append(", ".join(f"{name}={value}" for name, value in shown.items()))
     return found
 
 

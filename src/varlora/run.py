@@ -37,6 +37,7 @@ from varlora.errors import DamagedFileError, VarloraError
 
 __all__ = [
     "atomic_folder",
+    "file_digest",
     "is_run",
     "load_tensors",
     "origin",
@@ -163,7 +164,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_manifest(folder: Path) -> None:
     """Write down the size and SHA-256 of each file of a folder; its presence says that the folder is complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _digest(path) for path in files})
+    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): file_digest(path) for path in files})
 
 
 def verify_manifest(folder: Path) -> None:
@@ -180,16 +181,17 @@ def verify_manifest(folder: Path) -> None:
     for name, digest in manifest.items():
         if not (folder / name).is_file():
             raise DamagedFileError(f"{folder / name} is absent, but {MANIFEST} lists it. Restore it from a copy.")
-        if _digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise DamagedFileError(f"{folder / name} is damaged: it differs from {MANIFEST}. Restore it from a copy.")
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ It is the cheapest calibration there is, keeps the answer of a single model, and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ RANGE = (0.05, 50.0)
 STEPS = 60  # of golden sections: the bracket shrinks to 1e-12 of itself
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None) -> float:
     """Return the temperature T that minimises the NLL of `mean_s softmax(logits_s / T)`.
 
     The best of 21 temperatures from 0.05 to 50 is refined by golden sections, so several draws, for which the NLL need
@@ -27,6 +28,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
         labels: (N,), all known.
+        say: told if the temperature is at an end of the range.
 
     Returns:
         T, from 0.05 to 50: > 1 if the model was too sure of itself.
@@ -55,4 +57,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     for _ in range(STEPS):
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    return math.exp((low + high) / 2)
+    temperature = math.exp((low + high) / 2)
+    if say and not 1.001 * RANGE[0] < temperature < RANGE[1] / 1.001:
+        say(
+            f"The temperature is at the end of its range, {temperature:.3g}: the {len(labels)} held-out rows do not "
+            "set it. Hold out more rows (`calibration_fraction`)."
+        )
+    return temperature

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from varlora import metrics
 from varlora.checkpoint import load_adapter, load_posterior
-from varlora.config import Settings, settings_from
+from varlora.config import Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
-from varlora.errors import DamagedFileError, VarloraError, did_you_mean
+from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import conclude, fit
-from varlora.methods import ANY, METHODS
-from varlora.methods.base import AdamWTraining
 from varlora.model import base_fingerprint, load_model
 from varlora.params import trainable
 from varlora.posterior import Posterior, Tempered
 from varlora.predict import predict
 from varlora.predictions import Predictions, load_predictions, save_predictions
-from varlora.prompt import PROMPT_VERSION
+from varlora.prompt import PROMPT_VERSION, Encoded
 from varlora.run import origin, prepare_run_dir, read_json, write_json
+from varlora.sources import check_sources, identities, load_sources
 from varlora.tasks import Task, get_task, load_rows, split_calibration
 from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
@@ -37,12 +36,9 @@ __all__ = [
     "Loaded",
     "answer_rows",
     "check_run_dir",
-    "check_sources",
     "evaluate",
     "load",
-    "recipe_from",
     "rows_of_split",
-    "settings_of",
     "train",
     "validate",
 ]
@@ -51,12 +47,8 @@ Say = Callable[[str], None]
 
 MOVABLE = ("run_dir", "data_dir", "model", "sources")
 """Settings that a resumed run may change: where things lie."""
-SAME = ("task", "dtype", "quantization", "revision", "lora", "max_length", "chat", "row_filter", "skip_bad_rows")
-"""Settings that a run shares with the finished runs that it is concluded from."""
 CALIBRATION = "-calibration"
 """End of the names of the held-out rows' files: to choose on; a report never reads them."""
-SPLIT = ("seed", "calibration_fraction")
-"""Settings that decide which training rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +67,6 @@ class Loaded:
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `model, posterior = load(run_dir)`."""
         return iter((self.model, self.posterior))
-
-
-def settings_of(run_dir: Path) -> Settings:
-    """Return the settings that a run was started with.
-
-    Raises:
-        VarloraError: there is no such run directory, or its config.json is damaged.
-    """
-    if not run_dir.is_dir():
-        raise VarloraError(f"There is no run directory {run_dir}. `varlora ls runs` lists those under runs/.")
-    config = read_json(run_dir / "config.json")
-    if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
-        raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
-    return settings_from({**config["settings"], "run_dir": str(run_dir)})
 
 
 def load(run_dir: str | Path, *, model: str | None = None, device: str | None = None) -> Loaded:
@@ -142,7 +120,6 @@ def train(
     settings = settings_from(dataclasses.asdict(settings))  # checked, also when made in Python
     run_dir = settings.folder
     check_run_dir(settings, resume=resume, overwrite=overwrite)
-    check_sources(settings)
     if resume and (run_dir / "adapter").is_dir():
         say(f"{run_dir} is trained already; nothing is left to do.")
         return run_dir
@@ -152,15 +129,17 @@ def train(
     model, tokenizer = _load_base(settings)
     encoded = _encode(model, tokenizer, examples, settings, say)
     calibration = _encode(model, tokenizer, held_out, settings, say).rows if held_out else []
+    checksums = {"base": base_fingerprint(model), "rows": _checksum(encoded.rows), "held_out": _checksum(calibration)}
+    sources = load_sources(model, settings, checksums)
     prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
-    base, rows = base_fingerprint(model), hashlib.sha256(repr(encoded.rows).encode()).hexdigest()
     if (run_dir / "config.json").is_file():
-        _check_same(run_dir, "base", base, f"the base model {settings.model}")
-        _check_same(run_dir, "rows", rows, f"the training rows of {task.name}")
+        _check_same(run_dir, "base", checksums["base"], f"the base model {settings.model}")
+        _check_same(run_dir, "rows", checksums["rows"], f"the training rows of {task.name}")
     else:
-        config = {"settings": settings.to_dict(), "task_version": task.version, "prompt_version": PROMPT_VERSION}
-        data = {"base": base, "rows": rows, "training_rows": len(encoded.rows), "cut": encoded.cut}
-        write_json(run_dir / "config.json", config | data | origin())
+        config = {"settings": settings.to_dict(), "concluded_from": identities(settings)}
+        versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
+        data = {**checksums, "training_rows": len(encoded.rows), "cut": encoded.cut}
+        write_json(run_dir / "config.json", config | versions | data | origin())
     common: dict[str, Any] = {
         "pad_token_id": _pad(tokenizer),
         "batch_size": settings.batch_size,
@@ -168,8 +147,8 @@ def train(
         "seed": settings.seed,
         "warn": say,
     }
-    if settings.sources:
-        conclude(model, method, encoded.rows, run_dir, sources=_load_sources(model, settings, base, rows), **common)
+    if sources:
+        conclude(model, method, encoded.rows, run_dir, sources=sources, **common)
         return run_dir
     fit(
         model,
@@ -188,6 +167,10 @@ def train(
     return run_dir
 
 
+def _checksum(rows: Sequence[Encoded]) -> str:
+    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+
+
 def _check_same(run_dir: Path, key: str, checksum: str, what: str) -> None:
     """Refuse a base or rows that are not those which a run was trained with; they may lie elsewhere, not differ."""
     if read_json(run_dir / "config.json").get(key, checksum) != checksum:
@@ -198,12 +181,14 @@ def _check_same(run_dir: Path, key: str, checksum: str, what: str) -> None:
 
 
 def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a run directory that training would refuse, before the work of loading.
+    """Refuse a run directory or finished runs that training would refuse, before the work of loading.
 
     Raises:
-        VarloraError: it exists without `resume` or `overwrite`, or has other settings than it was started with.
+        VarloraError: it exists without `resume` or `overwrite`, or has other settings than it was started with; see
+            `check_sources`.
     """
     run_dir = settings.folder
+    check_sources(settings)
     if not overwrite and run_dir.exists():
         prepare_run_dir(run_dir, resume=resume)
     if resume and (run_dir / "config.json").is_file():
@@ -215,83 +200,12 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
                 f"Expected the settings that {run_dir} was started with, but {difference}. "
                 "Go on without changes, or give another run directory."
             )
-
-
-def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
-    """Return the settings of a run that concludes a method from finished runs: theirs, but for the method.
-
-    Args:
-        sources: run directories, at least one.
-        method: key of METHODS.
-
-    Raises:
-        VarloraError: a source is no run directory, or there is no such method.
-    """
-    if method not in METHODS:
-        raise VarloraError(f"Unknown method `{method}`. {did_you_mean(method, METHODS)}")
-    runs_settings = [settings_of(source) for source in sources]
-    runs = [settings.to_dict() for settings in runs_settings]
-    first = runs[0]
-    theirs = {"of": first["method"], "settings": first["method_settings"], "size": len(sources)}
-    made: Any = METHODS[method]
-    if isinstance(runs_settings[0].build_method(), AdamWTraining):
-        theirs |= {field.name: first["method_settings"][field.name] for field in dataclasses.fields(AdamWTraining)}
-    known = {field.name for field in dataclasses.fields(made)}
-    own = {name: value for name, value in theirs.items() if name in known}
-    if any(run[name] != first[name] for run in runs for name in SPLIT):
-        first["calibration_fraction"] = 0.0  # what one run held out, another was trained on
-    paths = [str(source) for source in sources]
-    return {**first, "method": method, "method_settings": own, "sources": paths, "run_dir": None}
-
-
-def check_sources(settings: Settings) -> None:
-    """Refuse finished runs that a method cannot be concluded from, before the work of loading.
-
-    Raises:
-        VarloraError: a source is unfinished, of a method that this one does not build on, or was trained otherwise.
-    """
-    sources = [Path(source) for source in settings.sources]
-    if not sources:
-        return
-    takes = settings.build_method().concludes_from
-    single = settings.method != "ensemble"
-    if single and len(sources) > 1:
-        raise VarloraError(f"Expected one run to conclude {settings.method} from, but got {len(sources)}. Name one.")
-    if not single and len(sources) < 2:
-        raise VarloraError("Expected two runs or more for an ensemble, but got 1. Name more of them.")
-    here = settings.to_dict()
-    for source in sources:
-        there = settings_of(source).to_dict()
-        if takes != ANY and there["method"] not in takes:
+        begun = read_json(run_dir / "config.json").get("concluded_from", [])
+        if [source["adapter"] for source in begun] != [source["adapter"] for source in identities(settings)]:
             raise VarloraError(
-                f"`{settings.method}` cannot be concluded from {source}, a run of `{there['method']}`: it takes "
-                f"{' or '.join(takes)}. Train one: `varlora train --method {takes[0]}`."
+                f"Expected the finished runs that {run_dir} was begun from, but their adapters are others. "
+                "Go on with the same ones, or give another run directory."
             )
-        if not (source / "adapter").is_dir():
-            raise VarloraError(f"{source} is not finished. Go on with `varlora train --resume` first.")
-        differ = [name for name in SAME + (SPLIT if single else ()) if here[name] != there[name]]
-        if differ:
-            difference = "; ".join(f"`{name}` is {here[name]!r} and was {there[name]!r}" for name in differ)
-            raise VarloraError(
-                f"Expected the settings that {source} was trained with, but {difference}. Leave them out."
-            )
-        if not single and here["calibration_fraction"] and any(here[name] != there[name] for name in SPLIT):
-            raise VarloraError(
-                f"Expected `calibration_fraction` 0: {source} was trained on rows that another run held out, so that "
-                "none are left to choose on."
-            )
-
-
-def _load_sources(model: nn.Module, settings: Settings, base: str, rows: str) -> list[Posterior]:
-    """Return the posteriors of the finished runs, with the model at the first one's mean."""
-    sources = [Path(source) for source in settings.sources]
-    for source in sources:
-        _check_same(source, "base", base, f"the base model {settings.model}")
-    if len(sources) == 1:
-        _check_same(sources[0], "rows", rows, "the training rows")
-    posteriors = [load_posterior(model, source / "adapter") for source in sources]
-    load_adapter(model, sources[0] / "adapter")
-    return posteriors
 
 
 def validate(settings: Settings) -> list[str]:
@@ -393,10 +307,12 @@ def evaluate(
     loaded = load(run_dir, model=model)
 
     def predicted(split: str) -> Predictions:
-        """Predict a split, and write its files."""
+        """Predict a split."""
         examples = rows_of_split(task, split, settings, say)
         _say_unsliced(task, examples, say)
         encoded = _encode(loaded.model, loaded.tokenizer, examples, settings, say)
+        if split == "calibration":  # other data may hold out rows that were trained on
+            _check_same(run_dir, "held_out", _checksum(encoded.rows), f"the held-out rows of {task.name}")
         with (progress or _no_progress)(len(encoded.rows)) as advance:
             found = predict(
                 loaded.model,
@@ -422,17 +338,22 @@ def evaluate(
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
     predictions = predicted(split)
+    results = written(predictions)
     if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
-        held_out = _stored(run_dir, predictions)
-        if held_out is None:
-            held_out = predicted("calibration")
-            written(held_out, CALIBRATION)
-        fitted = {
-            "temperature": repr(fit_temperature(held_out.logits, held_out.labels)),
-            "temperature_mean": repr(fit_temperature(held_out.logits_mean[None], held_out.labels)),
-        }
-        predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
-    return written(predictions)
+        try:
+            held_out = _stored(run_dir, predictions)
+            if held_out is None:
+                held_out = predicted("calibration")
+                written(held_out, CALIBRATION)
+            fitted = {
+                "temperature": repr(fit_temperature(held_out.logits, held_out.labels, say)),
+                "temperature_mean": repr(fit_temperature(held_out.logits_mean[None], held_out.labels, say)),
+            }
+        except VarloraError as error:
+            say(f"No temperature was fitted on the held-out rows: {error}")
+        else:
+            results = written(dataclasses.replace(predictions, meta={**predictions.meta, **fitted}))
+    return results
 
 
 def _stored(run_dir: Path, like: Predictions) -> Predictions | None:

@@ -175,7 +175,7 @@ class TestWrapping:
         assert "snapshots" in method(of="swag").problems(plan(steps=5))[0]
 
     def test_finished_runs_may_be_of_any_method(self, method: Any) -> None:
-        assert method(of="nothing").problems(plan(finished=True)) == []
+        assert method(of="ensemble").problems(plan(finished=True)) == []
         assert method.concludes_from == ("*",)
 
     def test_fit_refuses_before_anything_runs(self, method: Any, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_held_out_rows_have_labels(tmp_path: Path) -> None:
 def test_without_held_out_rows_it_is_refused(tmp_path: Path) -> None:
     model = helpers.tiny_model()
     before = helpers.bits(model)
-    with pytest.raises(ConfigError, match=r"held out for the temperature, .* Set `calibration_fraction`"):
+    with pytest.raises(ConfigError, match=r"held out for the temperature, .* Train with `calibration_fraction`"):
         helpers.run_fit(model, Temperature(of="adamw"), tmp_path, calibration=[])
     assert list(tmp_path.iterdir()) == []
     assert helpers.same(helpers.bits(model), before)

@@ -143,12 +143,6 @@ def test_directions_without_a_singular_value_have_no_noise(rank_of_b: int) -> No
     assert all(value.isfinite().all() for value in (*mean.values(), *unit.values()))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="BUG: an adapter whose rank is above the layer's output loses rows of A and columns of B, which ends in a "
-    "DamagedFileError once training is over",
-)
 def test_a_rank_above_the_layers_output_is_the_same_adapter_too() -> None:
     """As 32 is for the tiny model's values."""
     weights = adapter(rank=8)
@@ -311,7 +305,7 @@ def test_an_adapter_that_has_learned_nothing_gets_no_noise_and_says_so() -> None
     posterior = Tfb(samples=2).posterior(ended(model, helpers.make_rows(), say=said.append))
     directions = 4 * len(pairs(posterior))
     assert about(said, "no singular value") == [
-        f"{directions} directions of the adapter have no singular value and get no noise."
+        f"{directions} of {directions} directions of the adapter have no singular value and get no noise."
     ]
     assert all((std == 0).all() for std in posterior.std.values())
     assert all(value.isfinite().all() for value in posterior.tensors().values())
@@ -327,7 +321,7 @@ def test_directions_without_a_singular_value_are_counted() -> None:
                 p.copy_(torch.outer(torch.randn(len(p), generator=seeded(3)), torch.randn(4, generator=seeded(4))))
                 count += 1
     posterior = Tfb(samples=2).posterior(ended(model, helpers.make_rows(), say=said.append))
-    assert about(said, "no singular value")[0].startswith(f"{3 * count} directions")
+    assert about(said, "no singular value")[0].startswith(f"{3 * count} of {4 * count} directions")
     for std, _ in pairs(posterior):
         assert (std[0] > 0).all()
         assert (std[1:] == 0).all()
@@ -346,15 +340,9 @@ def test_where_no_noise_passes_the_posterior_is_a_point_and_says_so() -> None:
 
     posterior = Tfb().posterior(ended(model, helpers.make_rows(), draw, say=said.append))
     assert all((std == 0).all() for std in posterior.std.values())
-    assert about(said, "No noise passes") == ["No noise passes the bound: raise `bound`."]
+    assert about(said, "No noise passes") == ["No noise passes the bound, so there is none. Raise `bound`."]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=VarloraError,
-    reason="BUG: a scale whose draws are not finite, as may be in float16, ends the search with a MetricError rather "
-    "than not passing",
-)
 def test_noise_that_makes_logits_infinite_does_not_pass() -> None:
     model = helpers.tiny_model()
     with torch.no_grad():

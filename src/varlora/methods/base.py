@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from varlora import metrics
 from varlora.data import Batch, collate
 from varlora.errors import did_you_mean
 from varlora.posterior import Forward, Posterior
@@ -68,10 +70,17 @@ class Trained:
     say: Callable[[str], None] = print
     """Told in words what a user should know."""
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the training rows in batches as large as those of training."""
-        for start in range(0, len(self.rows), self.batch_size):
-            yield collate(self.rows[start : start + self.batch_size], self.pad_token_id)
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """Return rows as a batch."""
+        return collate(rows, self.pad_token_id)
+
+    def nll(self, posterior: Posterior, rows: Sequence[Encoded], n: int) -> float:
+        """Return the NLL of rows by the average of `n` draws, or by the mean for n = 0; infinity for lost logits."""
+        try:
+            logits, labels = self.draw(posterior, rows, n)
+            return metrics.nll(metrics.average_probs(logits), labels)
+        except metrics.MetricError:  # NaN: noise so large that a draw overflows
+            return math.inf
 
     def generator(self) -> torch.Generator:
         """Return a generator on the model's device, seeded by the run's seed."""
@@ -89,6 +98,8 @@ class Method(Protocol):
     """Key in `METHODS`, and what reports call it."""
     concludes_from: ClassVar[tuple[str, ...]] = ()
     """Methods whose finished runs the posterior can be concluded from without training; `ANY` for all."""
+    several_sources: ClassVar[bool] = False
+    """Whether it takes several finished runs, two at the least, or one."""
 
     def problems(self, plan: Plan) -> list[str]:
         """Return why the method cannot work in a run like this, and the cure; a sentence each."""

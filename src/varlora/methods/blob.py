@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
-from varlora.methods.base import Method, Trained
+from varlora.methods.base import Method, Plan, Trained
 from varlora.posterior import DiagonalGaussian
 
 __all__ = ["Blob"]
@@ -70,15 +70,29 @@ class Blob(Method):
     weight_decay: float = 0.0
     """Decoupled weight decay of M and B."""
 
+    def problems(self, plan: Plan) -> list[str]:
+        """Settings out of their range."""
+        bounds: dict[str, tuple[Callable[[float], bool], str]] = {
+            "lr": (lambda x: x >= 0, "a learning rate >= 0"),
+            "kl_lr": (lambda x: x >= 0, "a learning rate >= 0"),
+            "prior_std": (lambda x: x > 0, "a number > 0"),
+            "sigma_init": (lambda x: x > 0, "a number > 0"),
+            "gamma": (lambda x: x >= 1, "a number >= 1"),
+            "beta1": (lambda x: 0 <= x < 1, "a decay within [0, 1)"),
+            "beta2": (lambda x: 0 <= x < 1, "a decay within [0, 1)"),
+            "eps": (lambda x: x >= 0, "a number >= 0"),
+            "weight_decay": (lambda x: x >= 0, "a number >= 0"),
+        }
+        return [
+            f"Expected `{name}` to be {expected}, but got {value!r}. Set e.g. `method.{name}={getattr(Blob, name)}`."
+            for name, (in_range, expected) in bounds.items()
+            if not (math.isfinite(value := getattr(self, name)) and in_range(value))
+        ]
+
     def optimizer(
         self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
     ) -> _BlobOptimizer:
-        """Return the optimizer, which owns G.
-
-        Raises:
-            ValueError: a setting is out of its range.
-        """
-        _check_settings(self)
+        """Return the optimizer, which owns G."""
         return _BlobOptimizer(params, self, num_examples, batch_size, seed)
 
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
@@ -254,19 +268,3 @@ def _kl_weight(step: int, cycle: int) -> float:
     """Return πᵢ of the step numbered from 0: it doubles each step of a cycle, and adds up to almost 1 over it."""
     i = step % cycle + 1
     return 2.0 ** (i - cycle - 1) / (1 - 2.0 ** (-cycle - 1))
-
-
-def _check_settings(method: Blob) -> None:
-    """Raise for the first setting that is out of its range."""
-    for names, in_range, expected in (
-        (("lr", "kl_lr"), lambda x: x >= 0, "a learning rate >= 0"),
-        (("prior_std", "sigma_init"), lambda x: x > 0, "a number > 0"),
-        (("gamma",), lambda x: x >= 1, "a number >= 1"),
-        (("beta1", "beta2"), lambda x: 0 <= x < 1, "a decay within [0, 1)"),
-        (("eps", "weight_decay"), lambda x: x >= 0, "a number >= 0"),
-    ):
-        for name in names:
-            value = getattr(method, name)
-            if not (math.isfinite(value) and in_range(value)):
-                cure = f"Pass e.g. `{name}={getattr(Blob, name)}`."
-                raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}. {cure}")

@@ -15,18 +15,20 @@ the calibration split.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from varlora import metrics
 from varlora.curvature import Curvature, Diagonal, Kronecker, best_evidence, root, sampled_root
+from varlora.errors import VarloraError
 from varlora.gradients import one_pass
 from varlora.methods.base import AdamWTraining, Plan, Trained
 from varlora.params import copied
 from varlora.posterior import Linearised, Posterior
+from varlora.prompt import Encoded
 
 __all__ = ["LaplaceDiag", "LaplaceKfac"]
 
@@ -58,7 +60,7 @@ class _Laplace(AdamWTraining):
         if self.choose_by == "calibration" and self.prior_precision is None and not plan.calibration:
             found.append(
                 "Expected rows that are held out for `choose_by: calibration`, but there are none. "
-                "Set `calibration_fraction`, e.g. to 0.1, or `choose_by: evidence`."
+                "Train with `calibration_fraction`, e.g. 0.1, or set `choose_by: evidence`."
             )
         return found
 
@@ -84,8 +86,7 @@ class _Laplace(AdamWTraining):
 
         def loss(precision: float) -> float:
             candidate = self.concluded(found, mean, precision)
-            logits, labels = trained.draw(candidate, trained.calibration, DRAWS)
-            return metrics.nll(metrics.average_probs(logits), labels)
+            return trained.nll(candidate, trained.calibration, DRAWS)
 
         return min(CANDIDATES, key=loss)
 
@@ -95,21 +96,51 @@ class _Laplace(AdamWTraining):
         return Linearised(gaussian) if self.predictive == "linearised" else gaussian
 
     def passes(self, trained: Trained) -> Iterator[tuple[dict[str, Tensor], list[dict[str, Tensor]], int]]:
-        """Yield each batch's layer inputs, their outputs' gradients at each column of Λ's root, and its tokens."""
+        """Yield each batch's layer inputs, their outputs' gradients at each column of Λ's root, and its tokens.
+
+        Rows that are not finite are left out: their inputs, gradients and tokens are 0.
+        """
         generator, left_out = trained.generator(), 0
-        for batch in trained.batches():
-            with one_pass(trained.model, batch, trained.forward) as found:
-                probs = found.logits.detach().double().softmax(-1)
-                columns = sampled_root(probs, generator) if self.curvature == "fisher" else root(probs)
-                gradients = [found.backward(column.float()) for column in columns]
-            mask = batch["attention_mask"].to(probs.device)  # (B, T)
-            inputs = {name: a * mask[:, :, None] for name, a in found.inputs.items()}
-            if all(value.isfinite().all() for values in (inputs, *gradients) for value in values.values()):
-                yield inputs, gradients, int(mask.sum())
-            else:
-                left_out += len(probs)
+        batches = [trained.rows[at : at + trained.batch_size] for at in range(0, len(trained.rows), trained.batch_size)]
+        batches.reverse()
+        while batches:
+            rows = batches.pop()
+            try:
+                inputs, gradients, tokens, bad = self.one_pass(trained, rows, generator)
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                batches += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]  # the first half is next
+                continue
+            left_out += bad
+            yield inputs, gradients, tokens
+        if left_out == len(trained.rows):
+            raise VarloraError(
+                "Expected training rows with finite gradients for the curvature, but there are none. "
+                "Load the base in float32 or bfloat16."
+            )
         if left_out:
             trained.say(f"{left_out} training rows were left out of the curvature: their gradients are not finite.")
+
+    def one_pass(
+        self, trained: Trained, rows: Sequence[Encoded], generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], int, int]:
+        """Return inputs, gradients and number of tokens of some rows, and how many of the rows are not finite."""
+        batch = trained.batch(rows)
+        with one_pass(trained.model, batch, trained.forward) as found:
+            logits, answers = found.logits.detach(), batch["answer_mask"].to(found.logits.device)
+            bad = (logits.isfinite() != answers).any(1)  # (B,)
+            probs = torch.where(bad[:, None], answers.double(), logits.double()).softmax(-1)
+            columns = sampled_root(probs, generator) if self.curvature == "fisher" else root(probs)
+            gradients = [found.backward(column.float()) for column in columns]
+        for values in (found.inputs, *gradients):
+            for value in values.values():
+                bad = bad | ~value.flatten(1).isfinite().all(1)
+        mask = batch["attention_mask"].to(bad.device) * ~bad[:, None]  # (B, T)
+        kept = mask[:, :, None] > 0
+        inputs = {name: a.where(kept, 0) for name, a in found.inputs.items()}
+        gradients = [{name: g.where(~bad[:, None, None], 0) for name, g in of.items()} for of in gradients]
+        return inputs, gradients, int(mask.sum()), int(bad.sum())
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ class McDropout(AdamWTraining):
         """Without dropout all draws would be the mean."""
         if plan.dropout > 0:
             return []
-        return ["Expected the adapter to be trained with dropout, but its rate is 0. Set `lora.dropout`, e.g. to 0.1."]
+        return [
+            "Expected an adapter that is trained with dropout, but its rate is 0. Train with `lora.dropout`, 0.1 say."
+        ]
 
     def posterior(self, trained: Trained) -> Dropout:
         """Return the last iterate with the dropout rates of the adapter."""

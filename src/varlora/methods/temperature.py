@@ -39,7 +39,7 @@ class Temperature(Wrapping):
         if not plan.calibration:
             found.append(
                 "Expected rows that are held out for the temperature, but there are none. "
-                "Set `calibration_fraction`, e.g. to 0.1."
+                "Train with `calibration_fraction`, e.g. 0.1 (an ensemble: of runs that hold out the same rows)."
             )
         if self.samples < 1:
             found.append(f"Expected `samples` to be a number of draws >= 1, but got {self.samples}.")
@@ -58,7 +58,9 @@ class Temperature(Wrapping):
     def posterior(self, trained: Trained) -> Tempered:
         """Return the method's posterior, or the finished run's, with the temperatures of the held-out rows."""
         inner = trained.sources[0] if trained.sources else self.inner().posterior(trained)
-        draws, mean = (fit_temperature(*trained.draw(inner, trained.calibration, n)) for n in (self.samples, 0))
+        draws, mean = (
+            fit_temperature(*trained.draw(inner, trained.calibration, n), trained.say) for n in (self.samples, 0)
+        )
         trained.say(f"The temperature of the draws is {draws:.3f}, at the mean {mean:.3f}.")
         return Tempered(inner, draws, mean)
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varlora import metrics
 from varlora.adapter import lora_pairs
 from varlora.methods.base import AdamWTraining, Plan, Trained
 from varlora.params import copied
@@ -68,20 +67,27 @@ class Tfb(AdamWTraining):
     def posterior(self, trained: Trained) -> DiagonalGaussian:
         """Turn the adapter, and search the scale."""
         mean, unit = turned({name: p.float() for name, p in copied(trained.model).items()})
-        if dead := sum(int((std[:, 0] == 0).sum()) for name, std in unit.items() if ".lora_A." in name):
-            trained.say(f"{dead} directions of the adapter have no singular value and get no noise.")
+
+        def noisy(sigma: float) -> DiagonalGaussian:
+            return DiagonalGaussian(mean, {name: sigma * std for name, std in unit.items()})
+
+        dead = sum(int((std[:, 0] == 0).sum()) for name, std in unit.items() if ".lora_A." in name)
+        directions = sum(len(std) for name, std in unit.items() if ".lora_A." in name)
+        if dead:
+            trained.say(f"{dead} of {directions} directions of the adapter have no singular value and get no noise.")
+        if dead == directions:
+            return noisy(0.0)
         anchors = trained.rows[: self.anchor_rows]
         trained.say(f"Searching the scale of the noise on {len(anchors)} training rows.")
-
-        def loss(sigma: float) -> float:
-            posterior = DiagonalGaussian(mean, {name: sigma * std for name, std in unit.items()})
-            logits, labels = trained.draw(posterior, anchors, self.samples if sigma else 0)
-            return metrics.nll(metrics.average_probs(logits), labels)
-
-        limit = (1 + self.bound) * loss(0.0)
-        sigma = largest(lambda sigma: loss(sigma) <= limit)
-        trained.say(f"The scale of the noise is {sigma:.4g}." if sigma else "No noise passes the bound: raise `bound`.")
-        return DiagonalGaussian(mean, {name: sigma * std for name, std in unit.items()})
+        limit = (1 + self.bound) * trained.nll(noisy(0.0), anchors, 0)
+        sigma = largest(lambda sigma: trained.nll(noisy(sigma), anchors, self.samples) <= limit)
+        if sigma == 0:
+            trained.say("No noise passes the bound, so there is none. Raise `bound`.")
+        elif sigma >= FIRST * 2**HALVINGS:
+            trained.say(f"No noise fails the bound up to a scale of {sigma:.4g}: the rows do not set it.")
+        else:
+            trained.say(f"The scale of the noise is {sigma:.4g}.")
+        return noisy(sigma)
 
 
 def turned(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -91,7 +97,10 @@ def turned(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """
     mean, unit = {}, {}
     for a, b in lora_pairs(weights):
-        u, d, vt = torch.linalg.svd(weights[b], full_matrices=False)
+        wide = weights[b].shape[0] < weights[b].shape[1]  # a rank above the outputs: V is to be whole all the same
+        u, d, vt = torch.linalg.svd(weights[b], full_matrices=wide)
+        missing = len(vt) - len(d)
+        u, d = nn.functional.pad(u, (0, missing)), nn.functional.pad(d, (0, missing))
         mean[a], mean[b] = vt @ weights[a], u * d
         least = d.max() * max(weights[b].shape) * torch.finfo(d.dtype).eps
         inverse = torch.where(d > least, 1 / d, 0.0)

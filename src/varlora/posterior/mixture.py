@@ -21,8 +21,9 @@ __all__ = ["Mixture"]
 class Mixture:
     """Equal shares of several posteriors of the same base: an ensemble, MultiSWAG, several IVON runs.
 
-    Draws take the members in turn, so that S draws hold each member S/K times. It has no single mean: at the mean, the
-    logarithm of the members' average probability is returned as logits, so that their softmax is that average.
+    Draws take the members in turn, so that S draws hold each member S/K times, and once at the least. It has no single
+    mean: at the mean, the logarithm of the members' average probability is returned as logits, so that their softmax is
+    that average.
 
     Example:
         >>> from varlora.posterior import Point
@@ -60,11 +61,14 @@ class Mixture:
         if n == 0:
             means = [member.draw_logits(model, batch, 0, generator, forward)[0] for member in self.members]
             return torch.stack(means).log_softmax(-1).logsumexp(0)[None] - math.log(len(means))
+        n = max(n, len(self.members))  # fewer would leave members out
         shares = [len(range(index, n, len(self.members))) for index in range(len(self.members))]
+        # a source for each member: how much one takes from it may depend on the batch
+        device, bound = generator.device, 2**62
+        seeds = torch.randint(bound, (len(self.members),), generator=generator, device=device).tolist()
         draws = [
-            member.draw_logits(model, batch, share, generator, forward)
-            for member, share in zip(self.members, shares)
-            if share
+            member.draw_logits(model, batch, share, torch.Generator(device).manual_seed(seed), forward)
+            for member, share, seed in zip(self.members, shares, seeds)
         ]
         # a member of which all draws are the same gives one, and one whose draws cost nothing gives more than asked for
         most = max(len(logits) for logits in draws)

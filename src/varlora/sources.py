@@ -1,0 +1,144 @@
+"""Finished runs that a method is concluded from: the settings that they bring, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from varlora.checkpoint import load_adapter, load_posterior
+from varlora.config import Settings, settings_of
+from varlora.errors import DamagedFileError, VarloraError, did_you_mean
+from varlora.methods import ANY, METHODS
+from varlora.methods.base import AdamWTraining
+from varlora.posterior import Posterior
+from varlora.run import file_digest, read_json
+
+__all__ = ["check_sources", "identities", "load_sources", "recipe_from"]
+
+SPLIT = ("seed", "calibration_fraction")
+"""Settings that decide which training rows are held out."""
+FREE = ("run_dir", "data_dir", "model", "batch_size", "method_settings")
+"""Settings that a run need not share with those that it is concluded from: where things lie, the batches of a pass over
+the data, and the method's, which are compared one by one."""
+WHAT = {"base": "the base model", "rows": "the training rows", "held_out": "the held-out rows"}
+SAME = ("task", "dtype", "quantization", "revision", "lora", "max_length", "chat", "row_filter", "skip_bad_rows")
+"""Settings that the members of an ensemble share."""
+
+
+def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
+    """Return the settings of a run that concludes a method from finished runs: theirs, but for the method.
+
+    Args:
+        sources: run directories, at least one.
+        method: key of METHODS.
+
+    Raises:
+        VarloraError: a source is no run directory, or there is no such method.
+    """
+    if method not in METHODS:
+        raise VarloraError(f"Unknown method `{method}`. {did_you_mean(method, METHODS)}")
+    runs = [settings_of(source) for source in sources]
+    first, made = runs[0].to_dict(), METHODS[method]
+    theirs = {"of": first["method"], "settings": first["method_settings"], "size": len(sources)}
+    if isinstance(runs[0].build_method(), AdamWTraining):
+        theirs |= {field.name: first["method_settings"][field.name] for field in dataclasses.fields(AdamWTraining)}
+    known = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    own = {name: value for name, value in theirs.items() if name in known}
+    if any(getattr(run, name) != first[name] for run in runs for name in SPLIT):
+        first["calibration_fraction"] = 0.0  # what one run held out, another was trained on
+    paths = [str(source.resolve()) for source in sources]
+    return {**first, "method": method, "method_settings": own, "sources": paths, "run_dir": None}
+
+
+def check_sources(settings: Settings) -> None:
+    """Refuse finished runs that a method cannot be concluded from, before the work of loading.
+
+    Raises:
+        VarloraError: a source is unfinished, of a method that this one does not build on, or was trained otherwise.
+    """
+    sources = [Path(source) for source in settings.sources]
+    if not sources:
+        return
+    method = settings.build_method()
+    _check_number(sources, settings.method, method.several_sources)
+    for source in sources:
+        if source.resolve().is_relative_to(settings.folder.resolve()):
+            raise VarloraError(
+                f"Expected `run_dir` to be a new folder, but {settings.folder} is or holds {source}, which the method "
+                "is concluded from. Give another `--run-dir`."
+            )
+        theirs = settings_of(source)
+        if method.concludes_from != ANY and theirs.method not in method.concludes_from:
+            raise VarloraError(
+                f"`{settings.method}` cannot be concluded from {source}, a run of `{theirs.method}`: it takes "
+                f"{' or '.join(method.concludes_from)}. Train one: `varlora train --method {method.concludes_from[0]}`."
+            )
+        if not (source / "adapter").is_dir():
+            raise VarloraError(f"{source} is not finished. Go on with `varlora train --resume` first.")
+        _check_same(settings.to_dict(), theirs.to_dict(), SAME, source)
+    expected, here = recipe_from(sources, settings.method), settings.to_dict()
+    names = [name for name in here if name not in FREE]
+    _check_same(here, expected, names, sources[0])
+    _check_same(here["method_settings"], expected["method_settings"], list(expected["method_settings"]), sources[0])
+
+
+def _check_number(sources: Sequence[Path], method: str, several: bool) -> None:
+    if not several and len(sources) > 1:
+        raise VarloraError(f"Expected one run to conclude {method} from, but got {len(sources)}. Name one.")
+    if several and len({source.resolve() for source in sources}) < len(sources):
+        raise VarloraError(f"Expected different runs for {method}, but one is named twice. Name each once.")
+    if several and len(sources) < 2:
+        raise VarloraError(f"Expected two runs or more for {method}, but got 1. Name more of them.")
+
+
+def _check_same(here: Mapping[str, Any], there: Mapping[str, Any], names: Sequence[str], source: Path) -> None:
+    differ = [name for name in names if here[name] != there[name]]
+    if differ:
+        difference = "; ".join(f"`{name}` is {here[name]!r} and was {there[name]!r}" for name in differ)
+        raise VarloraError(
+            f"Expected the settings that {source} was trained with, but {difference}. Leave them out: without training "
+            "they have no effect."
+        )
+
+
+def identities(settings: Settings) -> list[dict[str, Any]]:
+    """Return for each source what config.json remembers of it: method, settings, seed and its adapter's checksum."""
+    found = []
+    for source in settings.sources:
+        theirs = settings_of(Path(source)).to_dict()
+        facts = {name: theirs[name] for name in ("method", "method_settings", "seed")}
+        found.append({"run": source, **facts, "adapter": file_digest(Path(source) / "adapter" / "manifest.json")})
+    return found
+
+
+def load_sources(model: nn.Module, settings: Settings, checksums: Mapping[str, str]) -> list[Posterior]:
+    """Return the posteriors of the finished runs, none if there are none, with the model at the first one's mean.
+
+    Args:
+        model: base and adapter.
+        settings: of the run that is concluded from them.
+        checksums: `base`, `rows` (trained on) and `held_out` of this run, as config.json has them. Rows may differ in
+            an ensemble of which nothing is held out.
+
+    Raises:
+        DamagedFileError: a source was trained on another base or other rows.
+    """
+    if len(settings.sources) > 1 and not settings.calibration_fraction:
+        checksums = {"base": checksums["base"]}
+    posteriors = []
+    for source in map(Path, settings.sources):
+        theirs = read_json(source / "config.json")
+        for key, checksum in checksums.items():
+            if theirs.get(key, checksum) != checksum:
+                raise DamagedFileError(
+                    f"Expected {WHAT[key]} to be what {source} was trained with, but the checksum differs. "
+                    "Pass the original, or train a new run."
+                )
+        posteriors.append(load_posterior(model, source / "adapter"))
+    if posteriors:
+        load_adapter(model, Path(settings.sources[0]) / "adapter")
+    return posteriors
