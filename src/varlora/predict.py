@@ -15,7 +15,7 @@ from varlora.data import collate, token_batches
 from varlora.errors import VarloraError
 from varlora.model import class_logits
 from varlora.params import trainable
-from varlora.posterior import Posterior
+from varlora.posterior import Point, Posterior
 from varlora.predictions import Predictions
 from varlora.prompt import Encoded
 
@@ -70,9 +70,12 @@ def predict(
             batch = collate([rows[i] for i in batch_rows], pad_token_id)
             generator = torch.Generator(device).manual_seed(seed)
             width = batch["label_tokens"].shape[1]
-            mean[batch_rows, :width] = scaled.draw_logits(model, batch, 0, generator, class_logits)[0].cpu()
+            at_mean = scaled.draw_logits(model, batch, 0, generator, class_logits).cpu()  # (1, B, C)
+            mean[batch_rows, :width] = at_mean[0]
             if samples:
-                logits = scaled.draw_logits(model, batch, samples, generator, class_logits).cpu()  # (S, B, C)
+                logits = at_mean  # all draws of a point are the mean: no second pass
+                if scaled.kind != Point.kind:
+                    logits = scaled.draw_logits(model, batch, samples, generator, class_logits).cpu()  # (S, B, C)
                 if drawn is None:
                     drawn = torch.full((len(logits), len(rows), classes), -torch.inf)
                 drawn[:, batch_rows, :width] = logits
