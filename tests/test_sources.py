@@ -123,8 +123,10 @@ def test_an_ensemble_of_runs_that_held_out_the_same_rows_can_be_tempered(runs, t
 
 
 def test_a_run_that_was_concluded_from_others_is_resumed_and_found_done(runs, tmp_path):
-    run_dir = concluded("mc_dropout", [runs()], tmp_path / "run")
-    (settings,) = load_settings({**recipe_from([runs()], "mc_dropout"), "run_dir": str(run_dir)})
+    source = Path(shutil.copytree(runs(), tmp_path / "source"))
+    run_dir = concluded("mc_dropout", [source], tmp_path / "run")
+    (settings,) = load_settings({**recipe_from([source], "mc_dropout"), "run_dir": str(run_dir)})
+    shutil.rmtree(source)  # it is needed no more
     said = []
     train(settings, resume=True, say=said.append)
     assert "trained already" in said[0]

@@ -188,7 +188,9 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
             `check_sources`.
     """
     run_dir = settings.folder
-    check_sources(settings)
+    finished = resume and (run_dir / "adapter").is_dir()  # its sources may be gone
+    if not finished:
+        check_sources(settings)
     if not overwrite and run_dir.exists():
         prepare_run_dir(run_dir, resume=resume)
     if resume and (run_dir / "config.json").is_file():
@@ -200,8 +202,8 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
                 f"Expected the settings that {run_dir} was started with, but {difference}. "
                 "Go on without changes, or give another run directory."
             )
-        begun = read_json(run_dir / "config.json").get("concluded_from", [])
-        if [source["adapter"] for source in begun] != [source["adapter"] for source in identities(settings)]:
+        begun = [source["adapter"] for source in read_json(run_dir / "config.json").get("concluded_from", [])]
+        if not finished and begun != [source["adapter"] for source in identities(settings)]:
             raise VarloraError(
                 f"Expected the finished runs that {run_dir} was begun from, but their adapters are others. "
                 "Go on with the same ones, or give another run directory."
