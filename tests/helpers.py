@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.fit import fit
-from varlora.methods import Method
+from varlora.methods import Method, Plan
 from varlora.model import LoRA, class_logits, load_model
 from varlora.params import trainable
 from varlora.predict import predict
@@ -148,3 +148,18 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
     """Class logits without a graph."""
     with torch.no_grad():
         return class_logits(model, batch)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Return a generator with a seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def plan(**changes: Any) -> Plan:
+    """Return the plan of a short run without dropout or held-out rows, or one that differs from it."""
+    return Plan(**{"steps": 10, "accumulation": 1, "dropout": 0.0, "calibration": False, **changes})
+
+
+def about(said: Sequence[str], what: str) -> list[str]:
+    """Return what was said of something."""
+    return [words for words in said if what in words]

@@ -149,31 +149,18 @@ def fit(
         "warn": warn,
     }
     if members := method.members():
-        sources = []
-        for number, member in enumerate(members):
-            folder = run_dir / f"member-{number}"
-            folder.mkdir(exist_ok=True)
-            if resume and (folder / "adapter").is_dir():
-                sources.append(load_posterior(model, folder / "adapter"))
-                continue
-            reset_adapter(model, (seed + number) % 2**32)
-            sources.append(
-                fit(
-                    model,
-                    member,
-                    rows,
-                    folder,
-                    steps=steps,
-                    accumulation=accumulation,
-                    seed=(seed + number) % 2**32,
-                    checkpoint_every=checkpoint_every,
-                    max_not_finite=max_not_finite,
-                    training_arguments=training_arguments,
-                    resume=resume,
-                    callbacks=callbacks,
-                    **every,
-                )
-            )
+        settings: dict[str, Any] = {
+            "steps": steps,
+            "accumulation": accumulation,
+            "checkpoint_every": checkpoint_every,
+            "max_not_finite": max_not_finite,
+            "training_arguments": training_arguments,
+            "callbacks": callbacks,
+        }
+        sources = [
+            _fit_member(model, member, rows, run_dir / f"member-{number}", seed + number, resume, **settings, **every)
+            for number, member in enumerate(members)
+        ]
         return conclude(model, method, rows, run_dir, sources=sources, seed=seed, **every)
     start = latest_checkpoint(run_dir, warn) if resume else None
     if not resume and (old := next(run_dir.glob("checkpoint-[0-9]*"), None)):
@@ -239,6 +226,24 @@ def fit(
     if watch.not_finite:
         warn(f"{watch.not_finite} of {steps} steps were left out because loss or gradient was not finite.")
     return conclude(model, method, rows, run_dir, optimizer=optimizer, state=state, seed=seed, **every)
+
+
+def _fit_member(
+    model: nn.Module,
+    method: Method,
+    rows: Sequence[Encoded],
+    folder: Path,
+    seed: int,
+    resume: bool,
+    **settings: Any,
+) -> Posterior:
+    """Train a member of an ensemble on a fresh adapter, or load it if an interrupted run has finished it already."""
+    folder.mkdir(exist_ok=True)
+    if resume and (folder / "adapter").is_dir():
+        return load_posterior(model, folder / "adapter")
+    seed %= 2**32
+    reset_adapter(model, seed)
+    return fit(model, method, rows, folder, seed=seed, resume=resume, **settings)
 
 
 def conclude(

@@ -12,6 +12,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import about, plan, seeded
 from reference import laplace_slow as slow
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from varlora.data import collate
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
 from varlora.fit import check_method
-from varlora.methods import LaplaceDiag, LaplaceKfac, Plan, Trained
+from varlora.methods import LaplaceDiag, LaplaceKfac, Trained
 from varlora.methods.laplace import CANDIDATES
 from varlora.model import class_logits
 from varlora.params import trainable
@@ -40,14 +41,6 @@ both = pytest.mark.parametrize("method", [LaplaceDiag, LaplaceKfac], ids=lambda 
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def plan(**changes: Any) -> Plan:
-    return Plan(**{"steps": 10, "accumulation": 1, "dropout": 0.0, "calibration": False, **changes})
 
 
 class Net(nn.Module):
@@ -92,11 +85,6 @@ def masked(logits: Tensor, batch: Any) -> Tensor:
 
 def forward(model: nn.Module, batch: Any) -> Tensor:
     return model(batch)
-
-
-def about(said: Sequence[str], what: str) -> list[str]:
-    """Return what was said of it."""
-    return [words for words in said if what in words]
 
 
 def one_by_one(rows: Sequence[Encoded]) -> list[Any]:

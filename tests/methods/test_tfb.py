@@ -11,13 +11,14 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import about, plan, seeded
 from reference.laplace_slow import nll
 from torch import Tensor
 
 from varlora.config import settings_from
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
-from varlora.methods import Plan, Tfb, Trained
+from varlora.methods import Tfb, Trained
 from varlora.methods.tfb import largest, turned
 from varlora.model import class_logits
 from varlora.params import swapped, trainable
@@ -34,14 +35,6 @@ RANK = 4
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def plan(**changes: Any) -> Plan:
-    return Plan(**{"steps": 10, "accumulation": 1, "dropout": 0.0, "calibration": False, **changes})
 
 
 def names(layer: str) -> tuple[str, str]:
@@ -67,11 +60,6 @@ def projection(B: Tensor) -> np.ndarray:
     """Onto the space that the columns of B span, (out, out), without a singular value decomposition of ours."""
     B = B.double().numpy()
     return B @ np.linalg.pinv(B, rcond=1e-5)
-
-
-def about(said: Sequence[str], what: str) -> list[str]:
-    """Return what was said of it."""
-    return [words for words in said if what in words]
 
 
 # --- the turned adapter ---
