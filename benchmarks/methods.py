@@ -6,8 +6,8 @@ of 32 layers: 64 times A (8, 4096) and B (4096, 8)), where the base has no weigh
 forward and backward pass is timed. What can be installed from the package index runs beside ours.
 
     python benchmarks/methods.py
-    pip install --no-deps --target /tmp/peers bayesian-lora jaxtyping wadler-lindig
-    PYTHONPATH=/tmp/peers python benchmarks/methods.py
+    pip install --no-deps --target build/peers bayesian-lora jaxtyping wadler-lindig
+    PYTHONPATH=build/peers python benchmarks/methods.py
 """
 
 from __future__ import annotations

@@ -40,3 +40,9 @@ def test_readme_has_the_bytes_of_kfac():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"{megabytes[0]} of sketches in the pass and {megabytes[1]} of factors after it" in text
     assert max(kfac["collector_bytes"], kfac["bytes_beyond_mean"]) < 200e6
+
+
+def test_readme_has_the_peers_ratio():
+    ratio = median(RESULTS["peers"]["bayesian_lora"]["ours_to_it"]["ours, ggn"])
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Its pass takes {ratio:.2f} times that of `bayesian_lora` 0.0.6" in text

@@ -316,17 +316,8 @@ def evaluate(
         if split == "calibration":  # other data may hold out rows that were trained on
             _check_same(run_dir, "held_out", _checksum(encoded.rows), f"the held-out rows of {task.name}")
         with (progress or _no_progress)(len(encoded.rows)) as advance:
-            found = predict(
-                loaded.model,
-                loaded.posterior,
-                encoded.rows,
-                pad_token_id=_pad(loaded.tokenizer),
-                samples=samples,
-                tau=tau,
-                seed=seed,
-                token_budget=token_budget,
-                progress=advance,
-            )
+            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget}
+            found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
         slices = tuple(example.slice for example in examples)
         return dataclasses.replace(found, slices=slices if any(slices) else (), meta={**found.meta, **origin_of_rows})
@@ -403,15 +394,7 @@ def answer_rows(
 ) -> Iterable[dict[str, Any]]:
     """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats."""
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
-    predictions = predict(
-        loaded.model,
-        loaded.posterior,
-        encoded.rows,
-        pad_token_id=_pad(loaded.tokenizer),
-        samples=samples,
-        tau=tau,
-        seed=seed,
-    )
+    predictions = _predict(loaded, encoded.rows, samples=samples, tau=tau, seed=seed)
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
         probabilities = dict(zip(example.answers, probs))
@@ -421,6 +404,10 @@ def answer_rows(
             "probabilities": probabilities,
             "uncertainty": {name: values[i].item() for name, values in parts.items()},
         }
+
+
+def _predict(loaded: Loaded, rows: Sequence[Encoded], **settings: Any) -> Predictions:
+    return predict(loaded.model, loaded.posterior, rows, pad_token_id=_pad(loaded.tokenizer), **settings)
 
 
 def _load_base(settings: Settings, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ the calibration split.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -64,9 +65,9 @@ class _Laplace(AdamWTraining):
             )
         return found
 
+    @abstractmethod
     def collector(self, trained: Trained) -> Curvature:
         """Make what collects the curvature."""
-        raise NotImplementedError
 
     def posterior(self, trained: Trained) -> Posterior:
         """Go once through the training rows for the curvature, choose the prior's precision, and conclude."""
