@@ -467,6 +467,38 @@ def test_without_any_row_left_it_is_refused_in_words(method: Any, settings: Any)
         method(**settings).posterior(ended(net, with_bad(*range(6)), of))
 
 
+# --- memory ---
+
+
+@both
+@pytest.mark.parametrize("fitting", [1, 2])
+def test_a_pass_that_does_not_fit_is_made_in_halves(method: Any, fitting: int) -> None:
+    """What was trained before must not be lost to a batch that is too large for C - 1 backward passes."""
+    sizes: list[int] = []
+
+    def of(net: nn.Module, batch: Any) -> Tensor:
+        sizes.append(len(batch["labels"]))
+        if sizes[-1] > fitting:
+            raise torch.OutOfMemoryError
+        return forward(net, batch)
+
+    net, chosen = Net(), method(prior_precision=0.5)
+    found = chosen.posterior(ended(net, ROWS, of, batch_size=6)).tensors()
+    expected = chosen.posterior(ended(net, ROWS, batch_size=6)).tensors()
+    assert {6, 3, 1} <= set(sizes)
+    for name, value in expected.items():
+        if "left" not in name and "right" not in name:  # eigenvectors have a sign to choose
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_that_does_not_fit_is_out_of_memory() -> None:
+    def of(net: nn.Module, batch: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        LaplaceDiag().posterior(ended(Net(), ROWS, of, batch_size=6))
+
+
 # --- what is refused before anything runs ---
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from varlora.errors import VarloraError
+from varlora.params import swapped
 
 __all__ = [
     "Forward",
     "Gaussian",
     "Posterior",
+    "WeightPosterior",
     "check_draws",
     "check_tau",
     "draw_logits_by_loop",
@@ -64,6 +66,32 @@ class Posterior(Protocol):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Posterior:
         """Rebuild from `tensors()`."""
         ...
+
+
+class WeightPosterior(Posterior, Protocol):
+    """A distribution over the weights: whoever has `mean` and `draw` needs no more to be drawn from.
+
+    Its classes are frozen dataclasses with `mean` as their first field that name this class as their base.
+    """
+
+    mean: Mapping[str, Tensor]
+    """The weights' mean by parameter name."""
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return one draw of the weights by parameter name."""
+        ...
+
+    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
+        """Within the context `model` is one draw; after it, bit for bit what it was."""
+        return swapped(model, self.draw(generator))
+
+    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within the context `model` is at the mean; after it, bit for bit what it was."""
+        return swapped(model, self.mean)
+
+    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
+        """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1."""
+        return draw_logits_by_loop(self, model, batch, n, generator, forward)
 
 
 class Gaussian(Posterior, Protocol):

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varlora.params import swapped
-from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_tau, prefixed, without_prefix
 
 __all__ = ["Dropout"]
 
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(WeightPosterior):
     r"""Bernoulli masks over the inputs of some weight matrices: `W diag(z)/(1 − p)` with z ~ Bernoulli(1 − p).
 
     A mask belongs to a draw, not to a token: dropping an input of a linear layer is dropping a column of its weights,
     so a draw is one model, the same for every row, which `nn.Dropout` in training mode is not.
 
     Example:
+        >>> from torch import nn
         >>> layer = nn.Linear(4, 1, bias=False)
         >>> posterior = Dropout({"weight": torch.ones(1, 4)}, {"weight": torch.tensor(0.5)})
         >>> with posterior.sampled(layer, torch.Generator().manual_seed(0)):
@@ -53,18 +52,6 @@ class Dropout:
             kept = (uniform >= rate).float() / (1 - rate)  # (in,)
             drawn[name] = weight * (1 + math.sqrt(self.tau) * (kept - 1))
         return drawn
-
-    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
-        """Within the context `model` is one draw; after it, bit for bit what it was."""
-        return swapped(model, self.draw(generator))
-
-    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the context `model` has all its inputs."""
-        return swapped(model, self.mean)
-
-    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
-        """Class logits of `n` draws, (S, B, C); with `n = 0` without dropout, S = 1."""
-        return draw_logits_by_loop(self, model, batch, n, generator, forward)
 
     def scale(self, tau: float) -> Dropout:
         """Return the masks with `tau` times the variance around 1; 0 is no dropout."""

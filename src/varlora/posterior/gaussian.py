@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varlora.errors import VarloraError
-from varlora.params import swapped
-from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["DiagonalGaussian"]
 
 
 @dataclass(frozen=True)
-class DiagonalGaussian:
+class DiagonalGaussian(WeightPosterior):
     r"""A Gaussian with a mean and a variance for each weight, `q(θ) = N(m, diag(v))` (the paper, section 2).
 
     Draws go through the parameters in the order of their names, so they depend on the generator alone.
 
     Example:
+        >>> from torch import nn
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> posterior = DiagonalGaussian({"weight": torch.tensor([[2.0]])}, {"weight": torch.tensor([[0.5]])})
         >>> with posterior.sampled(layer, torch.Generator().manual_seed(0)):
@@ -58,18 +57,6 @@ class DiagonalGaussian:
             mean, std = self.mean[name], self.std[name]
             drawn[name] = torch.addcmul(mean, std, normal(mean, generator))
         return drawn
-
-    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
-        """Within the context `model` is one draw; after it, bit for bit what it was."""
-        return swapped(model, self.draw(generator))
-
-    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the context `model` is at m."""
-        return swapped(model, self.mean)
-
-    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
-        """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1."""
-        return draw_logits_by_loop(self, model, batch, n, generator, forward)
 
     def scale(self, tau: float) -> DiagonalGaussian:
         """Return N(m, τv): the trade between accuracy (small τ) and calibration (large τ) of the paper's Table 2.

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varlora.params import swapped
-from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["KroneckerGaussian"]
 
 
 @dataclass(frozen=True)
-class KroneckerGaussian:
+class KroneckerGaussian(WeightPosterior):
     r"""For each weight matrix W (out, in) a Gaussian whose covariance has eigenvectors `uⱼ vᵢᵀ`.
 
     With U (out, k) and V (in, l) orthonormal, the component of W along `uⱼ vᵢᵀ` has variance sⱼᵢ, and whatever is
@@ -59,18 +57,6 @@ class KroneckerGaussian:
             within = (self.variance[name].sqrt() - rest) * (left.T @ noise @ right)  # (k, l)
             drawn[name] = mean + rest * noise + left @ within @ right.T
         return drawn
-
-    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
-        """Within the context `model` is one draw; after it, bit for bit what it was."""
-        return swapped(model, self.draw(generator))
-
-    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the context `model` is at the mean."""
-        return swapped(model, self.mean)
-
-    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
-        """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1."""
-        return draw_logits_by_loop(self, model, batch, n, generator, forward)
 
     def quadratic(self, name: str, gradients: Tensor) -> Tensor:
         """Return the covariance that one parameter gives to linear functions of it, (B, C, C) float64."""

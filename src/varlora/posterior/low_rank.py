@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varlora.errors import VarloraError
-from varlora.params import swapped
-from varlora.posterior.base import Forward, check_tau, draw_logits_by_loop, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["LowRankGaussian"]
 
 
 @dataclass(frozen=True)
-class LowRankGaussian:
+class LowRankGaussian(WeightPosterior):
     r"""SWAG's Gaussian, `N(θ̄, ½ (diag(σ²) + D Dᵀ/(K − 1)))`, half of it diagonal and half of rank K.
 
     A draw is `θ̄ + σ z₁/√2 + D z₂/√(2(K − 1))` with z₁ ~ N(0, I) and z₂ ~ N(0, I_K), z₂ shared by all parameters.
@@ -63,18 +61,6 @@ class LowRankGaussian:
             z1 = normal(mean, generator) / math.sqrt(2)
             drawn[name] = torch.addcmul(mean, std, z1) + torch.tensordot(z2.to(mean.device), deviations, 1)
         return drawn
-
-    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
-        """Within the context `model` is one draw; after it, bit for bit what it was."""
-        return swapped(model, self.draw(generator))
-
-    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the context `model` is at θ̄: SWA."""
-        return swapped(model, self.mean)
-
-    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
-        """Class logits of `n` draws, (S, B, C); with `n = 0` at θ̄, S = 1."""
-        return draw_logits_by_loop(self, model, batch, n, generator, forward)
 
     def scale(self, tau: float) -> LowRankGaussian:
         """Return the Gaussian with `tau` times the covariance."""
