@@ -12,7 +12,7 @@ from test_workflow import silent
 
 from varlora import metrics
 from varlora.cli import main
-from varlora.config import load_settings, settings_from
+from varlora.config import load_settings, settings_from, settings_of
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.methods import METHODS
@@ -122,6 +122,49 @@ def test_an_ensemble_of_runs_that_held_out_the_same_rows_can_be_tempered(runs, t
     assert isinstance(posterior.inner, Mixture)
 
 
+def snapshots_of(source: Path, method: str, run_dir: Path, steps: int = 6, **method_settings) -> Path:
+    """Train on from a finished run, with a snapshot at every step."""
+    recipe = recipe_from([source], method)
+    recipe["method_settings"] |= {"every": 1, **method_settings}
+    (settings,) = load_settings({**recipe, "steps": steps, "checkpoint_every": 3}, {"run_dir": str(run_dir)})
+    return train(settings, say=silent)
+
+
+def test_averaging_goes_on_where_a_run_ended(runs, tmp_path):
+    """With half as many steps again, all of them averaged; at a learning rate of 0 the average is that run's adapter."""
+    recipe = recipe_from([runs()], "swa")
+    assert (recipe["steps"], recipe["method_settings"]["start"]) == (3, 0.0)
+    mean = load(runs()).posterior.mean
+    still = load(snapshots_of(runs(), "swag", tmp_path / "still", average_lr=0.0)).posterior
+    assert all(torch.equal(still.mean[name], mean[name]) for name in mean)
+    assert not any(deviation.any() for deviation in still.deviations.values())
+    moved = load(snapshots_of(runs(), "swag", tmp_path / "moved")).posterior
+    assert not any(torch.equal(moved.mean[name], mean[name]) for name in mean)
+    assert all(len(deviation) == 6 for deviation in moved.deviations.values())
+    assert not any((tmp_path / name / "member-0").exists() for name in ("still", "moved"))
+
+
+def test_swa_is_the_mean_of_a_finished_swag_as_if_it_had_been_trained(runs, tmp_path):
+    swag = snapshots_of(runs(), "swag", tmp_path / "swag")
+    trained = snapshots_of(runs(), "swa", tmp_path / "trained")
+    given = concluded("swa", [swag], tmp_path / "given")
+    one, other = ((folder / "adapter" / "posterior.safetensors").read_bytes() for folder in (trained, given))
+    assert one == other
+    assert not (given / "training.jsonl").exists()
+
+
+def test_averaging_from_a_run_is_resumed(runs, tmp_path):
+    """Killed after a checkpoint: the same bits as left alone."""
+    whole = snapshots_of(runs(), "swag", tmp_path / "whole", steps=6)
+    cut = snapshots_of(runs(), "swag", tmp_path / "cut", steps=6)
+    for folder in ("adapter", "checkpoint-6"):
+        shutil.rmtree(cut / folder)
+    assert (cut / "checkpoint-3").is_dir()
+    train(settings_of(cut), resume=True, say=silent)
+    one, other = ((folder / "adapter" / "posterior.safetensors").read_bytes() for folder in (whole, cut))
+    assert one == other
+
+
 def test_a_run_that_was_concluded_from_others_is_resumed_and_found_done(runs, tmp_path):
     source = Path(shutil.copytree(runs(), tmp_path / "source"))
     run_dir = concluded("mc_dropout", [source], tmp_path / "run")
@@ -182,9 +225,8 @@ def test_mc_dropout_of_a_run_without_dropout(base, runs, tmp_path, request):
 def test_a_method_that_trains_by_itself(runs, tmp_path, request):
     source = runs()
     request.getfixturevalue("nothing_loads")
-    text = refusal("swag", [source], tmp_path / "run")
-    assert "`swag` trains by itself and is not concluded from finished runs. Leave `--from` out." in text
-    assert "`ivon` trains by itself" in refusal("ivon", [source], tmp_path / "run")
+    text = refusal("ivon", [source], tmp_path / "run")
+    assert "`ivon` trains by itself and does not build on finished runs. Leave `--from` out." in text
     assert "or `laplace_diag`?" in refusal("laplace", [source], tmp_path / "run")
 
 
@@ -278,7 +320,7 @@ def test_settings_without_effect(runs, tmp_path, request, assignment):
     source = runs()
     request.getfixturevalue("nothing_loads")
     (settings,) = load_settings(recipe_from([source], "tfb"), {"run_dir": str(tmp_path / "run")}, [assignment])
-    with pytest.raises(VarloraError, match="without training they have no effect"):
+    with pytest.raises(VarloraError, match="a run that builds on another has that one's"):
         train(settings, say=silent)
 
 

@@ -150,7 +150,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
     done = []
     for settings in runs:
         if settings.sources:
-            say(f"Concluding {settings.method} from {', '.join(settings.sources)}.")
+            say(f"Building {settings.method} on {', '.join(settings.sources)}.")
         else:
             say(f"Training {settings.method} on {settings.task} with {settings.model}, seed {settings.seed}.")
         with TrainingProgress(console, settings.method) as progress:

@@ -48,7 +48,7 @@ class Settings:
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method; in a recipe they stand under `method:`, beside `name:`."""
     sources: tuple[str, ...] = ()
-    """Run directories to conclude the method from, without training; left out: train."""
+    """Run directories to conclude the method from, or to train on from; left out: train from the beginning."""
     data_dir: str | None = None
     """Folder with the task's files in their official layout; left out: from the hub."""
     run_dir: str | None = None
@@ -262,7 +262,8 @@ def _plan(known: Mapping[str, Any]) -> Plan:
 
     dropout = (known.get("lora") or LoRA()).dropout
     calibration = value("calibration_fraction") > 0
-    return Plan(value("steps"), value("accumulation"), dropout, calibration, finished=bool(value("sources")))
+    finished = bool(value("sources")) and not METHODS[known["method"]].continues_from
+    return Plan(value("steps"), value("accumulation"), dropout, calibration, finished)
 
 
 def _absolute(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -320,7 +320,7 @@ def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, An
             the optimizers raise them.
     """
     if plan.finished and not method.concludes_from:
-        return [f"`{method.name}` trains by itself and is not concluded from finished runs. Leave `--from` out."]
+        return [f"`{method.name}` trains by itself and does not build on finished runs. Leave `--from` out."]
     hints = typing.get_type_hints(type(method))
     choices = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
     if problems := [

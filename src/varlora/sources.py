@@ -1,8 +1,9 @@
-"""Finished runs that a method is concluded from: the settings that they bring, and what is refused."""
+"""Finished runs that a method is concluded from, or trains on from: what they bring, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,22 @@ from varlora.methods.base import AdamWTraining
 from varlora.posterior import Posterior
 from varlora.run import file_digest, read_json
 
-__all__ = ["check_sources", "identities", "load_sources", "recipe_from"]
+__all__ = ["check_sources", "identities", "load_sources", "recipe_from", "trains_on"]
 
 SPLIT = ("seed", "calibration_fraction")
 """Settings that decide which training rows are held out."""
-FREE = ("run_dir", "data_dir", "model", "batch_size", "method_settings")
+FREE = ("run_dir", "data_dir", "model", "batch_size", "checkpoint_every", "method_settings")
 """Settings that a run need not share with those that it is concluded from: where things lie, the batches of a pass over
-the data, and the method's, which are compared one by one."""
+the data, checkpoints, and the method's, which are compared one by one."""
 WHAT = {"base": "the base model", "rows": "the training rows", "held_out": "the held-out rows"}
 SAME = ("task", "dtype", "quantization", "revision", "lora", "max_length", "chat", "row_filter", "skip_bad_rows")
 """Settings that the members of an ensemble share."""
 
 
 def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
-    """Return the settings of a run that concludes a method from finished runs: theirs, but for the method.
+    """Return the settings of a run that builds on finished runs: theirs, but for the method.
+
+    A method that trains on from a finished run takes half as many steps again, and averages in all of them.
 
     Args:
         sources: run directories, at least one.
@@ -45,7 +48,10 @@ def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
     first, made = runs[0].to_dict(), METHODS[method]
     theirs = {"of": first["method"], "settings": first["method_settings"], "size": len(sources)}
     if isinstance(runs[0].build_method(), AdamWTraining):
-        theirs |= {field.name: first["method_settings"][field.name] for field in dataclasses.fields(AdamWTraining)}
+        theirs |= first["method_settings"]
+    if first["method"] in made.continues_from:
+        theirs["start"] = 0.0
+        first["steps"] = math.ceil(first["steps"] / 2)
     known = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
     own = {name: value for name, value in theirs.items() if name in known}
     if any(getattr(run, name) != first[name] for run in runs for name in SPLIT):
@@ -72,16 +78,18 @@ def check_sources(settings: Settings) -> None:
                 "is concluded from. Give another `--run-dir`."
             )
         theirs = settings_of(source)
-        if method.concludes_from != ANY and theirs.method not in method.concludes_from:
+        takes = method.concludes_from + method.continues_from
+        if takes != ANY and theirs.method not in takes:
             raise VarloraError(
                 f"`{settings.method}` cannot be concluded from {source}, a run of `{theirs.method}`: it takes "
-                f"{' or '.join(method.concludes_from)}. Train one: `varlora train --method {method.concludes_from[0]}`."
+                f"{' or '.join(takes)}. Train one: `varlora train --method {takes[0]}`."
             )
         if not (source / "adapter").is_dir():
             raise VarloraError(f"{source} is not finished. Go on with `varlora train --resume` first.")
         _check_same(settings.to_dict(), theirs.to_dict(), SAME, source)
     expected, here = recipe_from(sources, settings.method), settings.to_dict()
-    names = [name for name in here if name not in FREE]
+    free = (*FREE, "steps") if trains_on(settings) else FREE
+    names = [name for name in here if name not in free]
     _check_same(here, expected, names, sources[0])
     _check_same(here["method_settings"], expected["method_settings"], list(expected["method_settings"]), sources[0])
 
@@ -100,9 +108,15 @@ def _check_same(here: Mapping[str, Any], there: Mapping[str, Any], names: Sequen
     if differ:
         difference = "; ".join(f"`{name}` is {here[name]!r} and was {there[name]!r}" for name in differ)
         raise VarloraError(
-            f"Expected the settings that {source} was trained with, but {difference}. Leave them out: without training "
-            "they have no effect."
+            f"Expected the settings that {source} was trained with, but {difference}. Leave them out: a run that "
+            "builds on another has that one's."
         )
+
+
+def trains_on(settings: Settings) -> bool:
+    """Whether the run goes on training where a finished one ended."""
+    continues_from = METHODS[settings.method].continues_from
+    return any(settings_of(Path(source)).method in continues_from for source in settings.sources)
 
 
 def identities(settings: Settings) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from varlora.predict import predict
 from varlora.predictions import Predictions, load_predictions, save_predictions
 from varlora.prompt import PROMPT_VERSION, Encoded
 from varlora.run import origin, prepare_run_dir, read_json, write_json
-from varlora.sources import check_sources, identities, load_sources
+from varlora.sources import check_sources, identities, load_sources, trains_on
 from varlora.tasks import Task, get_task, load_rows, split_calibration
 from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
@@ -147,7 +147,7 @@ def train(
         "seed": settings.seed,
         "warn": say,
     }
-    if sources:
+    if sources and not trains_on(settings):
         conclude(model, method, encoded.rows, run_dir, sources=sources, **common)
         return run_dir
     fit(

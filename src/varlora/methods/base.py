@@ -98,6 +98,8 @@ class Method(Protocol):
     """Key in `METHODS`, and what reports call it."""
     concludes_from: ClassVar[tuple[str, ...]] = ()
     """Methods whose finished runs the posterior can be concluded from without training; `ANY` for all."""
+    continues_from: ClassVar[tuple[str, ...]] = ()
+    """Methods whose finished run this one can train on from, instead of training all the way."""
     several_sources: ClassVar[bool] = False
     """Whether it takes several finished runs, two at the least, or one."""
 

@@ -1,7 +1,7 @@
 """SWA and SWAG: the average of the last part of the way, and a Gaussian from how it scatters.
 
-From the fraction `start` of training on, the learning rate stays high and every `every` steps the weights are a
-snapshot θᵢ. With θ̄ their mean, σ² their variance and D the last K deviations `θᵢ − θ̄ᵢ` from the mean so far,
+From the fraction `start` of training on, or from a finished AdamW run on, the learning rate stays high and every
+`every` steps the weights are a snapshot θᵢ. With θ̄ their mean, σ² their variance and D the last K deviations `θᵢ − θ̄ᵢ` from the mean so far,
 
     SWA:   θ̄                                                  (Izmailov et al. 2018)
     SWAG:  N(θ̄, ½ diag(σ²) + D Dᵀ/(2(K − 1)))                 (Maddox et al. 2019, equation 1)
@@ -30,6 +30,8 @@ __all__ = ["Swa", "Swag"]
 @dataclass(frozen=True)
 class _Averaging(AdamWTraining):
     """What SWA and SWAG share: when snapshots are taken, and at which learning rate."""
+
+    continues_from: ClassVar[tuple[str, ...]] = ("adamw",)
 
     lr: float = 5e-5
     """Learning rate at the first step."""
@@ -124,9 +126,14 @@ class Swa(_Averaging):
     """
 
     name: ClassVar[str] = "swa"
+    concludes_from: ClassVar[tuple[str, ...]] = ("swag",)
 
     def posterior(self, trained: Trained) -> Point:
-        """Return the average."""
+        """Return the average, or the mean of a finished SWAG, which is the same."""
+        if trained.sources:
+            (swag,) = trained.sources
+            assert isinstance(swag, LowRankGaussian)
+            return Point(swag.mean)
         return Point({name: mine["mean"].clone() for name, mine in trained.state["weights"].items()})
 
 
