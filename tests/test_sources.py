@@ -131,7 +131,7 @@ def snapshots_of(source: Path, method: str, run_dir: Path, steps: int = 6, **met
 
 
 def test_averaging_goes_on_where_a_run_ended(runs, tmp_path):
-    """With half as many steps again, all of them averaged; at a learning rate of 0 the average is that run's adapter."""
+    """With half as many steps again, all averaged; at a learning rate of 0 the average is that run's adapter."""
     recipe = recipe_from([runs()], "swa")
     assert (recipe["steps"], recipe["method_settings"]["start"]) == (3, 0.0)
     mean = load(runs()).posterior.mean

@@ -52,7 +52,7 @@ def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
     if first["method"] in made.continues_from:
         theirs["start"] = 0.0
         first["steps"] = math.ceil(first["steps"] / 2)
-    known = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    known = {field.name for field in dataclasses.fields(made)}
     own = {name: value for name, value in theirs.items() if name in known}
     if any(getattr(run, name) != first[name] for run in runs for name in SPLIT):
         first["calibration_fraction"] = 0.0  # what one run held out, another was trained on

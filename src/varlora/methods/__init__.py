@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from varlora.methods.adamw import AdamW
 from varlora.methods.base import ANY, Method, Plan, Trained
@@ -34,7 +34,7 @@ __all__ = [
     "Trained",
 ]
 
-METHODS: dict[str, Callable[..., Method]] = {
+METHODS: dict[str, type[Any]] = {
     method.name: method
     for method in (
         AdamW,

@@ -1,7 +1,8 @@
 """SWA and SWAG: the average of the last part of the way, and a Gaussian from how it scatters.
 
 From the fraction `start` of training on, or from a finished AdamW run on, the learning rate stays high and every
-`every` steps the weights are a snapshot θᵢ. With θ̄ their mean, σ² their variance and D the last K deviations `θᵢ − θ̄ᵢ` from the mean so far,
+`every` steps the weights are a snapshot θᵢ. With θ̄ their mean, σ² their variance and D the last K deviations `θᵢ − θ̄ᵢ`
+from the mean so far,
 
     SWA:   θ̄                                                  (Izmailov et al. 2018)
     SWAG:  N(θ̄, ½ diag(σ²) + D Dᵀ/(2(K − 1)))                 (Maddox et al. 2019, equation 1)
