@@ -12,11 +12,24 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "varlora"
 
 LAYERS = {
-    0: {"errors", "optim", "params", "gradients", "posterior", "curvature", "metrics", "temperature"},
+    0: {"errors", "optim", "params", "gradients", "posterior", "curvature", "metrics", "bootstrap", "temperature"},
     1: {"tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
     3: {"run", "predictions", "checkpoint", "fit", "predict"},
-    4: {"config", "sources", "workflow", "progress", "report", "diagram", "demo", "cli"},
+    4: {
+        "config",
+        "sources",
+        "workflow",
+        "progress",
+        "results",
+        "tables",
+        "diagram",
+        "report",
+        "grid",
+        "reproduce",
+        "demo",
+        "cli",
+    },  # fmt: skip
 }
 """Every file or folder of the package, by its name, and its layer."""
 
@@ -25,6 +38,7 @@ WITHIN = {
     "gradients": {"errors", "params"},
     "posterior": {"errors", "params", "gradients"},
     "curvature": {"errors", "posterior"},
+    "bootstrap": {"metrics"},
     "temperature": {"metrics"},
     "metrics": {"errors"},
     "prompt": {"tasks"},
@@ -36,9 +50,12 @@ WITHIN = {
     "fit": {"checkpoint", "predict"},
     "sources": {"config"},
     "workflow": {"config", "sources"},
-    "report": {"diagram"},
-    "demo": {"config", "workflow", "progress", "report"},
-    "cli": {"config", "sources", "workflow", "progress", "report", "demo"},
+    "tables": {"results"},
+    "report": {"results", "tables", "diagram"},
+    "grid": {"config", "sources", "workflow"},
+    "reproduce": {"config", "grid", "results", "tables", "report"},
+    "demo": {"config", "workflow", "progress", "results", "report"},
+    "cli": {"config", "sources", "workflow", "progress", "results", "tables", "report", "reproduce", "demo"},
 }
 """What a file imports from its own layer: the base modules of its kind, and nothing else."""
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss
 
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.report import build_report, read_run, to_table
+from varlora.report import build_report, to_table
+from varlora.results import read_run
 
 
 def write_run(

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 if TYPE_CHECKING:
-    from varlora.report import Row, Slice
+    from varlora.results import Row, Slice
 
 __all__ = ["reliability_diagram", "slices_diagram"]
 

@@ -26,7 +26,8 @@ from varlora.params import trainable
 from varlora.posterior import Point
 from varlora.predict import predict
 from varlora.progress import TrainingProgress, rows_progress
-from varlora.report import Report, Row, build_report
+from varlora.report import Report, build_report
+from varlora.results import Row
 from varlora.run import read_json, write_json
 from varlora.tasks import Example, get_task, load_rows
 from varlora.workflow import evaluate, train
