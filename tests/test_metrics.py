@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,24 +12,28 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, roc_auc_score
 
 from varlora.errors import VarloraError
 from varlora.metrics import (
     MetricError,
     accuracy,
+    auroc,
     average_probs,
     brier,
+    by_row,
     ece,
     evaluate,
+    evaluate_all,
     nll,
     reliability,
+    risk_coverage,
     standard_error,
     uncertainty,
 )
 
 RULES = ["right", "left", "adaptive"]
-METRICS = [accuracy, nll, brier, ece]
+METRICS = [accuracy, nll, brier, ece, risk_coverage]
 
 
 def random_rows(seed: int, n: int = 200, c: int = 4, dtype: torch.dtype = torch.float64, sharp: float = 2.0):
@@ -55,6 +60,17 @@ def ece_by_hand(probs: list[list[float]], labels: list[int], bins: int, rule: st
             right = sum(r[1] for r in inside) / len(inside)
             total += len(inside) / len(rows) * abs(right - confidence)
     return total
+
+
+def risks_by_hand(confidences: list[float], wrong: list[bool]) -> list[float]:
+    """The risks averaged over every order of the rows in which confidence does not rise."""
+    n = len(wrong)
+    orders = [
+        order
+        for order in itertools.permutations(range(n))
+        if all(confidences[i] >= confidences[j] for i, j in itertools.pairwise(order))
+    ]
+    return [sum(wrong[i] for order in orders for i in order[:k]) / k / len(orders) for k in range(1, n + 1)]
 
 
 def two_classes(confidences: list[float], dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -162,6 +178,70 @@ def test_average_probs_averages_probabilities_not_logits():
     assert not np.allclose(probs, scipy.special.softmax(logits.double().numpy().mean(0), axis=-1), atol=1e-2)
 
 
+@pytest.mark.parametrize("grid", [3, 20, 10**6])  # many ties, some, none
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_auroc_agrees_with_scikit_learn(grid, dtype):
+    generator = torch.Generator().manual_seed(grid)
+    scores = (torch.randint(grid, (151,), generator=generator) / grid - 0.5).to(dtype)
+    positives = torch.rand(151, generator=generator) < 0.4 + scores / 2
+    assert auroc(scores, positives) == pytest.approx(roc_auc_score(positives.numpy(), scores.numpy()), abs=1e-12)
+
+
+def test_auroc_of_infinite_scores():
+    scores = torch.tensor([math.inf, math.inf, 0.0, -math.inf])
+    assert auroc(scores, torch.tensor([True, False, False, False])) == pytest.approx(2.5 / 3)
+
+
+def test_each_row_is_the_metric_of_that_row_alone():
+    probs, labels = random_rows(4, n=20)
+    rows = by_row(probs, labels)
+    for i in range(20):
+        one = evaluate(probs[i : i + 1], labels[i : i + 1])
+        assert (rows.right[i], rows.nll[i], rows.brier[i]) == (one["accuracy"], one["nll"], one["brier"])
+        assert abs(rows.confidence[i] - one["accuracy"]) == pytest.approx(one["ece"])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_risk_is_averaged_over_the_orders_of_equal_confidences(levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    confidences = (0.55 + 0.4 * torch.randint(levels, (6,), generator=generator).double() / levels).tolist()
+    labels = torch.randint(2, (6,), generator=generator)
+    found = risk_coverage(two_classes(confidences), labels)
+    assert found.risk.tolist() == pytest.approx(risks_by_hand(confidences, (labels == 1).tolist()))
+    assert found.coverage.tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert found.aurc == pytest.approx(sum(found.risk.tolist()) / 6)
+
+
+def test_auroc_of_the_curve_says_how_well_confidence_finds_the_right_answers():
+    probs, labels = random_rows(5, n=300)
+    expected = roc_auc_score((probs.argmax(1) == labels).numpy(), probs.max(1).values.numpy())
+    assert risk_coverage(probs, labels).auroc == pytest.approx(expected)
+    assert expected > 0.6  # rows of calibrated probabilities: what is sure is right more often
+
+
+def test_risk_coverage_of_the_best_and_the_worst_ranking():
+    confidences, n, wrong = [0.9 - 0.01 * i for i in range(20)], 20, 5
+    last = torch.tensor([0] * (n - wrong) + [1] * wrong)
+    best, worst = (risk_coverage(two_classes(confidences), labels) for labels in (last, last.flip(0)))
+    assert (best.auroc, worst.auroc) == (1.0, 0.0)
+    assert best.aurc == pytest.approx(sum((k - 15) / k for k in range(16, 21)) / n)
+    assert worst.aurc == pytest.approx((5 + sum(5 / k for k in range(6, 21))) / n)
+    assert best.risk[-1] == worst.risk[-1] == wrong / n
+
+
+def test_evaluate_all_adds_to_evaluate():
+    probs, labels = random_rows(6)
+    found = evaluate_all(probs, labels, bins=7, rule="left")
+    curve = risk_coverage(probs, labels)
+    assert found == {
+        **evaluate(probs, labels, 7, "left"),
+        "adaptive_ece": ece(probs, labels, 7, "adaptive"),
+        "auroc": curve.auroc,
+        "aurc": curve.aurc,
+    }
+
+
 def test_standard_error_agrees_with_scipy():
     values = [70.1, 71.4, 69.0]
     assert standard_error(values) == pytest.approx(scipy.stats.sem(values))
@@ -201,6 +281,18 @@ def test_bounds_permutations_and_padding(data, rule, bins, random):
 
 
 @settings(deadline=None, max_examples=60)
+@given(rows(), st.randoms(use_true_random=False))
+def test_risk_coverage_does_not_depend_on_the_order_of_rows(data, random):
+    probs, labels = torch.tensor(data[0], dtype=torch.float64), torch.tensor(data[1])
+    curve, n = risk_coverage(probs, labels), len(labels)
+    order = random.sample(range(n), n)
+    assert risk_coverage(probs[order], labels[order]).risk.tolist() == pytest.approx(curve.risk.tolist(), abs=1e-12)
+    assert curve.risk[-1] == pytest.approx(1 - accuracy(probs, labels), abs=1e-12)
+    assert curve.risk.min() >= 0
+    assert curve.risk.max() <= 1 + 1e-12
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 5), st.integers(1, 6), st.integers(2, 5), st.integers(0, 10_000), st.sampled_from([0.1, 3.0, 200.0])
 )
@@ -229,6 +321,14 @@ def test_sure_and_wrong(rule):
     probs, labels = torch.eye(2), torch.tensor([1, 0])
     values = evaluate(probs, labels, rule=rule)
     assert values == {"accuracy": 0.0, "nll": pytest.approx(708.396, abs=1e-3), "ece": 1.0, "brier": 2.0}
+
+
+@pytest.mark.parametrize(("right", "aurc"), [(True, 0.0), (False, 1.0)])
+def test_auroc_is_nan_where_all_rows_are_right_or_all_are_wrong(right, aurc):
+    labels = torch.full((3,), 0 if right else 1)
+    found = evaluate_all(two_classes([0.9, 0.8, 0.8]), labels)
+    assert math.isnan(found["auroc"])
+    assert found["aurc"] == aurc
 
 
 def test_confidence_a_rounding_error_above_one_is_in_the_last_bin():
@@ -293,3 +393,20 @@ def test_wrong_bins_rule_and_values_are_refused():
         standard_error([])
     with pytest.raises(MetricError, match="`values`"):
         standard_error([1.0, math.nan])
+
+
+@pytest.mark.parametrize(
+    ("scores", "positives", "says"),
+    [
+        (torch.zeros(2), torch.tensor([True]), r"\(2,\) and \(1,\)"),
+        (torch.zeros(1, 2), torch.tensor([[True, False]]), r"shape \(N,\)"),
+        (torch.zeros(2), torch.tensor([1, 0]), "labels == 1"),
+        (torch.tensor([0.5, math.nan]), torch.tensor([True, False]), "NaN"),
+        (torch.zeros(2), torch.tensor([True, True]), "2 positive and 0 negative"),
+        (torch.zeros(2), torch.tensor([False, False]), "0 positive and 2 negative"),
+        (torch.zeros(0), torch.zeros(0, dtype=torch.bool), "0 positive and 0 negative"),
+    ],
+)
+def test_wrong_scores_or_positives_are_refused(scores, positives, says):
+    with pytest.raises(MetricError, match=says):
+        auroc(scores, positives)

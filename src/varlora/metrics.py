@@ -1,4 +1,4 @@
-"""Metrics of class probabilities: accuracy, likelihood, calibration, Brier score, uncertainties.
+"""Metrics of class probabilities: accuracy, likelihood, calibration, Brier score, selective prediction, uncertainties.
 
 Everything here takes probabilities `probs: (N, C)`, rows sum to 1, and `labels: (N,)`, integers in [0, C). Classes that
 a row does not have (fewer answers than C) carry probability 0. Logits become probabilities by `average_probs`, which is
@@ -20,15 +20,22 @@ from varlora.errors import VarloraError, did_you_mean
 __all__ = [
     "MetricError",
     "Reliability",
+    "RiskCoverage",
+    "Rows",
     "Rule",
     "Uncertainty",
     "accuracy",
+    "auroc",
     "average_probs",
+    "bin_of",
     "brier",
+    "by_row",
     "ece",
     "evaluate",
+    "evaluate_all",
     "nll",
     "reliability",
+    "risk_coverage",
     "standard_error",
     "uncertainty",
 ]
@@ -40,6 +47,15 @@ class MetricError(VarloraError):
     """Probabilities, labels or logits that a metric cannot be computed from."""
 
 
+class Rows(NamedTuple):
+    """What each row says by itself; accuracy, nll and brier are means of it."""
+
+    right: Tensor  # (N,) bool, the most probable class is the label
+    confidence: Tensor  # (N,) in the type of the probabilities, the largest of them
+    nll: Tensor  # (N,) float64
+    brier: Tensor  # (N,) float64
+
+
 @dataclass(frozen=True, eq=False)
 class Reliability:
     """What a reliability diagram shows, bin by bin; in an empty bin confidence and accuracy are NaN."""
@@ -49,12 +65,52 @@ class Reliability:
     count: Tensor  # (bins,) int64, rows
 
 
+@dataclass(frozen=True, eq=False)
+class RiskCoverage:
+    """What is gained by answering only where the model is sure: the error rate among the k most confident rows."""
+
+    coverage: Tensor  # (N,) float64, k / N for k = 1, ..., N
+    risk: Tensor  # (N,) float64, share of the k rows that is wrong
+    auroc: float  # how well confidence separates right answers from wrong ones; NaN if there is only one kind
+
+    @property
+    def aurc(self) -> float:
+        """Area under the curve, the mean of the risks: 0 if all answers are right, 1 if all are wrong."""
+        return self.risk.mean().item()
+
+
 class Uncertainty(NamedTuple):
     """Uncertainties of each row in nats; total = aleatoric + epistemic."""
 
     total: Tensor  # (N,) float64, entropy of the averaged probabilities
     aleatoric: Tensor  # (N,) float64, average entropy of the draws
     epistemic: Tensor  # (N,) float64, mutual information of answer and draw, >= 0
+
+
+def by_row(probs: Tensor, labels: Tensor) -> Rows:
+    """Return for each row whether it is right, its confidence, its nll and its Brier score.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+
+    Raises:
+        MetricError: wrong shapes, labels out of range, rows that are no probabilities, or no rows.
+
+    Example:
+        >>> by_row(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([0, 1])).brier.tolist()
+        [0.0, 0.5]
+    """
+    _check(probs, labels)
+    confidence, predicted = probs.max(dim=1)
+    chosen = probs.double().gather(1, labels.long()[:, None])[:, 0]
+    truth = torch.nn.functional.one_hot(labels.long(), probs.shape[1])
+    return Rows(
+        right=predicted == labels,
+        confidence=confidence.clamp_max(1.0),  # rounding may leave 1 + 1e-7
+        nll=0.0 - chosen.clamp(torch.finfo(torch.float64).tiny, 1.0).log(),  # 0.0 -: no negative zero
+        brier=(probs.double() - truth).square().sum(dim=1),
+    )
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -71,8 +127,7 @@ def accuracy(probs: Tensor, labels: Tensor) -> float:
         >>> accuracy(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
         0.5
     """
-    _check(probs, labels)
-    return (probs.argmax(dim=1) == labels).double().mean().item()
+    return by_row(probs, labels).right.double().mean().item()
 
 
 def nll(probs: Tensor, labels: Tensor) -> float:
@@ -92,9 +147,7 @@ def nll(probs: Tensor, labels: Tensor) -> float:
         >>> round(nll(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)  # log 2
         0.6931
     """
-    _check(probs, labels)
-    chosen = probs.double().gather(1, labels.long()[:, None])
-    return 0.0 - chosen.clamp(torch.finfo(torch.float64).tiny, 1.0).log().mean().item()  # 0.0 -: no negative zero
+    return by_row(probs, labels).nll.mean().item()
 
 
 def brier(probs: Tensor, labels: Tensor) -> float:
@@ -113,22 +166,49 @@ def brier(probs: Tensor, labels: Tensor) -> float:
         >>> brier(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([0]))  # 0.25 + 0.25
         0.5
     """
-    _check(probs, labels)
-    truth = torch.nn.functional.one_hot(labels.long(), probs.shape[1])
-    return (probs.double() - truth).square().sum(dim=1).mean().item()
+    return by_row(probs, labels).brier.mean().item()
 
 
-def reliability(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> Reliability:
-    """Return mean confidence, accuracy and number of rows of each bin of confidence.
-
-    A row's confidence is its largest probability. The rules differ in where a row goes:
+def bin_of(confidence: Tensor, bins: int = 10, rule: Rule = "right") -> Tensor:
+    """Return the bin that each row is in, (N,) int64 in [0, bins).
 
     - `right`: equal-width bins (lo, hi], as in the IVON-LoRA paper's code; confidence 1 is in the last.
     - `left`: equal-width bins [lo, hi), confidence 1 in the last.
     - `adaptive`: bins of equal mass. The row with r rows of smaller confidence is in bin floor(r * bins / N), so equal
       confidences share a bin and the order of rows does not matter.
 
-    Borders are k / bins rounded to the type of `probs`: a float32 0.3 lies on the border 0.3.
+    Borders are k / bins rounded to the type of `confidence`: a float32 0.3 lies on the border 0.3.
+
+    Args:
+        confidence: (N,), each row's largest probability.
+        bins: number of bins, at least 1.
+        rule: "right", "left" or "adaptive".
+
+    Raises:
+        MetricError: bins or rule unknown.
+
+    Example:
+        >>> confidence = torch.tensor([0.8, 0.9, 1.0])
+        >>> bin_of(confidence).tolist(), bin_of(confidence, rule="left").tolist()
+        ([7, 8, 9], [8, 9, 9])
+    """
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise MetricError(f"Expected `bins` to be a whole number of bins >= 1, but got {bins!r}. Pass bins=10.")
+    if rule == "adaptive":
+        rank = torch.searchsorted(confidence.sort().values, confidence)
+        return rank * bins // len(confidence)
+    if rule in ("right", "left"):
+        borders = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence)
+        return (torch.bucketize(confidence, borders, right=rule == "left") - 1).clamp(0, bins - 1)
+    raise MetricError(
+        f"Expected `rule` to be a rule of bins, but got {rule!r}. {did_you_mean(str(rule), get_args(Rule))}"
+    )
+
+
+def reliability(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> Reliability:
+    """Return mean confidence, accuracy and number of rows of each bin of confidence.
+
+    A row's confidence is its largest probability. The rules differ in the bin that a row goes to; see `bin_of`.
 
     Args:
         probs: (N, C), rows sum to 1.
@@ -143,27 +223,14 @@ def reliability(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "rig
         >>> reliability(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor([0, 0]), bins=2).count.tolist()
         [0, 2]
     """
-    _check(probs, labels)
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise MetricError(f"Expected `bins` to be a whole number of bins >= 1, but got {bins!r}. Pass bins=10.")
-    confidence, predicted = probs.max(dim=1)
-    confidence = confidence.clamp_max(1.0)  # rounding may leave 1 + 1e-7
-    if rule == "adaptive":
-        rank = torch.searchsorted(confidence.sort().values, confidence)
-        index = rank * bins // len(confidence)
-    elif rule in ("right", "left"):
-        borders = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence)
-        index = (torch.bucketize(confidence, borders, right=rule == "left") - 1).clamp(0, bins - 1)
-    else:
-        raise MetricError(
-            f"Expected `rule` to be a rule of bins, but got {rule!r}. {did_you_mean(str(rule), get_args(Rule))}"
-        )
+    rows = by_row(probs, labels)
+    index = bin_of(rows.confidence, bins, rule)
 
     def total(values: Tensor) -> Tensor:  # (N,) -> (bins,)
         return torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add_(0, index, values.double())
 
     count = torch.bincount(index, minlength=bins)
-    return Reliability(total(confidence) / count, total(predicted == labels) / count, count)
+    return Reliability(total(rows.confidence) / count, total(rows.right) / count, count)
 
 
 def ece(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> float:
@@ -178,7 +245,7 @@ def ece(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> 
         probs: (N, C), rows sum to 1.
         labels: (N,) integers in [0, C).
         bins: number of bins, at least 1.
-        rule: "right" (lo, hi], "left" [lo, hi) or "adaptive" (equal mass); see `reliability`.
+        rule: "right" (lo, hi], "left" [lo, hi) or "adaptive" (equal mass); see `bin_of`.
 
     Raises:
         MetricError: as `reliability`.
@@ -194,6 +261,83 @@ def ece(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> 
     found = reliability(probs, labels, bins, rule)
     gaps = (found.accuracy - found.confidence).abs().nan_to_num(0.0)  # an empty bin has none
     return ((found.count * gaps).sum() / found.count.sum()).item()
+
+
+def auroc(scores: Tensor, positives: Tensor) -> float:
+    r"""Return the area under the ROC curve: how often a positive row has a larger score than a negative one.
+
+    .. math:: P(s_+ > s_-) + \tfrac{1}{2} P(s_+ = s_-)
+
+    over all pairs of a positive and a negative row; 1 separates them, 0.5 says nothing.
+
+    Args:
+        scores: (N,), larger where a row is thought to be positive; of any scale.
+        positives: (N,) bool, with both kinds of rows.
+
+    Raises:
+        MetricError: wrong shapes or types, a score that is NaN, or rows of one kind only.
+
+    Example:
+        >>> auroc(torch.tensor([0.9, 0.6, 0.6, 0.1]), torch.tensor([True, True, False, False]))  # 3.5 of 4 pairs
+        0.875
+
+    References:
+        Hanley and McNeil, The meaning and use of the area under a ROC curve, 1982.
+    """
+    if scores.ndim != 1 or scores.shape != positives.shape:
+        raise MetricError(
+            "Expected `scores` and `positives` of one shape (N,), "
+            f"but got {tuple(scores.shape)} and {tuple(positives.shape)}."
+        )
+    if positives.dtype != torch.bool:
+        raise MetricError(f"Expected `positives` to be bool, but got {positives.dtype}. Pass labels == 1.")
+    if scores.isnan().any():
+        raise MetricError("Expected `scores` to be numbers, but got NaN.")
+    high, low = scores[positives].double(), scores[~positives].double().sort().values
+    if not (len(high) and len(low)):
+        raise MetricError(
+            "Expected `positives` to hold rows of both kinds, "
+            f"but got {len(high)} positive and {len(low)} negative ones. The AUROC is not defined there: leave it out."
+        )
+    below, up_to = (torch.searchsorted(low, high, right=right).sum().item() for right in (False, True))
+    return (below + up_to) / (2 * len(high) * len(low))
+
+
+def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:
+    r"""Return the error rate among the k most confident rows, for each k.
+
+    .. math:: \text{risk}_k = \frac{1}{k} \sum_{i \le k} e_i, \qquad \text{AURC} = \frac{1}{N} \sum_k \text{risk}_k
+
+    Rows are sorted by confidence, the largest probability, and e is 1 where the answer is wrong. Of rows of equal
+    confidence each counts with their average e, which is what random orders among them give on average.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+
+    Returns:
+        The curve, the area under it (`aurc`), and the `auroc` of confidence, with right answers as the positives.
+
+    Raises:
+        MetricError: wrong shapes, labels out of range, rows that are no probabilities, or no rows.
+
+    Example:
+        >>> curve = risk_coverage(torch.tensor([[0.6, 0.4], [0.9, 0.1]]), torch.tensor([1, 0]))
+        >>> curve.coverage.tolist(), curve.risk.tolist(), curve.aurc, curve.auroc
+        ([0.5, 1.0], [0.0, 0.5], 0.25, 1.0)
+
+    References:
+        Geifman and El-Yaniv, Selective classification for deep neural networks, 2017; Geifman et al., Bias-reduced
+        uncertainty estimation for deep neural classifiers, 2019 (AURC).
+    """
+    rows = by_row(probs, labels)
+    n = len(rows.right)
+    _, tie, size = (-rows.confidence).unique(return_inverse=True, return_counts=True)  # ties, the most confident first
+    wrong = torch.zeros(len(size), dtype=torch.float64, device=probs.device).index_add_(0, tie, (~rows.right).double())
+    k = torch.arange(1, n + 1, dtype=torch.float64, device=probs.device)
+    risk = (wrong / size).repeat_interleave(size).cumsum(dim=0) / k
+    both = 0 < rows.right.sum() < n
+    return RiskCoverage(k / n, risk, auroc(rows.confidence, rows.right) if both else math.nan)
 
 
 def average_probs(logits: Tensor) -> Tensor:
@@ -257,7 +401,7 @@ def evaluate(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right"
         probs: (N, C), rows sum to 1.
         labels: (N,) integers in [0, C).
         bins: number of bins of the ECE.
-        rule: rule of the ECE's bins; see `reliability`.
+        rule: rule of the ECE's bins; see `bin_of`.
 
     Raises:
         MetricError: as `reliability`.
@@ -271,6 +415,36 @@ def evaluate(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right"
         "nll": nll(probs, labels),
         "ece": ece(probs, labels, bins, rule),
         "brier": brier(probs, labels),
+    }
+
+
+def evaluate_all(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> dict[str, float]:
+    """Return what `evaluate` does and adaptive_ece, auroc and aurc: also how well confidence ranks the answers.
+
+    `adaptive_ece` is the ECE with bins of equal mass, `auroc` how well confidence separates right answers from wrong
+    ones, and `aurc` the area under the risk-coverage curve. `auroc` is NaN where all answers are right or all are
+    wrong; JSON has no NaN, so leave it out there.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+        bins: number of bins of both ECEs.
+        rule: rule of the first ECE's bins; see `bin_of`.
+
+    Raises:
+        MetricError: as `reliability`.
+
+    Example:
+        >>> values = evaluate_all(torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([1, 0]))
+        >>> values["adaptive_ece"], values["auroc"], values["aurc"]
+        (0.375, 1.0, 0.25)
+    """
+    curve = risk_coverage(probs, labels)
+    return {
+        **evaluate(probs, labels, bins, rule),
+        "adaptive_ece": ece(probs, labels, bins, "adaptive"),
+        "auroc": curve.auroc,
+        "aurc": curve.aurc,
     }
 
 

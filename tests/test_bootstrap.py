@@ -1,0 +1,259 @@
+"""Paired bootstrap: against a slow twin, the variances that theory gives, and data whose difference is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from varlora import bootstrap
+from varlora.bootstrap import Difference, paired_differences
+from varlora.metrics import MetricError, by_row, evaluate
+
+Runs = list[tuple[Tensor, Tensor]]
+NAMES = ["accuracy", "nll", "ece", "brier"]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def methods(seed: int, sizes: list[int], same_rows: bool) -> tuple[Runs, Runs]:
+    """Two methods, the second a little better, with coarse probabilities, so that ties and borders occur."""
+    source = generator(seed)
+    labels = [torch.randint(3, (n,), generator=source) for n in sizes]
+    if same_rows:
+        labels = [labels[0]] * len(sizes)
+
+    def run(y: Tensor, bonus: int) -> tuple[Tensor, Tensor]:
+        weights = torch.randint(1, 6, (len(y), 3), generator=source).double()
+        weights[torch.arange(len(y)), y] += bonus
+        return weights / weights.sum(1, keepdim=True), y
+
+    return [run(y, 2) for y in labels], [run(y, 3) for y in labels]
+
+
+def answers(right: Tensor) -> Runs:
+    """Runs (K, N) of two classes, sure of the label, which is 0, where `right`, and of the other class elsewhere."""
+    labels = torch.zeros(right.shape[1], dtype=torch.int64)
+    return [(torch.stack([row, 1 - row], dim=1), labels) for row in right.double()]
+
+
+def slow_twin(a: Runs, b: Runs, bins: int, level: float, replicates: int, source: torch.Generator, same_rows: bool):
+    """Rows are drawn one seed after the other, by number, and each metric is computed from the drawn rows."""
+    seeds = torch.randint(len(a), (replicates, len(a)), generator=source).tolist()
+    if same_rows:
+        n = len(a[0][1])
+        rows = dict(enumerate(torch.randint(n, (replicates, n), generator=source)))
+        drawn = [[(s, rows[r]) for s in seeds[r]] for r in range(replicates)]
+    else:
+        queues = []
+        for s, (_, labels) in enumerate(a):
+            times = sum(row.count(s) for row in seeds)
+            queues.append(iter(torch.randint(len(labels), (times, len(labels)), generator=source)))
+        drawn = [[(s, next(queues[s])) for s in row] for row in seeds]
+
+    def values(run: tuple[Tensor, Tensor], rows: Tensor) -> np.ndarray:
+        return np.array(list(evaluate(run[0][rows], run[1][rows], bins).values()))
+
+    differences = [np.mean([values(b[s], rows) - values(a[s], rows) for s, rows in picked], axis=0) for picked in drawn]
+    return np.quantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "same_rows"), [([23], True), ([23, 23, 23], True), ([23, 23, 23], False), ([9, 30, 17], False)]
+)
+@pytest.mark.parametrize(("bins", "level"), [(10, 0.95), (3, 0.5)])
+def test_agrees_with_the_slow_twin(sizes, same_rows, bins, level):
+    a, b = methods(0, sizes, same_rows)
+    found = paired_differences(a, b, bins=bins, level=level, replicates=50, generator=generator(1))
+    low, high = slow_twin(a, b, bins, level, 50, generator(1), same_rows)
+    assert list(found) == NAMES
+    assert [difference.low for difference in found.values()] == pytest.approx(low, abs=1e-11)
+    assert [difference.high for difference in found.values()] == pytest.approx(high, abs=1e-11)
+    for name, difference in found.items():
+        mean = np.mean([evaluate(*y, bins)[name] - evaluate(*x, bins)[name] for x, y in zip(a, b)])
+        assert difference.mean == pytest.approx(mean, abs=1e-11)
+        assert (difference.level, difference.replicates) == (level, 50)
+
+
+@pytest.mark.parametrize("same_rows", [True, False])
+def test_draws_do_not_depend_on_how_much_is_drawn_at_a_time(same_rows, monkeypatch):
+    a, b = methods(2, [40, 40], same_rows)
+    whole = paired_differences(a, b, replicates=100, generator=generator(0))
+    monkeypatch.setattr(bootstrap, "BYTES", 7 * 16 * 40)  # 7 draws
+    parts = paired_differences(a, b, replicates=100, generator=generator(0))
+    for name in NAMES:
+        assert (parts[name].low, parts[name].high) == pytest.approx((whole[name].low, whole[name].high), abs=1e-11)
+
+
+def test_the_generator_decides():
+    a, b = methods(3, [50, 50], True)
+    first, again, other = (paired_differences(a, b, replicates=100, generator=generator(seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+# --- the width, from theory
+
+
+def deviation(difference: Difference) -> float:
+    """The standard deviation of normal replicates with this interval of level 0.95."""
+    return (difference.high - difference.low) / (2 * 1.959964)
+
+
+def by_cell(a: Runs, b: Runs) -> list[Tensor]:
+    """The difference in NLL of each row, seed by seed."""
+    return [by_row(*y).nll - by_row(*x).nll for x, y in zip(a, b)]
+
+
+def test_width_of_one_seed_is_the_standard_error_over_rows():
+    a, b = methods(4, [300], True)
+    (cells,) = by_cell(a, b)
+    found = paired_differences(a, b, replicates=20_000, generator=generator(0))["nll"]
+    assert deviation(found) == pytest.approx(cells.std(correction=0).item() / math.sqrt(300), rel=0.04)
+
+
+def test_width_with_the_same_rows_is_that_of_a_crossed_design():
+    """Seeds i.i.d. and rows i.i.d.: V = V_seeds / K + V_rows / N + V_rest / (K N), the parts of a two-way table."""
+    source = generator(5)
+    k, n = 6, 80
+    seed, row = 0.15 * torch.randn(k, 1, generator=source), 0.8 * torch.randn(1, n, generator=source)
+    z = 0.3 + (seed + row + 0.3 * torch.randn(k, n, generator=source)).double()
+    labels = torch.zeros(n, dtype=torch.int64)
+    a = [(torch.full((n, 2), 0.5, dtype=torch.float64), labels)] * k
+    b = [(torch.stack([r.sigmoid(), (-r).sigmoid()], dim=1), labels) for r in z]
+    cells = torch.stack(by_cell(a, b))
+    of_seeds, of_rows = cells.mean(1, keepdim=True), cells.mean(0, keepdim=True)
+    rest = cells - of_seeds - of_rows + cells.mean()
+    parts = [
+        of_seeds.var(correction=0).item() / k,
+        of_rows.var(correction=0).item() / n,
+        rest.square().mean().item() / (k * n),
+    ]
+    assert min(parts[:2]) > 0.1 * sum(parts)  # neither is negligible here
+    found = paired_differences(a, b, replicates=20_000, generator=generator(0))["nll"]
+    assert deviation(found) == pytest.approx(math.sqrt(sum(parts)), rel=0.04)
+
+
+def test_width_with_rows_of_their_own_is_that_of_a_nested_design():
+    a, b = methods(6, [60, 90, 120, 75], False)
+    cells = by_cell(a, b)
+    between = torch.stack([c.mean() for c in cells]).var(correction=0).item()
+    within = np.mean([c.var(correction=0).item() / len(c) for c in cells])
+    found = paired_differences(a, b, replicates=20_000, generator=generator(0))["nll"]
+    assert deviation(found) == pytest.approx(math.sqrt((between + within) / 4), rel=0.04)
+
+
+@pytest.mark.parametrize(("same_rows", "factor"), [(True, 3), (False, 2)])
+def test_pure_chance_in_every_cell_is_counted_three_times_or_twice(same_rows, factor):
+    """Where neither a seed nor a row has an effect, as the docstring says; seeds' share is (K - 1) / K."""
+    source, k, n = generator(11), 20, 100
+    squares = []
+    for _ in range(10):
+        right = torch.rand(2, k, n, generator=source) < 0.5
+        a, b = answers(right[0]), answers(right[1])
+        if not same_rows:  # one label tells the seeds' rows apart
+            a, b = ([(p.roll(i % 2, 1), (y + i) % 2) for i, (p, y) in enumerate(runs)] for runs in (a, b))
+        squares.append(deviation(paired_differences(a, b, generator=source)["accuracy"]) ** 2)
+    truth = 2 * 0.25 / (k * n)
+    assert np.mean(squares) / truth == pytest.approx(factor - 1 / k, rel=0.15)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_the_interval_covers_a_known_difference(k):
+    """P(right) is 0.6 and 0.7 on average; a row is as hard in nine of ten seeds, and seeds differ by up to 0.1."""
+    source, n, sets = generator(7), 200, 200
+    covered = 0
+    for _ in range(sets):
+        hard = torch.rand(2, 1, n, generator=source).expand(2, k, n)
+        hard = torch.where(torch.rand(2, k, n, generator=source) < 0.9, hard, torch.rand(2, k, n, generator=source))
+        seed = 0.1 * (2 * torch.rand(2, k, 1, generator=source) - 1) if k > 1 else 0.0
+        right = hard < torch.tensor([0.6, 0.7])[:, None, None] + seed
+        found = paired_differences(answers(right[0]), answers(right[1]), replicates=300, generator=source)["accuracy"]
+        covered += found.low <= 0.1 <= found.high
+    assert 0.89 <= covered / sets <= 0.99
+
+
+# --- edges
+
+
+@pytest.mark.parametrize("same_rows", [True, False])
+def test_a_method_against_itself_is_exactly_zero(same_rows):
+    a, _ = methods(8, [31, 31, 31], same_rows)
+    for difference in paired_differences(a, a, replicates=200, generator=generator(0)).values():
+        assert (difference.mean, difference.low, difference.high) == (0.0, 0.0, 0.0)
+        assert difference.noise
+
+
+def test_a_seed_that_is_never_drawn_is_no_problem():
+    a, b = methods(12, [5, 6, 7, 8], False)
+    found = paired_differences(a, b, replicates=1, generator=generator(0))
+    assert all(difference.low == difference.high for difference in found.values())
+
+
+def test_swapping_the_methods_changes_the_sign():
+    a, b = methods(9, [40, 30], False)
+    there, back = (paired_differences(x, y, replicates=200, generator=generator(0)) for x, y in ((a, b), (b, a)))
+    for name in NAMES:
+        expected = (-back[name].mean, -back[name].high, -back[name].low)
+        assert (there[name].mean, there[name].low, there[name].high) == pytest.approx(expected, abs=1e-11)
+
+
+def test_an_end_at_zero_is_no_rounding_error():
+    """The second method is better in one row alone, which a third of the replicates miss."""
+    (a,), _ = methods(10, [10], True)
+    probs, labels = a
+    probs = probs.clone()
+    probs[0] = 0.1 + 0.7 * torch.eye(3)[labels[0]]
+    found = paired_differences([a], [(probs, labels)], generator=generator(0))["nll"]
+    assert found.low < found.mean < 0
+    assert (found.high, found.noise) == (0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "noise"), [(-1.0, 1.0, True), (0.0, 1.0, True), (-1.0, 0.0, True), (0.1, 1.0, False)]
+)
+def test_noise_is_an_interval_that_holds_zero(low, high, noise):
+    assert Difference(0.5, low, high, 0.95, 1000).noise is noise
+
+
+# --- wrong input
+
+
+def test_unpaired_methods_are_refused():
+    a, b = methods(0, [5, 5], True)
+    cases = [
+        (a, b[:1], "2 and 1. Leave out the seeds"),
+        ([], [], "at least one, but got 0 and 0"),
+        (a, [b[0], (b[1][0][:4], b[1][1][:4])], "for seed 1 .* 5 and 4 rows"),
+        (a, [(b[0][0], (b[0][1] + 1) % 3), b[1]], "for seed 0 .* labels that differ"),
+    ]
+    for x, y, says in cases:
+        with pytest.raises(MetricError, match=says):
+            paired_differences(x, y, generator=generator(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"level": 95}, "`level`"),
+        ({"level": 0.0}, "`level`"),
+        ({"replicates": 0}, "`replicates`"),
+        ({"replicates": 1e3}, "`replicates`"),
+        ({"bins": 0}, "`bins`"),
+    ],
+)
+def test_wrong_numbers_are_refused(options, says):
+    a, b = methods(0, [5], True)
+    with pytest.raises(MetricError, match=says):
+        paired_differences(a, b, generator=generator(0), **options)
+
+
+def test_rows_that_are_no_probabilities_are_refused():
+    a, b = methods(0, [5], True)
+    with pytest.raises(MetricError, match="logits"):
+        paired_differences(a, [(7 * b[0][0], b[0][1])], generator=generator(0))
