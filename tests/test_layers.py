@@ -15,7 +15,7 @@ LAYERS = {
     0: {"errors", "optim", "params", "gradients", "posterior", "curvature", "metrics", "bootstrap", "temperature"},
     1: {"tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
-    3: {"run", "predictions", "checkpoint", "fit", "predict"},
+    3: {"run", "predictions", "checkpoint", "fit", "overhead", "predict"},
     4: {
         "config",
         "sources",
@@ -29,7 +29,7 @@ LAYERS = {
         "reproduce",
         "demo",
         "cli",
-    },  # fmt: skip
+    },
 }
 """Every file or folder of the package, by its name, and its layer."""
 
@@ -48,12 +48,13 @@ WITHIN = {
     "predictions": {"run"},
     "predict": {"predictions"},
     "fit": {"checkpoint", "predict"},
+    "overhead": {"fit"},
     "sources": {"config"},
     "workflow": {"config", "sources"},
     "tables": {"results"},
     "report": {"results", "tables", "diagram"},
-    "grid": {"config", "sources", "workflow"},
-    "reproduce": {"config", "grid", "results", "tables", "report"},
+    "grid": {"config", "workflow", "progress"},
+    "reproduce": {"config", "sources", "workflow", "grid", "results", "tables", "report"},
     "demo": {"config", "workflow", "progress", "results", "report"},
     "cli": {"config", "sources", "workflow", "progress", "results", "tables", "report", "reproduce", "demo"},
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import sys
 import warnings
@@ -94,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=arguments.command == "predict")  # predictions go to standard output
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
             if arguments.command != "ls":  # which needs no language model
-                _quiet_libraries()
+                from varlora.progress import quiet_libraries
+
+                quiet_libraries()
             arguments.run(arguments, console)
     except Interrupted as error:
         go_on = "Run the same command with `--resume` (not `--overwrite`) to go on."
@@ -125,14 +125,6 @@ def _complain(text: str, status: int = 1) -> int:
 def _speaker(console: Console) -> Callable[[str], None]:
     """Return a function that prints a text as it is: no markup, no line breaks within a path or a command."""
     return lambda text: console.print(Text(text), soft_wrap=True)
-
-
-def _quiet_libraries() -> None:
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that are missing on a CPU
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------

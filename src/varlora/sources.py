@@ -18,7 +18,7 @@ from varlora.methods.base import AdamWTraining
 from varlora.posterior import Posterior
 from varlora.run import file_digest, read_json
 
-__all__ = ["check_sources", "identities", "load_sources", "recipe_from", "trains_on"]
+__all__ = ["check_sources", "identities", "load_sources", "recipe_from", "recipe_on", "trains_on"]
 
 SPLIT = ("seed", "calibration_fraction")
 """Settings that decide which training rows are held out."""
@@ -44,9 +44,13 @@ def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
     """
     if method not in METHODS:
         raise VarloraError(f"Unknown method `{method}`. {did_you_mean(method, METHODS)}")
-    runs = [settings_of(source) for source in sources]
+    return recipe_on([settings_of(source) for source in sources], method)
+
+
+def recipe_on(runs: Sequence[Settings], method: str) -> dict[str, Any]:
+    """Return what `recipe_from` does, for runs that need not exist yet."""
     first, made = runs[0].to_dict(), METHODS[method]
-    theirs = {"of": first["method"], "settings": first["method_settings"], "size": len(sources)}
+    theirs = {"of": first["method"], "settings": first["method_settings"], "size": len(runs)}
     if isinstance(runs[0].build_method(), AdamWTraining):
         theirs |= first["method_settings"]
     if first["method"] in made.continues_from:
@@ -56,7 +60,7 @@ def recipe_from(sources: Sequence[Path], method: str) -> dict[str, Any]:
     own = {name: value for name, value in theirs.items() if name in known}
     if any(getattr(run, name) != first[name] for run in runs for name in SPLIT):
         first["calibration_fraction"] = 0.0  # what one run held out, another was trained on
-    paths = [str(source.resolve()) for source in sources]
+    paths = [str(run.folder.resolve()) for run in runs]
     return {**first, "method": method, "method_settings": own, "sources": paths, "run_dir": None}
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "Loaded",
     "answer_rows",
     "check_run_dir",
+    "check_unchanged",
     "evaluate",
     "load",
     "rows_of_split",
@@ -194,20 +195,29 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
     if not overwrite and run_dir.exists():
         prepare_run_dir(run_dir, resume=resume)
     if resume and (run_dir / "config.json").is_file():
-        then, now = settings_of(run_dir).to_dict(), settings.to_dict()
-        changed = [name for name in now if name not in MOVABLE and now[name] != then[name]]
-        if changed:
-            difference = "; ".join(f"`{name}` is {now[name]!r} and was {then[name]!r}" for name in changed)
-            raise VarloraError(
-                f"Expected the settings that {run_dir} was started with, but {difference}. "
-                "Go on without changes, or give another run directory."
-            )
+        check_unchanged(settings)
         begun = [source["adapter"] for source in read_json(run_dir / "config.json").get("concluded_from", [])]
         if not finished and begun != [source["adapter"] for source in identities(settings)]:
             raise VarloraError(
                 f"Expected the finished runs that {run_dir} was begun from, but their adapters are others. "
                 "Go on with the same ones, or give another run directory."
             )
+
+
+def check_unchanged(settings: Settings) -> None:
+    """Refuse other settings than those that the run directory was started with.
+
+    Raises:
+        VarloraError: there are some; or there is no such run.
+    """
+    then, now = settings_of(settings.folder).to_dict(), settings.to_dict()
+    changed = [name for name in now if name not in MOVABLE and now[name] != then[name]]
+    if changed:
+        difference = "; ".join(f"`{name}` is {now[name]!r} and was {then[name]!r}" for name in changed)
+        raise VarloraError(
+            f"Expected the settings that {settings.folder} was started with, but {difference}. "
+            "Go on without changes, or give another run directory."
+        )
 
 
 def validate(settings: Settings) -> list[str]:
@@ -274,12 +284,16 @@ def evaluate(
     data_dir: str | None = None,
     model: str | None = None,
     temperature: bool = True,
+    taus: Sequence[float] = (),
+    ood: Sequence[str] = (),
     say: Say = print,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None] | None]] | None = None,
 ) -> dict[str, Any]:
     """Predict a split's rows, and write `predictions.safetensors` and `metrics.json` to the run directory.
 
-    For the calibration split both names end in `-calibration`, so that no report shows them as results.
+    For the calibration split both names end in `-calibration`, so that no report shows them as results. Predictions at
+    further factors of the variance, and of other tasks' rows, are written beside them: `predictions-tau-<tau>` and
+    `predictions-ood-<task>`.
 
     Args:
         run_dir: a trained run.
@@ -291,6 +305,8 @@ def evaluate(
         data_dir: where the data lie now, if not where they were.
         model: where the base lies now, if not where it was.
         temperature: fit a temperature on the held-out rows as well, if there are any.
+        taus: further factors of the posterior variance to predict the same rows at.
+        ood: other tasks, by name or task file, to whose rows the model is shown as well: out of distribution.
         say: told in words what a user should know.
         progress: given the number of rows, a context that gives a function to call with the rows done.
 
@@ -308,7 +324,7 @@ def evaluate(
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
     loaded = load(run_dir, model=model)
 
-    def predicted(split: str) -> Predictions:
+    def predicted(split: str, task: Task = task, tau: float = tau) -> Predictions:
         """Predict a split."""
         examples = rows_of_split(task, split, settings, say)
         _say_unsliced(task, examples, say)
@@ -330,8 +346,13 @@ def evaluate(
 
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
+    others = [get_task(name) for name in ood]
     predictions = predicted(split)
     results = written(predictions)
+    for other in others:
+        save_predictions(predicted(other.evaluation, other), run_dir / f"predictions-ood-{other.name}.safetensors")
+    for factor in taus:
+        save_predictions(predicted(split, tau=factor), run_dir / f"predictions-tau-{factor:g}.safetensors")
     if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
         try:
             held_out = _stored(run_dir, predictions)

@@ -1,0 +1,67 @@
+"""The evidence: every method on equal terms, on the demo's tasks, SST-2 and the paper's six tasks, with error bars.
+
+Two tables: `tuned`, each method with the same number of candidates on held-out rows (learning rate and number of steps,
+so that each may stop early), and `long`, all at the end of one long training as in the paper. The plans are the YAML
+files beside this one. Hours on two cores; stopped at any point, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _common import ROOT, count, parser, shared_folder
+
+from varlora.grid import Processes
+from varlora.reproduce import TAUS, Plan, Reproduced, plan_from, reproduce
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("demo-long", "demo-tuned", "sst2-long", "sst2-tuned", "reasoning")
+
+
+def plan_of(part: str, work: Path) -> Plan:
+    """Return the plan of a part: what is tuned searches, what is long takes the last value of each list."""
+    name, _, table = part.partition("-")
+    options = {}
+    if name != "demo":
+        data = shared_folder() / "data"
+        options = {"model": str(shared_folder() / "models" / "tinyllama-3m"), "data_dir": str(data)}
+        if name == "reasoning":
+            options["data_dir"] = str(first_rows(data, work / "data"))
+    plan = plan_from(HERE / f"{name}.yaml", work / name, options)
+    if table != "long":
+        return plan
+    last = {
+        method: {setting: values[-1:] for setting, values in space.items()} for method, space in plan.search.items()
+    }
+    return replace(plan, search=last, taus=TAUS if name == "demo" else ())
+
+
+def first_rows(data: Path, target: Path, rows: int = 200) -> Path:
+    """Copy the reasoning tasks' files with the first rows of what is evaluated: a pass over all would take hours."""
+    for source in sorted(data.glob("*/*.jsonl")):
+        copy = target / source.relative_to(data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        copy.write_text("".join(lines if "train" in source.name else lines[:rows]), encoding="utf-8")
+    return target
+
+
+def main() -> dict[str, Reproduced]:
+    made = parser(__doc__, "evidence")
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    made.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence", help="folder of the runs")
+    made.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="default: the cores")
+    args = made.parse_args()
+    os.chdir(ROOT)
+    launcher = partial(Processes, args.workers, 1)
+    return {part: reproduce(plan_of(part, args.work), launcher, partial(print, flush=True)) for part in args.parts}
+
+
+if __name__ == "__main__":
+    main()

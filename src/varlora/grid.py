@@ -1,0 +1,314 @@
+"""A grid of runs: which cells there are and what they wait for, worked off by processes of this machine or by Ray.
+
+A cell is one run directory: train (or conclude from other cells), then evaluate. What is done stays done: a cell whose
+files are there is not touched again, one that was cut short goes on from its checkpoint, and one that fails is reported
+and stops only those that build on it. A worker that dies is replaced and its cell is tried once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from varlora.config import settings_from
+from varlora.errors import Interrupted, VarloraError
+from varlora.progress import quiet_libraries
+from varlora.tasks import get_task
+from varlora.workflow import evaluate, train
+
+__all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "run_cells"]
+
+ATTEMPTS = 2
+"""How often a cell is begun whose worker dies."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a grid; plain values, so that it can be sent to another process or machine."""
+
+    settings: Mapping[str, Any]
+    """The run's settings, `run_dir` and `sources` included."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `varlora.evaluate`; empty: the run only serves others."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, by which cells are told apart."""
+        return Path(self.settings["run_dir"])
+
+    @property
+    def after(self) -> tuple[Path, ...]:
+        """Run directories of the cells that must be done before."""
+        return tuple(map(Path, self.settings["sources"]))
+
+    def missing(self) -> bool:
+        """Whether something is left to do."""
+        if not (self.run_dir / "adapter").is_dir():
+            return True
+        if not self.evaluation:
+            return False
+        suffix = "-calibration" if self.evaluation.get("split") == "calibration" else ""
+        names = [f"metrics{suffix}.json", f"predictions{suffix}.safetensors"]
+        names += [f"predictions-tau-{tau:g}.safetensors" for tau in self.evaluation.get("taus", ())]
+        names += [f"predictions-ood-{get_task(task).name}.safetensors" for task in self.evaluation.get("ood", ())]
+        return not all((self.run_dir / name).is_file() for name in names)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended."""
+
+    run_dir: str
+    """Its run directory."""
+    seconds: float
+    """How long it took."""
+    failed: str = ""
+    """Why it failed, if it did."""
+
+
+def run_cell(settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Outcome:
+    """Train and evaluate one cell, going on where it was cut short; what it says goes to `log.txt` in its folder.
+
+    Raises:
+        Interrupted: stopped by a signal, after a checkpoint.
+    """
+    cell, started = Cell(settings, evaluation), time.monotonic()
+    log = cell.run_dir.with_name(cell.run_dir.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def say(text: str) -> None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    failed = ""
+    try:
+        run_dir = train(settings_from(settings), resume=cell.run_dir.exists(), say=say)
+        if evaluation:
+            evaluate(run_dir, **evaluation, say=say)
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the other cells go on
+        say(traceback.format_exc())
+        failed = str(error) if isinstance(error, VarloraError | OSError) else f"{type(error).__name__}: {error}"
+    return Outcome(str(cell.run_dir), time.monotonic() - started, failed)
+
+
+# --- where cells run -------------------------------------------------------------------------------------------------
+
+
+class Launcher(Protocol):
+    """Where cells run."""
+
+    def submit(self, cell: Cell) -> Any:
+        """Begin a cell as soon as there is room; return a key."""
+
+    def finished(self) -> tuple[Any, Outcome | None]:
+        """Wait for a cell; return its key and outcome, None if its worker died."""
+
+    def stop(self) -> None:
+        """Let the running cells write a checkpoint and end."""
+
+
+class Processes:
+    """Processes of this machine; they live on from cell to cell."""
+
+    def __init__(self, workers: int = 1, threads: int | None = None) -> None:
+        """Choose how many.
+
+        Args:
+            workers: cells at a time; with several GPUs they are dealt out in turn.
+            threads: of torch in each; left out: the cores divided by the workers.
+        """
+        self.workers = workers
+        self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        self.pool = self._pool()
+        self.running: dict[Any, Cell] = {}
+
+    def _pool(self) -> ProcessPoolExecutor:
+        context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
+        devices = context.Queue()
+        for number in range(self.workers):
+            devices.put(number % torch.cuda.device_count() if torch.cuda.is_available() else None)
+        return ProcessPoolExecutor(self.workers, context, _start_worker, (self.threads, devices))
+
+    def submit(self, cell: Cell) -> Any:
+        """Begin a cell as soon as a process is free."""
+        try:
+            key = self.pool.submit(run_cell, cell.settings, cell.evaluation)
+        except BrokenProcessPool:
+            self.pool = self._pool()
+            key = self.pool.submit(run_cell, cell.settings, cell.evaluation)
+        self.running[key] = cell
+        return key
+
+    def finished(self) -> tuple[Any, Outcome | None]:
+        """Wait for a cell; the death of one process ends the others' cells too, which go on from their checkpoints."""
+        key = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
+        del self.running[key]
+        try:
+            return key, key.result()
+        except BrokenProcessPool:
+            return key, None
+
+    def stop(self) -> None:
+        """Ask the processes to write a checkpoint, and wait for them."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+        self.pool.shutdown(wait=True)
+
+
+def _start_worker(threads: int, devices: Any) -> None:
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    if (device := devices.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a checkpoint
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class RayTasks:
+    """Tasks of a Ray cluster, whose machines share the folder of the runs."""
+
+    def __init__(self, address: str | None = None, cpus: float = 1, gpus: float = 0) -> None:
+        """Connect.
+
+        Args:
+            address: of the cluster, such as `auto`; left out: a new one on this machine.
+            cpus: cores a cell.
+            gpus: GPUs a cell; a fraction lets several cells share one.
+
+        Raises:
+            VarloraError: Ray is not installed, or there is no such cluster.
+        """
+        try:
+            import ray
+        except ImportError as error:
+            raise VarloraError("`--launcher ray` needs Ray: pip install 'varlora[ray]'.") from error
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            except ConnectionError as error:
+                raise VarloraError(f"Expected a Ray cluster at {address!r}, but {error}") from error
+        self.ray = ray
+        total = ray.cluster_resources()
+        for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+            if wanted > total.get(name, 0):
+                raise VarloraError(
+                    f"Expected a cluster with {wanted:g} {name} for a cell, but it has {total.get(name, 0):g}. "
+                    f"Lower `--{name.lower()}s`."
+                )
+        self.threads = max(1, int(cpus))
+        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_run_on_ray)
+        self.running: list[Any] = []
+
+    def submit(self, cell: Cell) -> Any:
+        """Begin a cell as soon as the cluster has room."""
+        key = self.task.remote(self.threads, dict(cell.settings), dict(cell.evaluation))
+        self.running.append(key)
+        return key
+
+    def finished(self) -> tuple[Any, Outcome | None]:
+        """Wait for a cell."""
+        (key,), self.running = self.ray.wait(self.running, num_returns=1)
+        errors = self.ray.exceptions
+        try:
+            return key, Outcome(**self.ray.get(key))
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError):
+            return key, None
+
+    def stop(self) -> None:
+        """Interrupt the cells' processes, so that they write a checkpoint."""
+        for key in self.running:
+            self.ray.cancel(key)
+        self.ray.wait(self.running, num_returns=len(self.running), timeout=60)
+
+
+def _run_on_ray(threads: int, settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    return asdict(run_cell(settings, evaluation))
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterator[Outcome]:
+    """Work off what is missing of some cells, each after those that it builds on.
+
+    Args:
+        cells: in the order of their importance.
+        launcher: makes where they run; not called if nothing is missing.
+
+    Yields:
+        How each cell ended that was not done before.
+
+    Raises:
+        Interrupted: by SIGINT or SIGTERM, after the running cells have written a checkpoint.
+    """
+    waiting = {cell.run_dir.resolve(): cell for cell in cells if cell.missing()}
+    if not waiting:
+        return
+    runner, attempts = launcher(), dict.fromkeys(waiting, 0)
+    running: dict[Any, Path] = {}
+    failed: set[Path] = set()
+
+    def begin() -> Iterator[Outcome]:
+        for path in [*waiting]:
+            cell = waiting.get(path)
+            if cell is None or any(
+                source.resolve() in waiting or source.resolve() in running.values() for source in cell.after
+            ):
+                continue
+            del waiting[path]
+            if lost := next((source for source in cell.after if source.resolve() in failed), None):
+                failed.add(path)
+                yield Outcome(str(cell.run_dir), 0.0, f"{lost}, which it builds on, failed.")
+                yield from begin()  # what waited for this one
+                return
+            attempts[path] += 1
+            running[runner.submit(cell)] = path
+
+    by_path = {cell.run_dir.resolve(): cell for cell in cells}
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield from begin()
+        while running:
+            key, outcome = runner.finished()
+            path = running.pop(key)
+            if outcome is None and attempts[path] < ATTEMPTS:
+                waiting[path] = by_path[path]
+            else:
+                killed = f"Its worker was killed {ATTEMPTS} times; is there enough memory?"
+                outcome = outcome or Outcome(str(by_path[path].run_dir), 0.0, killed)
+                if outcome.failed:
+                    failed.add(path)
+                yield outcome
+            yield from begin()
+    except KeyboardInterrupt:
+        raise Interrupted("The grid was stopped; what was running has written a checkpoint.") from None
+    finally:
+        runner.stop()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,350 @@
+"""Reproduce: the paper's tables for one's own model and tasks, every method on equal terms.
+
+A plan says model, tasks, methods, seeds and settings. It becomes cells of a grid that share what they can: what builds
+on AdamW takes the one AdamW run of its seed. With a search, each method tries its candidates (learning rates, numbers
+of steps, ...) with the first seed and takes the one with the lowest NLL on the held-out rows; only that one is trained
+with the other seeds and evaluated on the rows that are reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from varlora.config import Settings, read_recipe, settings_from
+from varlora.errors import ConfigError, DamagedFileError, VarloraError, did_you_mean
+from varlora.grid import Cell, Launcher, run_cells
+from varlora.methods import ANY, METHODS
+from varlora.results import Skipped
+from varlora.run import origin, read_json, write_json
+from varlora.sources import recipe_on
+from varlora.tasks import get_task
+from varlora.workflow import check_unchanged, rows_of_split, training_rows
+
+__all__ = ["PAPER_METHODS", "TAUS", "Plan", "Reproduced", "plan_from", "reproduce"]
+
+PAPER_METHODS = ("adamw", "mc_dropout", "laplace_kfac", "laplace_diag", "swa", "swag", "ivon")
+"""The methods of the paper's Table 1, in its order."""
+TAUS = (0.25, 0.5, 0.75, 1.25, 1.5)
+"""The paper's Table 2, but for 0 (the mean) and 1, which every evaluation has."""
+RUN = {field.name for field in dataclasses.fields(Settings)}
+"""Settings of a run; among a method's they are meant for its runs."""
+MEMBER = 1000
+"""Between the seeds of an ensemble's members, so that the ensembles of different seeds share none."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to reproduce."""
+
+    out: Path
+    """Folder of the runs."""
+    model: str
+    """The base model: a folder, or a name on the hub."""
+    tasks: Mapping[str, Mapping[str, Any]]
+    """Tasks by name or task file, each with the settings that differ there; those of methods stand under `methods`."""
+    methods: Mapping[str, Mapping[str, Any]]
+    """Methods, each with the settings that differ from its defaults, and settings of its runs."""
+    seeds: Sequence[int] = (0, 1, 2)
+    """A run of each method for each; the search takes the first."""
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of all runs."""
+    search: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    """Values to try, by method and setting of the method or the run."""
+    samples: int = 10
+    """Draws."""
+    taus: Sequence[float] = ()
+    """Further factors of the variance at which IVON is evaluated."""
+    ood: Mapping[str, str] = field(default_factory=dict)
+    """For a task another one, whose rows are shown to its models as well."""
+    token_budget: int = 4096
+    """Tokens a batch of the evaluation."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method on a task with settings that are tried or reported."""
+
+    task: str
+    """Name or task file."""
+    method: str
+    """Key of METHODS."""
+    tried: Mapping[str, Any]
+    """What the search tries, the base's included; empty without a search."""
+    own: Mapping[str, Any]
+    """Of that, what is this method's."""
+    base: Candidate | None
+    """What it builds on."""
+
+    @property
+    def variant(self) -> str:
+        """Folder that tells candidates apart; empty without a search."""
+        return ",".join(f"{name}={value}" for name, value in self.tried.items())
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What a reproduction ended with."""
+
+    runs: tuple[Path, ...]
+    """The evaluated run directories, to report on."""
+    failed: tuple[Skipped, ...]
+    """Runs that failed, and why."""
+    chosen: Mapping[str, Mapping[str, str]]
+    """What the search chose, by task and method; empty without a search."""
+
+
+def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any]) -> Plan:
+    """Combine a recipe of a plan with options; these win.
+
+    Args:
+        recipe: a YAML file with the fields of `Plan`; settings of all runs stand beside them.
+        out: folder of the runs.
+        options: fields of `Plan` (`tasks` and `methods` as lists select from the recipe's) and settings of all runs;
+            None is left out.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    Example:
+        >>> plan = plan_from(None, Path("runs"), {"model": "m", "tasks": ["boolq"], "methods": ["ivon"], "steps": 5})
+        >>> plan.tasks, plan.methods, plan.common
+        ({'boolq': {}}, {'ivon': {}}, {'steps': 5})
+    """
+    values = {"methods": list(PAPER_METHODS), **(read_recipe(recipe) if recipe else {})}
+    problems: list[str] = []
+    for name in ("tasks", "methods"):
+        values[name] = _by_name(name, values.get(name), problems)
+        if options.get(name) is not None:
+            values[name] = {key: values[name].get(key, {}) for key in _by_name(name, options[name], problems)}
+    values |= {name: value for name, value in options.items() if value is not None and name not in ("tasks", "methods")}
+    for name in ("model", "tasks", "methods"):
+        if not values.get(name):
+            problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
+    seeds = values.setdefault("seeds", [0, 1, 2])
+    whole = isinstance(seeds, list | tuple) and all(isinstance(seed, int) for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        problems.append(f"Expected `seeds` to be a list of different whole numbers, but got {seeds!r}.")
+    if problems:
+        raise ConfigError(problems)
+    own = {field.name for field in dataclasses.fields(Plan)} - {"out", "common"}
+    fields = {name: values.pop(name) for name in own & values.keys()}
+    return Plan(out=out, common=values, **fields)
+
+
+def _by_name(what: str, value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Return a list of names, or a mapping from names to settings, as a mapping."""
+    if isinstance(value, Mapping):
+        return {str(name): dict(settings or {}) for name, settings in value.items()}
+    names = [str(name) for name in value or ()]
+    problems += [f"`{name}` is named twice under `{what}`." for name in dict.fromkeys(names) if names.count(name) > 1]
+    return {name: {} for name in names}
+
+
+def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) -> Reproduced:
+    """Train and evaluate what a plan says and is not done yet.
+
+    Everything is checked before anything trains: settings, names, the rows of all splits, run directories that exist.
+
+    Args:
+        plan: what to do.
+        launcher: makes where the cells run.
+        say: told how each run ended, and what the search chose.
+
+    Returns:
+        The run directories to report on, what failed, and what was chosen.
+
+    Raises:
+        ConfigError: with every problem of the plan.
+        Interrupted: stopped; the same command goes on.
+    """
+    check(plan)
+    candidates = {(task, method): _candidates(plan, task, method) for task in plan.tasks for method in plan.methods}
+    failed: dict[str, str] = {}
+
+    def launch(what: str, cells: Sequence[Cell]) -> None:
+        left = sum(cell.missing() for cell in cells)
+        say(f"{what}: {len(cells)} runs, {left} to go.")
+        for done, outcome in enumerate(run_cells(cells, launcher), 1):
+            name = Path(outcome.run_dir).relative_to(plan.out)
+            say(f"[{done}/{left}] {name}: {outcome.failed or f'{outcome.seconds:.0f} s'}")
+            if outcome.failed:
+                failed[outcome.run_dir] = outcome.failed
+
+    chosen: dict[str, dict[str, str]] = {}
+    if any(len(found) > 1 for found in candidates.values()):
+        tried = [one for found in candidates.values() for one in found if not METHODS[one.method].several_sources]
+        launch("Search", _cells(plan, tried, plan.seeds[:1], {"split": "calibration", **_evaluation(plan)}))
+        for (task, method), found in candidates.items():
+            best = min(found, key=lambda one: _score(plan, one))
+            candidates[task, method] = [best]
+            chosen.setdefault(get_task(task).name, {})[method] = best.variant
+            say(f"Chosen for {method} on {get_task(task).name}: {best.variant} of {len(found)}.")
+    reported = [one for found in candidates.values() for one in found]
+    launch("Runs", _cells(plan, reported, plan.seeds, _evaluation(plan)))
+    runs = [_settings(plan, one, seed).folder for one in reported for seed in plan.seeds]
+    ended = Reproduced(
+        tuple(run for run in runs if str(run) not in failed),
+        tuple(Skipped(run, reason) for run, reason in failed.items()),
+        chosen,
+    )
+    plain = {**dataclasses.asdict(plan), "out": str(plan.out)}
+    write_json(plan.out / "grid.json", {"plan": plain, "failed": failed, "chosen": chosen, **origin()})
+    return ended
+
+
+def check(plan: Plan) -> None:
+    """Refuse a plan that cannot be carried out.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    unknown = [name for name in plan.methods if name not in METHODS]
+    problems = [f"Unknown method `{name}`. {did_you_mean(name, METHODS)}" for name in unknown]
+    problems += [
+        f"Expected `search` to name methods that are planned or built on, but got `{name}`."
+        for name in plan.search
+        if name not in {*plan.methods, *(_base(plan, method) for method in plan.methods if method not in unknown)}
+    ]
+    names: dict[str, str] = {}
+    for task in [*plan.tasks, *plan.ood.values()]:
+        try:
+            other = names.setdefault(get_task(task).name, task)
+        except VarloraError as error:
+            problems += _problems(error)
+            continue
+        if other != task:
+            problems.append(f"{task} and {other} have the same `name`. Give each task file another one.")
+    if problems:
+        raise ConfigError(problems)
+    for task in plan.tasks:
+        first = None
+        for method in plan.methods:
+            for candidate in _candidates(plan, task, method):
+                try:
+                    made = [_settings(plan, candidate, seed) for seed in plan.seeds]
+                    first = first or made[0]
+                    for settings in made:
+                        if (settings.folder / "config.json").is_file():
+                            check_unchanged(settings)
+                except VarloraError as error:
+                    problems += [f"{get_task(task).name}, {method}: {problem}" for problem in _problems(error)]
+        if first is not None:
+            problems += _row_problems(task, first, plan.ood.get(task), bool(plan.search))
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def _problems(error: VarloraError) -> Sequence[str]:
+    return error.problems if isinstance(error, ConfigError) else [str(error)]
+
+
+def _row_problems(task: str, settings: Settings, ood: str | None, search: bool) -> Iterable[str]:
+    """Yield what is wrong with the rows of the splits that are needed."""
+    if search and not settings.calibration_fraction:
+        yield f"{get_task(task).name}: Expected held-out rows to search on. Set `calibration_fraction`, e.g. 0.1."
+    try:
+        training_rows(get_task(task), settings, _unheard)
+    except VarloraError as error:
+        yield f"{get_task(task).name}: {error}"
+    for other in map(get_task, [task, *([ood] if ood else [])]):
+        try:
+            rows_of_split(other, other.evaluation, settings, _unheard)
+        except VarloraError as error:
+            yield f"{other.name}: {error}"
+
+
+def _unheard(text: str) -> None:
+    pass
+
+
+# --- from a plan to cells --------------------------------------------------------------------------------------------
+
+
+def _base(plan: Plan, method: str) -> str | None:
+    """Return the method that another one builds on, if any."""
+    takes = METHODS[method].concludes_from + METHODS[method].continues_from
+    if takes == ANY:
+        return str(plan.methods.get(method, {}).get("of", "adamw"))
+    return next((name for name in takes if name in ("adamw", *plan.methods)), None)
+
+
+def _candidates(plan: Plan, task: str, method: str) -> list[Candidate]:
+    """Return what the search tries for a method: all combinations of its values, on each candidate of its base."""
+    space = plan.search.get(method, {})
+    own = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    base = _base(plan, method)
+    if base is None:
+        return [Candidate(task, method, tried, tried, None) for tried in own]
+    return [
+        Candidate(task, method, {**below.tried, **tried}, tried, below)
+        for below in _candidates(plan, task, base)
+        for tried in own
+    ]
+
+
+def _settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
+    """Return the settings of a candidate's run with a seed.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    method = candidate.method
+    here = dict(plan.tasks[candidate.task])
+    own = {**plan.methods.get(method, {}), **here.pop("methods", {}).get(method, {}), **candidate.own}
+    ours = {field.name for field in dataclasses.fields(METHODS[method])}
+    run = {name: own.pop(name) for name in [*own] if name in RUN and name not in ours}
+    folder = plan.out / get_task(candidate.task).name / method / candidate.variant / f"seed{seed}"
+    if candidate.base is None:
+        values = {**plan.common, **here, **run, "task": candidate.task, "model": plan.model, "seed": seed}
+        return settings_from({**values, "run_dir": str(folder), "method": {"name": method, **own}})
+    size = int(own.get("size", METHODS[method].size)) if METHODS[method].several_sources else 1
+    recipe = recipe_on([_settings(plan, candidate.base, seed + MEMBER * member) for member in range(size)], method)
+    method_settings = {**recipe.pop("method_settings"), **own}
+    return settings_from({**recipe, **run, "run_dir": str(folder), "method": {"name": method, **method_settings}})
+
+
+def _cells(
+    plan: Plan, candidates: Iterable[Candidate], seeds: Sequence[int], evaluation: Mapping[str, Any]
+) -> list[Cell]:
+    """Return the cells of some candidates and of what they build on, seed by seed."""
+    found: dict[Path, Cell] = {}
+
+    def add(candidate: Candidate, seed: int, evaluation: Mapping[str, Any]) -> None:
+        settings = _settings(plan, candidate, seed)
+        if candidate.base is not None:
+            for source in settings.sources:
+                add(candidate.base, int(Path(source).name.removeprefix("seed")), {})
+        if evaluation or settings.folder not in found:
+            found[settings.folder] = Cell(settings.to_dict(), evaluation)
+
+    for seed, candidate in itertools.product(seeds, candidates):
+        special: dict[str, Any] = {}
+        if "split" not in evaluation:
+            special = {"ood": [plan.ood[candidate.task]]} if candidate.task in plan.ood else {}
+            special |= {"taus": list(plan.taus)} if plan.taus and candidate.method == "ivon" else {}
+        add(candidate, seed, {**evaluation, **special})
+    return list(found.values())
+
+
+def _evaluation(plan: Plan) -> dict[str, Any]:
+    return {"samples": plan.samples, "token_budget": plan.token_budget}
+
+
+def _score(plan: Plan, candidate: Candidate) -> float:
+    """Return the NLL on the held-out rows; infinity where the run failed. An ensemble follows its members' method."""
+    if METHODS[candidate.method].several_sources and candidate.base is not None:
+        return _score(plan, candidate.base)
+    folder = _settings(plan, candidate, plan.seeds[0]).folder
+    try:
+        results = read_json(folder / "metrics-calibration.json")
+    except DamagedFileError:
+        return math.inf
+    return float((results["draws"] or results["mean"])["nll"])
