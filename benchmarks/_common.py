@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from varlora.overhead import Clock
 from varlora.run import origin, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,33 +64,6 @@ def shared_folder() -> Path:
 
 
 # --- timing ---
-
-
-class Clock:
-    """Marks on a time line: wall time on a CPU, events in the stream on a CUDA device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Remember now."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Return the seconds between neighbouring marks, and forget the marks."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            spans = [a.elapsed_time(b) / 1000 for a, b in zip(self.marks, self.marks[1:])]
-        else:
-            spans = [b - a for a, b in zip(self.marks, self.marks[1:])]
-        self.marks.clear()
-        return spans
 
 
 def interleave(

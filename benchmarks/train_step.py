@@ -11,18 +11,15 @@ Llama-2-7B: forward, loss and backward pass; sampling; optimizer step.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle
 from typing import Any
 
 import torch
 from _common import (
     ROOT,
-    Part,
+    Samples,
     count,
-    interleave,
     parser,
     print_table,
     ratio,
@@ -31,17 +28,20 @@ from _common import (
     spread,
     write_result,
 )
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from varlora.data import Batch, collate, encode_all
-from varlora.fit import class_loss
+from varlora.data import encode_all
 from varlora.methods import METHODS
-from varlora.model import class_logits, load_model
+from varlora.model import load_model
+from varlora.overhead import PAPER_SECONDS, Overhead, measure_overhead
 from varlora.params import trainable
+from varlora.progress import rows_progress
+from varlora.prompt import Encoded
 from varlora.tasks import get_task, load_rows
 
-PAPER = {"forward_backward": 0.3163, "sample": 0.0018, "step": 0.0010}
-"""Seconds on an NVIDIA RTX 6000 Ada: the paper, section 3."""
+NAMES = {"sampling": "sample"}
+"""Parts that have another name in the result file."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -50,32 +50,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_up(args)
     disable_progress_bar()
     model_name = args.model or str(shared_folder() / "models" / "tinyllama-3m")
-    candidates: dict[str, list[Part]] = {}
-    for name in ("ivon", "adamw"):
-        model, tokenizer = load_model(model_name, dtype=args.dtype, seed=args.seed, device=device)
-        if not candidates:
-            batches = _batches(tokenizer, args)
-        params = trainable(model.train())
-        optimizer: Any = METHODS[name]().optimizer(params, 1000, args.batch_size, args.seed)
-        sampling: list[Part] = [("sample", optimizer.train)] if name == "ivon" else []
-        # `cycle` starts anew for each method, so round r is the same batch for both.
-        passes = _forward_backward(model, optimizer, cycle(batches), device)
-        candidates[name] = [*sampling, ("forward_backward", passes), ("step", optimizer.step)]
-    tensors, numel = len(params), sum(p.numel() for p in params.values())
-    tokens = statistics.mean(batch["input_ids"].numel() for batch in batches)
-    print(
-        f"{model_name}: {tensors} adapter matrices, {numel:,} parameters, {tokens:.0f} tokens a batch, "
-        f"{args.rounds} rounds on {device}",
-        flush=True,
-    )
-    seconds, _ = interleave(candidates, device, args.rounds, warmup=args.warmup, seed=args.seed)
+    model, tokenizer = load_model(model_name, dtype=args.dtype, seed=args.seed, device=device)
+    tensors = len(trainable(model))
+    print(f"{model_name}: {tensors} adapter matrices, {args.rounds} rounds on {device}", flush=True)
+    with rows_progress(Console(), "rounds")(args.rounds) as progress:
+        overhead = measure_overhead(
+            model,
+            _rows(tokenizer, args),
+            pad_token_id=tokenizer.pad_token_id,
+            methods={name: METHODS[name]() for name in ("ivon", "adamw")},
+            batch_size=args.batch_size,
+            rounds=args.rounds,
+            warmup=args.warmup,
+            seed=args.seed,
+            progress=progress,
+        )
+    seconds = _samples(overhead)
+    paper = {NAMES.get(part, part): value for part, value in PAPER_SECONDS.items()}
     found: dict[str, Any] = {
-        "adapter": {"tensors": tensors, "numel": numel},
-        "tokens_per_batch": tokens,
+        "adapter": {"tensors": tensors, "numel": overhead.parameters},
+        "tokens_per_batch": overhead.tokens_per_batch,
         "seconds": {name: {part: spread(values) for part, values in parts.items()} for name, parts in seconds.items()},
-        "overhead_percent": {name: _overhead(seconds[name]) for name in seconds},
+        "overhead_percent": {name: _overhead(parts) for name, parts in seconds.items()},
         "ivon_to_adamw": ratio(seconds["ivon"]["total"], seconds["adamw"]["total"]),
-        "paper": {"seconds": PAPER, "overhead_percent": 100 * (1 - PAPER["forward_backward"] / sum(PAPER.values()))},
+        "state_bytes": {name: cost.state_bytes for name, cost in overhead.costs.items()},
+        "peak_bytes": {name: cost.peak_bytes for name, cost in overhead.costs.items()},
+        "paper": {"seconds": paper, "overhead_percent": 100 * (1 - paper["forward_backward"] / sum(paper.values()))},
     }
     _print(found)
     write_result(args.out, "train_step", args, device, **found)
@@ -95,22 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def _batches(tokenizer: Any, args: argparse.Namespace) -> list[Batch]:
-    """Return the training rows as batches of mixed lengths, as training has them."""
+def _rows(tokenizer: Any, args: argparse.Namespace) -> list[Encoded]:
+    """Return training rows of mixed lengths, as training has them."""
     task = replace(get_task(ROOT / "recipes" / "local" / "sst2.yaml"), limit={"train": args.rows})
     examples = load_rows(task, "train", data_dir=shared_folder() / "data").examples
-    rows = encode_all(tokenizer, examples, args.max_length).rows
-    starts = range(0, len(rows) - args.batch_size + 1, args.batch_size)
-    return [collate(rows[at : at + args.batch_size], tokenizer.pad_token_id) for at in starts]
+    return encode_all(tokenizer, examples, args.max_length).rows
 
 
-def _forward_backward(model: Any, optimizer: Any, batches: Iterator[Batch], device: torch.device) -> Callable[[], None]:
-    def passes() -> None:
-        batch = {key: tensor.to(device) for key, tensor in next(batches).items()}
-        optimizer.zero_grad()
-        (class_loss(class_logits(model, batch), batch["labels"]) / len(batch["labels"])).backward()
-
-    return passes
+def _samples(overhead: Overhead) -> Samples:
+    """Return each round's seconds by method and part; a part that a method does not have is left out."""
+    return {
+        name: {NAMES.get(part, part): list(values) for part, values in cost.seconds.items() if any(values)}
+        for name, cost in overhead.costs.items()
+    }
 
 
 def _overhead(parts: dict[str, list[float]]) -> dict[str, float]:

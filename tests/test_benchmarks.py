@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
+
+from varlora.data import collate
+from varlora.model import class_logits, load_model
+from varlora.overhead import Cost, Overhead
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 QUALITY = "--seeds 21 42 --adamw-lr 1e-4 5e-4 --ivon-lr 0.3 1.0 --sigma0 0.03 --steps 2"
@@ -20,10 +26,11 @@ QUALITY += " --train-rows 24 --calibration-rows 24 --dev-rows 12"
 def load(monkeypatch):
     """Import a script as it sees itself when it is run: its folder is on the path."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(FOLDER / "gpu"))
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("_common", "optimizer", "train_step", "quality", "demo"):
+        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape"):
             del sys.modules[name]
 
 
@@ -114,6 +121,74 @@ def test_the_training_step_benchmark_gives_overheads_of_the_whole_step(load, dat
 def test_overhead_is_sampling_and_step_over_all(load):
     parts = {"sample": [1.0, 1.0], "forward_backward": [7.0, 7.0], "step": [2.0, 2.0], "total": [10.0, 10.0]}
     assert load("train_step")._overhead(parts)["of_medians"] == pytest.approx(30.0)
+
+
+TINY_SHAPE = "--tiny --rounds 2 --warmup 1 --batch-size 2 --device cpu"
+
+
+def test_the_gpu_benchmark_runs_at_a_tiny_shape_in_both_precisions(load, out, capsys):
+    load("llama2_7b_shape").main([*TINY_SHAPE.split(), "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    full, quantized = written["measured"]["bfloat16"], written["measured"]["8bit"]
+    layers, width, inner, vocabulary = 2, 64, 128, 256
+    weights = layers * (4 * width * width + 3 * width * inner)
+    assert full["base_bytes"] - quantized["base_bytes"] == weights  # one byte less for each weight of a linear layer
+    assert full["base_bytes"] == 2 * (weights + 2 * vocabulary * width + (2 * layers + 1) * width)
+    for found in (full, quantized):
+        assert found["rounds"] == 2
+        assert found["tokens_per_batch"] == 2 * 32
+        assert found["parameters"] == 4 * layers * 8 * width
+        assert found["methods"]["ivon"]["seconds"]["sampling"]["median"] > 0
+        assert 0 < found["methods"]["ivon"]["share"] < 1
+        limits = {name: parts["step"] * written["bytes_per_second"] for name, parts in found["limits"].items()}
+        assert limits == pytest.approx({"adamw": 28 * found["parameters"], "ivon": 36 * found["parameters"]})
+        assert found["limits"]["ivon"]["forward_backward"] is None  # no data sheet of a CPU
+    assert written["paper"]["share"] == pytest.approx(2.8 / 319.1)
+    assert "8bit: against the limits" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_starts_no_round_after_its_time_and_keeps_its_result_file(load, out, capsys):
+    script = load("llama2_7b_shape")
+    found = script.main([*TINY_SHAPE.split(), "--out", str(out), "--precisions", "bfloat16", "--budget-minutes", "0"])
+    assert found["measured"]["bfloat16"]["rounds"] == 1
+    for arguments, why in ((TINY_SHAPE, "pass --out"), ("--device cpu", "hours on a CPU")):
+        with pytest.raises(SystemExit):
+            script.main(arguments.split())
+        assert why in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_has_the_shape_of_llama2_7b(load):
+    script = load("llama2_7b_shape")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(script.shape(tiny=False))
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
+
+
+def test_operations_are_those_that_torch_counts(load, tmp_path):
+    script = load("llama2_7b_shape")
+    config = script.shape(tiny=True)
+    script._save_random(config, tmp_path, torch.device("cpu"))
+    model, _ = load_model(tmp_path, lora=script.ADAPTER, device="cpu")
+    model.set_attn_implementation("eager")  # torch does not count the fused kernel's on a CPU
+    batch = collate(script._rows(config, batch_size=2, length=24, seed=0)[:2], pad_token_id=0)
+    with FlopCounterMode(display=False) as counter:
+        class_logits(model.train(), batch).sum().backward()
+    counted = script.count_operations(config, batch_size=2, length=24)
+    assert counter.get_total_flops() == sum(counted.values()) + counted["attention"]  # torch's has the upper half too
+
+
+def test_the_limit_of_forward_and_backward_is_at_the_peaks_of_the_data_sheet(load):
+    script = load("llama2_7b_shape")
+    seconds = {"sampling": (1.0,), "forward_backward": (1.0,), "step": (1.0,), "total": (3.0,)}
+    overhead = Overhead({"ivon": Cost(seconds, 0, None)}, "a GPU", 4, 1.0, parameters=10)
+    operations = {"base_forward": 600, "base_backward": 250, "adapter": 30, "attention": 20}
+    limits = {
+        quantized: script._limits(overhead, operations, {"bfloat16": 100.0, "int8": 200.0}, 40.0, quantized)["ivon"]
+        for quantized in (False, True)
+    }
+    assert limits[False] == {"sampling": 4.0, "forward_backward": 9.0, "step": 9.0}
+    assert limits[True]["forward_backward"] == 600 / 200 + 300 / 100
 
 
 def test_the_rate_is_chosen_by_calibration_accuracy(load):

@@ -260,6 +260,39 @@ def test_predictions_come_back_bit_for_bit(model, posterior, tmp_path):
         assert file.get_tensor("mask").sum(-1).tolist() == [len(row.label_tokens) for row in ROWS]
 
 
+def test_texts_of_the_rows_come_back(model, posterior, tmp_path):
+    found = run(model, posterior)
+    prompts = tuple(f"Is “{row.id}” right?\nAnswer:" for row in ROWS)
+    answers = tuple(tuple("ABCDEFGH"[: len(row.label_tokens)]) for row in ROWS)
+    save_predictions(replace(found, prompts=prompts, answers=answers), tmp_path / "x.safetensors")
+    loaded = load_predictions(tmp_path / "x.safetensors")
+    assert (loaded.prompts, loaded.answers) == (prompts, answers)
+    assert loaded.meta == found.meta
+
+
+def test_files_of_older_versions_have_no_texts(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", tensors_of(), {"ids": '["a", "b", "c"]', "task": "boolq"})
+    loaded = load_predictions(tmp_path / "x.safetensors")
+    assert (loaded.slices, loaded.prompts, loaded.answers) == ((), (), ())
+    assert loaded.meta == {"task": "boolq"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ({"prompts": '["one"]'}, "3 rows and 1 prompts"),
+        ({"answers": '[["yes", "no"]]'}, "3 rows and 1 lists of answers"),
+        ({"answers": '[["yes", "no"], ["yes", "no"], ["yes"]]'}, "another number of answers"),
+        ({"answers": "[1, 2, 3]"}, "unreadable"),
+        ({"prompts": '["on'}, "unreadable"),
+    ],
+)
+def test_texts_that_do_not_fit_the_rows_are_refused(tmp_path, texts, words):
+    save_tensors(tmp_path / "x.safetensors", tensors_of(), {"ids": '["a", "b", "c"]', **texts})
+    with pytest.raises(DamagedFileError, match=rf"x\.safetensors.*{words}.*varlora evaluate"):
+        load_predictions(tmp_path / "x.safetensors")
+
+
 def tensors_of(logits=None, mean=None, mask=None, labels=None):
     return {
         "logits": torch.zeros(2, 3, 2) if logits is None else logits,

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -20,11 +21,11 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.report import build_report, to_table
-from varlora.results import read_run
+from varlora.results import Skipped, read_run
 
 
 def write_run(
@@ -123,7 +124,7 @@ def test_rows_are_methods_at_the_mean_and_with_draws(built):
 
 def test_numbers_agree_with_scikit_learn_and_scipy(runs, built):
     for row in built.rows:
-        accuracies, losses, briers, eces = [], [], [], []
+        accuracies, losses, briers, eces, aurocs, aurcs = [], [], [], [], [], []
         for run in row.runs:
             tensors = load_file(run.run / "predictions.safetensors")
             logits = tensors["logits"] if row.draws else tensors["logits_mean"][None]
@@ -135,7 +136,11 @@ def test_numbers_agree_with_scikit_learn_and_scipy(runs, built):
             confidence, right = probs.max(1), probs.argmax(1) == y
             bins = np.ceil(confidence * 10)
             eces.append(sum(abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(1, 11)) / len(y))
-        for name, values in (("accuracy", accuracies), ("nll", losses), ("brier", briers), ("ece", eces)):
+            aurocs.append(roc_auc_score(right, confidence))
+            order = np.argsort(-confidence, kind="stable")
+            aurcs.append((np.cumsum(~right[order]) / np.arange(1, len(y) + 1)).mean())
+        found = (accuracies, losses, briers, eces, aurocs, aurcs)
+        for name, values in zip(("accuracy", "nll", "brier", "ece", "auroc", "aurc"), found):
             assert row.stats[name].values == pytest.approx(values, rel=1e-9), name
             assert row.stats[name].mean == pytest.approx(np.mean(values))
             assert row.stats[name].stderr == pytest.approx(scipy.stats.sem(values))
@@ -234,7 +239,7 @@ def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_skipped(tmp_path):
 def test_order_of_the_arguments_does_not_matter(runs, tmp_path):
     for name, order in (("a", runs), ("b", runs[::-1])):
         build_report(order, tmp_path / name)
-    for name in ("report.md", "report.json", "reliability.png", "reliability.svg"):
+    for name in ("report.html", "report.md", "report.json", "table1.tex", "reliability.png", "reliability.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -250,6 +255,25 @@ def test_seeds_evaluated_on_different_rows_are_noted(tmp_path):
     report = build_report(runs, tmp_path / "out")
     assert report.rows[0].size == "50-60"
     assert report.notes == ("arc_easy, ivon: the seeds were evaluated on different rows.",)
+
+
+def test_what_is_not_defined_is_marked(tmp_path):
+    for seed in (1, 2):
+
+        def right(tensors, metadata):
+            tensors["labels"].copy_(tensors["logits_mean"].argmax(1))
+
+        damage(write_run(tmp_path / str(seed), "mine", "adamw", seed), right)
+    report = build_report([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
+    (row,) = report.rows
+    assert row.stats["accuracy"].mean == 1
+    assert math.isnan(row.stats["auroc"].mean)
+    assert math.isnan(row.stats["auroc"].stderr)
+    assert row.stats["auroc"].text(100, 1) == "–"
+    stored = json.loads(report.files["report.json"].read_text(), parse_constant=pytest.fail)["rows"][0]["metrics"]
+    assert stored["auroc"] == {"mean": None, "stderr": None, "values": [None, None]}
+    for name in ("report.html", "report.md", "table1.tex"):
+        assert not re.search(r"\bnan\b", report.files[name].read_text(), re.IGNORECASE), name
 
 
 # --- files
@@ -318,7 +342,14 @@ def test_user_style_does_not_change_the_diagram(runs, built, tmp_path):
 def test_files_are_replaced_whole(runs, tmp_path, monkeypatch):
     build_report(runs[:1], tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(before) == ["reliability.png", "reliability.svg", "report.json", "report.md"]
+    assert sorted(before) == [
+        "reliability.png",
+        "reliability.svg",
+        "report.html",
+        "report.json",
+        "report.md",
+        "table1.tex",
+    ]
 
     def full(self: Path, data: bytes) -> int:
         self.touch()
@@ -417,6 +448,35 @@ def test_bad_runs_among_good_ones_are_listed(runs, tmp_path):
     assert "## Skipped" in text
     assert "is damaged" in text
     assert json.loads(report.files["report.json"].read_text())["skipped"][1]["reason"] == report.skipped[1].reason
+
+
+def test_a_run_of_an_older_version_is_read_or_refused_by_name(runs, tmp_path):
+    read, refused = write_run(tmp_path / "read"), write_run(tmp_path / "refused")
+    config = json.loads((read / "config.json").read_text())
+    del config["versions"], config["commit"]
+    (read / "config.json").write_text(json.dumps(config))
+    damage(refused, lambda tensors, meta: meta.pop("split"))
+    report = build_report([*runs[:1], read, refused], tmp_path / "out")
+    assert {str(run.run) for row in report.rows for run in row.runs} == {str(runs[0]), str(read)}
+    (skip,) = report.skipped
+    assert skip.run == str(refused)
+    for part in ("'split'", "older version", f"Run `varlora evaluate {refused}` again"):
+        assert part in skip.reason
+
+
+def test_the_papers_numbers_are_laid_beside(runs, tmp_path):
+    alone = build_report(runs, tmp_path / "alone").files["table1.tex"].read_text()
+    beside = build_report(runs, tmp_path / "beside", compare="paper")
+    for name in ("report.html", "table1.tex"):
+        assert "2411.04421" in beside.files[name].read_text(), name
+    assert "2411.04421" not in alone
+
+
+def test_failed_runs_are_listed_beside_the_skipped_ones(runs, tmp_path):
+    report = build_report(runs[:1], tmp_path, failed=[Skipped("runs/ivon-seed1", "the loss was not finite")])
+    assert [skip.run for skip in report.skipped] == ["runs/ivon-seed1"]
+    for name in ("report.html", "report.md", "report.json", "table1.tex"):
+        assert "the loss was not finite" in report.files[name].read_text(), name
 
 
 def test_no_usable_run_lists_all_reasons(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, report, ls, validate, demo."""
+"""The command line: train, evaluate, predict, report, reproduce, ls, validate, demo."""
 
 from __future__ import annotations
 
@@ -58,6 +58,17 @@ examples:
   varlora report runs/*
   varlora report runs/boolq-* --out report/boolq
 """
+REPRODUCE_EXAMPLES = """\
+table1 compares methods, table2 scales IVON's variance, table3 shows the settings, overhead times the training step.
+Done runs are never repeated: the same command goes on where it was stopped, and runs again what failed.
+
+examples:
+  varlora reproduce table1 --model my-model/ --tasks boolq openbookqa --seeds 0 1 2 --data-dir data
+  varlora reproduce table1 recipes/llama2-7b/table1.yaml --methods adamw ivon --compare paper
+  varlora reproduce table2 --model my-model/ --tasks my-task.yaml --set methods.ivon.ess=1e7 --workers 2
+  varlora reproduce table1 plan.yaml --launcher ray --address auto --gpus 0.5
+  varlora reproduce overhead --model my-model/ --tasks my-task.yaml
+"""
 LS_EXAMPLES = """\
 examples:
   varlora ls
@@ -99,9 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 quiet_libraries()
             arguments.run(arguments, console)
     except Interrupted as error:
-        go_on = "Run the same command with `--resume` (not `--overwrite`) to go on."
-        again = "Run the same command to start the demo again."
-        return _complain(f"{error} {again if arguments.command == 'demo' else go_on}", 130)
+        go_on = {
+            "demo": "Run the same command to start the demo again.",
+            "reproduce": "Run the same command to go on.",
+        }.get(arguments.command, "Run the same command with `--resume` (not `--overwrite`) to go on.")
+        return _complain(f"{error} {go_on}", 130)
     except VarloraError as error:
         return _complain(f"error: {error}")
     except KeyboardInterrupt:
@@ -188,6 +201,8 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             data_dir=arguments.data_dir,
             model=arguments.model,
             temperature=arguments.temperature,
+            taus=arguments.taus,
+            ood=arguments.ood,
             say=say,
             progress=rows_progress(console, "evaluate"),
         )
@@ -258,6 +273,36 @@ def _report(arguments: argparse.Namespace, console: Console) -> None:
     say(f"Written: {', '.join(str(path) for path in report.files.values())}")
 
 
+def _reproduce(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.grid import Processes, RayTasks
+    from varlora.progress import rows_progress
+    from varlora.reproduce import overhead_of, plan_from, tables_of
+    from varlora.typeset import to_terminal
+
+    say = _speaker(console)
+    plan = plan_from(
+        arguments.recipe, arguments.out, {name: getattr(arguments, name) for name in PLAN_OPTIONS}, arguments.set
+    )
+    if arguments.what == "overhead":
+        table, path = overhead_of(plan, arguments.rounds, rows_progress(console, "rounds"))
+        console.print(table)
+        say(f"Written: {path}")
+        return
+
+    def launcher() -> Processes | RayTasks:
+        if arguments.launcher == "ray":
+            return RayTasks(arguments.address, arguments.cpus, arguments.gpus)
+        return Processes(arguments.workers, arguments.threads)
+
+    made = tables_of(arguments.what, plan, launcher, beside=arguments.compare == "paper", say=say)
+    for found in made.tables:
+        console.print(to_terminal(found))
+    say(f"Written: {', '.join(str(path) for path in made.files)}")
+    if made.failed:
+        reasons = "\n".join(f"  - {skip.run}: {skip.reason}" for skip in made.failed)
+        raise VarloraError(f"{len(made.failed)} runs failed; the same command tries them again:\n{reasons}")
+
+
 def _ls(arguments: argparse.Namespace, console: Console) -> None:
     say = _speaker(console)
     for name in [arguments.what] if arguments.what else list(LISTS):
@@ -320,6 +365,10 @@ def _demo(arguments: argparse.Namespace, console: Console) -> None:
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
+PLAN_OPTIONS = (
+    "model", "tasks", "methods", "seeds", "samples", "data_dir", "steps", "batch_size", "quantization", "dtype",
+    "max_length", "calibration_fraction",
+)  # fmt: skip
 SETTINGS_OPTIONS = (
     "task", "model", "method", "data_dir", "steps", "batch_size", "accumulation", "quantization", "dtype", "max_length",
     "calibration_fraction", "checkpoint_every", "row_filter", "skip_bad_rows", "chat",
@@ -374,6 +423,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--no-temperature", dest="temperature", action="store_false", help="fit no temperature on the held-out rows"
     )
+    evaluate.add_argument(
+        "--taus", type=float, nargs="+", default=(), metavar="TAU", help="predict at further factors of the variance"
+    )
+    evaluate.add_argument(
+        "--ood", nargs="+", default=(), metavar="TASK", help="predict other tasks' rows too: out of distribution"
+    )
     evaluate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
     evaluate.add_argument("--data-dir", help="where the data lie now, if not where they were")
 
@@ -389,6 +444,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
 
+    reproduce = verb(
+        "reproduce", _reproduce, "Make the paper's tables for your own model and tasks.", REPRODUCE_EXAMPLES
+    )
+    _plan_arguments(reproduce)
+
     ls = verb("ls", _ls, "List tasks, methods, recipes and runs.", LS_EXAMPLES)
     ls.add_argument("what", nargs="?", choices=tuple(LISTS), help="what to list (default: all)")
 
@@ -403,19 +463,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file of settings; the options below win over it")
-    parser.add_argument("--task", help="a task's name (see `varlora ls tasks`), or a task file for your own data")
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("table1", "table2", "table3", "overhead"), help="what to make")
+    parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file of a plan; the options below win over it")
+    parser.add_argument("--tasks", nargs="+", help="names of tasks, or task files for your own data")
+    parser.add_argument("--methods", nargs="+", help="default: the paper's")
+    parser.add_argument("--seeds", type=seed, nargs="+", help="a run of each method for each (default: 0 1 2)")
+    parser.add_argument("--samples", type=int, help="posterior draws (default: 10)")
+    _common_arguments(parser)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=(
+        "any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16"
+    ))
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder (default: runs/reproduce)")
+    parser.add_argument("--compare", choices=("paper",), help="lay the paper's numbers beside")
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of the overhead (default: 30)")
+    parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where runs go (default: local)")
+    parser.add_argument("--workers", type=_at_least_one, default=1, help="local: runs at a time (default: 1)")
+    parser.add_argument("--threads", type=_at_least_one, help="local: threads a run (default: cores by workers)")
+    parser.add_argument("--address", help="ray: address of the cluster, or auto (default: a new one on this machine)")
+    parser.add_argument("--cpus", type=float, default=1, help="ray: cores a run (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0, help="ray: GPUs a run, 0.5 say (default: 0)")
+
+
+def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the base model: a folder, or a name on the hub")
-    parser.add_argument("--method", help="how to reach a posterior (see `varlora ls methods`; default: ivon)")
-    parser.add_argument("--data-dir", help="folder with the task's files (default: from the hub)")
+    parser.add_argument("--data-dir", help="folder with the tasks' files (default: from the hub)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 10000)")
     parser.add_argument("--batch-size", type=int, help="rows a micro-batch (default: 4)")
-    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: 1)")
     parser.add_argument("--dtype", help="type of the base's weights (default: float32)")
     parser.add_argument("--quantization", help="keep the base in 8bit or 4bit")
     parser.add_argument("--max-length", type=int, help="longest prompt in tokens (default: the model's context)")
     parser.add_argument("--calibration-fraction", type=float, help="share of training rows held out (default: 0.1)")
+
+
+def _settings_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file of settings; the options below win over it")
+    parser.add_argument("--task", help="a task's name (see `varlora ls tasks`), or a task file for your own data")
+    parser.add_argument("--method", help="how to reach a posterior (see `varlora ls methods`; default: ivon)")
+    _common_arguments(parser)
+    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: 1)")
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: 500)")
     for flag, text in (
         ("--row-filter", "keep only the rows that the paper keeps"),
@@ -438,6 +524,13 @@ def seed(text: str) -> int:
     number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, but got {text}")
+    return number
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, but got {text}")
     return number
 
 

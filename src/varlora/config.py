@@ -26,7 +26,7 @@ from varlora.model import LoRA
 from varlora.run import read_json
 from varlora.tasks import get_task
 
-__all__ = ["Settings", "load_settings", "read_recipe", "settings_from", "settings_of"]
+__all__ = ["Settings", "assign_all", "convert_all", "load_settings", "read_recipe", "settings_from", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,20 @@ def load_settings(
     for name, value in (overrides or {}).items():
         if value is not None:
             _assign(values, name, value, problems)
+    assign_all(values, assignments, problems)
+    if "seeds" not in values:
+        return [settings_from(values, problems)]
+    seeds = values.pop("seeds")
+    if not isinstance(seeds, list) or not seeds or len({str(seed) for seed in seeds}) < len(seeds):
+        problems.append(f"Expected `seeds` to be a list of different whole numbers, but got {seeds!r}.")
+        seeds = [0]
+    run_dir = values.get("run_dir")
+    own = [run_dir and f"{run_dir}/seed{seed}" if len(seeds) > 1 else run_dir for seed in seeds]
+    return [settings_from({**values, "seed": seed, "run_dir": path}, problems) for seed, path in zip(seeds, own)]
+
+
+def assign_all(values: dict[str, Any], assignments: Sequence[str], problems: list[str]) -> None:
+    """Set `a.b.c=value` in nested mappings, the value in YAML; what is wrong becomes problems."""
     method_first = sorted(assignments, key=lambda text: not text.startswith(("method=", "method.name=")))
     for assignment in method_first:
         key, equals, text = assignment.partition("=")
@@ -169,15 +183,6 @@ def load_settings(
             _assign(values, key.strip(), yaml.safe_load(text), problems)
         except yaml.YAMLError:
             problems.append(f"The value of `{assignment}` is not YAML. Put quotes around it.")
-    if "seeds" not in values:
-        return [settings_from(values, problems)]
-    seeds = values.pop("seeds")
-    if not isinstance(seeds, list) or not seeds or len({str(seed) for seed in seeds}) < len(seeds):
-        problems.append(f"Expected `seeds` to be a list of different whole numbers, but got {seeds!r}.")
-        seeds = [0]
-    run_dir = values.get("run_dir")
-    own = [run_dir and f"{run_dir}/seed{seed}" if len(seeds) > 1 else run_dir for seed in seeds]
-    return [settings_from({**values, "seed": seed, "run_dir": path}, problems) for seed, path in zip(seeds, own)]
 
 
 def settings_from(values: Mapping[str, Any], problems: Sequence[str] = (), *, stored: bool = False) -> Settings:
@@ -210,23 +215,23 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = (), *, st
         if values.get(required) in (None, ""):
             values.pop(required, None)
             found.append(f"Expected `{required}`, but it is missing. Pass `--{required}` or put it into the recipe.")
-    known = _convert_all(Settings, values, "", found)
+    known = convert_all(Settings, values, "", found)
     if name not in METHODS:
         found.append(f"Unknown method `{name}`. {did_you_mean(name, METHODS)}")
     else:
         known["method"] = name
         method_class: Any = METHODS[name]
-        known["method_settings"] = _convert_all(method_class, method_values, "method.", found)
+        known["method_settings"] = convert_all(method_class, method_values, "method.", found)
         inner: Any = METHODS.get(known["method_settings"].get("of", getattr(method_class, "of", "")))
         if inner is not None:  # of a method that works on another one
             inner_values = known["method_settings"].get("settings", {})
-            converted = _convert_all(inner, inner_values, "method.settings.", found)
+            converted = convert_all(inner, inner_values, "method.settings.", found)
             known["method_settings"]["settings"] = _try(lambda: dataclasses.asdict(inner(**converted)), found) or {}
     if lora is not None:
         if isinstance(lora, LoRA):
             known["lora"] = lora
         elif isinstance(lora, Mapping):
-            lora_values = _convert_all(LoRA, lora, "lora.", found)
+            lora_values = convert_all(LoRA, lora, "lora.", found)
             known["lora"] = _try(lambda: LoRA(**lora_values), found, "`lora`: ")
         else:
             found.append(f"Expected `lora` to be a mapping, but got {lora!r}. Write e.g. `lora: {{rank: 8}}`.")
@@ -300,7 +305,7 @@ def _check(known: dict[str, Any], problems: list[str], stored: bool) -> None:
     arguments = known.setdefault("training_arguments", {})
     hints = typing.get_type_hints(TrainingArguments)
     texts = {name: value for name, value in arguments.items() if isinstance(value, str) and _is_number(hints.get(name))}
-    arguments |= _convert_all(TrainingArguments, texts, "training_arguments.", problems)
+    arguments |= convert_all(TrainingArguments, texts, "training_arguments.", problems)
     problems += check_training_arguments(arguments)
     if arguments and not problems and not stored:
         _try(lambda: _check_values(arguments), problems, "`training_arguments`: ")
@@ -340,7 +345,7 @@ def _method_as_mapping(values: Mapping[str, Any], problems: list[str]) -> dict[s
 def _assign(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
     """Set `a.b.c` in nested mappings; a bare `method` is its name, and `seed` and `seeds` replace each other."""
     key = "method.name" if key == "method" else key
-    if key == "method.name" and values["method"].get("name", "ivon") != value:
+    if key == "method.name" and values.get("method", {}).get("name", "ivon") != value:
         values["method"] = {}  # settings of one method mean nothing to another
     if key in ("seed", "seeds"):
         values.pop("seeds" if key == "seed" else "seed", None)
@@ -355,7 +360,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, problems: list[str]) -
     here[last] = value
 
 
-def _convert_all(cls: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+def convert_all(cls: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
     """Convert values to the types of a dataclass's fields; unknown names and wrong types become problems."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]

@@ -20,7 +20,16 @@ from matplotlib.patches import Patch
 if TYPE_CHECKING:
     from varlora.results import Row, Slice
 
-__all__ = ["reliability_diagram", "slices_diagram"]
+__all__ = [
+    "BLUE",
+    "GREY",
+    "ORANGE",
+    "STYLE",
+    "reliability_diagram",
+    "reliability_panel",
+    "slice_panel",
+    "slices_diagram",
+]
 
 STYLE: list[Any] = [
     "default",
@@ -43,7 +52,10 @@ def reliability_diagram(rows: Sequence[Row], bins: int) -> dict[str, bytes]:
         FigureCanvasAgg(figure)
         panels = figure.subfigures(lines, columns, squeeze=False).ravel()
         for panel, row in zip(panels, rows):
-            _panel(panel, row, bins)
+            top = reliability_panel(panel, row, bins)
+            lines_of = [row.task, row.label, row.differs, f"ECE {row.stats['ece'].text(100, 1)} (x100)"]
+            title = [part for line in lines_of for part in textwrap.wrap(line, 34, max_lines=2, placeholder="…")]
+            top.set_title("\n".join(title), fontsize=8, parse_math=False)
         handles = [
             Patch(facecolor=BLUE, edgecolor="white", label="accuracy"),
             Patch(facecolor="none", edgecolor=ORANGE, hatch="////", label="gap to mean confidence"),
@@ -72,7 +84,7 @@ def slices_diagram(rows: Sequence[Row]) -> dict[str, bytes]:
             for axes in line[len(row.slices) :]:
                 axes.set_visible(False)
             for axes, part in zip(line, row.slices):
-                _slice_panel(axes, part)
+                slice_panel(axes, part)
         for column in range(columns):
             lowest = max(i for i, row in enumerate(rows) if len(row.slices) > column)
             panels[lowest, column].set_xlabel("confidence: probability of the likeliest answer")
@@ -86,7 +98,8 @@ def slices_diagram(rows: Sequence[Row]) -> dict[str, bytes]:
         return _images(figure)
 
 
-def _slice_panel(axes: Axes, part: Slice) -> None:
+def slice_panel(axes: Axes, part: Slice) -> None:
+    """Draw how sure a row is in a slice, as a histogram and its mean, and how right."""
     shares, edges = np.histogram(part.confidence.numpy(), bins=20, range=(0, 1))
     axes.stairs(shares / max(1, shares.sum()), edges, fill=True, color=GREY, alpha=0.4)
     right, sure = part.stats["accuracy"].mean, part.stats["confidence"].mean
@@ -104,10 +117,12 @@ def _images(figure: Figure) -> dict[str, bytes]:
         image = io.BytesIO()
         figure.savefig(image, format=kind, dpi=150, metadata=metadata)
         images[kind] = image.getvalue()
+        figure.set_layout_engine("none")  # places stay: finding them takes as long as drawing
     return images
 
 
-def _panel(panel: SubFigure, row: Row, bins: int) -> None:
+def reliability_panel(panel: Figure | SubFigure, row: Row, bins: int) -> Axes:
+    """Draw a row's accuracy by confidence, and below it the number of rows; return the upper axes, without a title."""
     axes: tuple[Axes, Axes] = panel.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     top, bottom = axes
     count = row.reliability.count.numpy()
@@ -128,9 +143,7 @@ def _panel(panel: SubFigure, row: Row, bins: int) -> None:
     )
     top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.0)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", yticks=[0, 0.25, 0.5, 0.75, 1])
-    lines = [row.task, row.label, row.differs, f"ECE {row.stats['ece'].text(100, 1)} (x100)"]
-    title = "\n".join(part for line in lines for part in textwrap.wrap(line, 34, max_lines=2, placeholder="…"))
-    top.set_title(title, fontsize=8, parse_math=False)
     bottom.bar(left, count[used], width, align="edge", color=GREY, edgecolor="white", linewidth=0.5)
     bottom.set(xlabel="confidence", ylabel="rows", xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, int(count.max())])
     panel.align_ylabels(axes)
+    return top

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -80,7 +81,7 @@ class Outcome:
 
 
 def run_cell(settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Outcome:
-    """Train and evaluate one cell, going on where it was cut short; what it says goes to `log.txt` in its folder.
+    """Train and evaluate one cell, going on where it was cut short; what it says goes to a log beside its folder.
 
     Raises:
         Interrupted: stopped by a signal, after a checkpoint.
@@ -134,8 +135,9 @@ class Processes:
         """
         self.workers = workers
         self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
+        self.others = set(active_children())
         self.pool = self._pool()
-        self.running: dict[Any, Cell] = {}
+        self.running: set[Any] = set()
 
     def _pool(self) -> ProcessPoolExecutor:
         context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
@@ -149,15 +151,16 @@ class Processes:
         try:
             key = self.pool.submit(run_cell, cell.settings, cell.evaluation)
         except BrokenProcessPool:
+            self._wait_for_processes()  # those that live write a checkpoint
             self.pool = self._pool()
             key = self.pool.submit(run_cell, cell.settings, cell.evaluation)
-        self.running[key] = cell
+        self.running.add(key)
         return key
 
     def finished(self) -> tuple[Any, Outcome | None]:
         """Wait for a cell; the death of one process ends the others' cells too, which go on from their checkpoints."""
         key = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
-        del self.running[key]
+        self.running.remove(key)
         try:
             return key, key.result()
         except BrokenProcessPool:
@@ -166,9 +169,13 @@ class Processes:
     def stop(self) -> None:
         """Ask the processes to write a checkpoint, and wait for them."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in active_children():
+        for process in set(active_children()) - self.others:
             process.terminate()
-        self.pool.shutdown(wait=True)
+        self._wait_for_processes()
+
+    def _wait_for_processes(self) -> None:
+        for process in set(active_children()) - self.others:
+            process.join()
 
 
 def _start_worker(threads: int, devices: Any) -> None:
@@ -265,50 +272,52 @@ def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterat
     Raises:
         Interrupted: by SIGINT or SIGTERM, after the running cells have written a checkpoint.
     """
-    waiting = {cell.run_dir.resolve(): cell for cell in cells if cell.missing()}
+    by_path = {cell.run_dir.resolve(): cell for cell in cells}
+    waiting = [path for path, cell in by_path.items() if cell.missing()]
     if not waiting:
         return
-    runner, attempts = launcher(), dict.fromkeys(waiting, 0)
-    running: dict[Any, Path] = {}
-    failed: set[Path] = set()
-
-    def begin() -> Iterator[Outcome]:
-        for path in [*waiting]:
-            cell = waiting.get(path)
-            if cell is None or any(
-                source.resolve() in waiting or source.resolve() in running.values() for source in cell.after
-            ):
-                continue
-            del waiting[path]
-            if lost := next((source for source in cell.after if source.resolve() in failed), None):
-                failed.add(path)
-                yield Outcome(str(cell.run_dir), 0.0, f"{lost}, which it builds on, failed.")
-                yield from begin()  # what waited for this one
-                return
-            attempts[path] += 1
-            running[runner.submit(cell)] = path
-
-    by_path = {cell.run_dir.resolve(): cell for cell in cells}
-    handler = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield from begin()
-        while running:
-            key, outcome = runner.finished()
-            path = running.pop(key)
-            if outcome is None and attempts[path] < ATTEMPTS:
-                waiting[path] = by_path[path]
-            else:
-                killed = f"Its worker was killed {ATTEMPTS} times; is there enough memory?"
+    runner, running = launcher(), dict[Any, Path]()
+    failed, attempts = set[Path](), dict.fromkeys(waiting, 0)
+    with _interrupted_by_sigterm():
+        try:
+            while waiting or running:
+                for path in [*waiting]:
+                    sources = [source.resolve() for source in by_path[path].after]
+                    lost = next((source for source in sources if source in failed), None)
+                    if lost is not None:
+                        waiting.remove(path)
+                        failed.add(path)
+                        yield Outcome(str(by_path[path].run_dir), 0.0, f"{lost}, which it builds on, failed.")
+                    elif not any(source in waiting or source in running.values() for source in sources):
+                        waiting.remove(path)
+                        attempts[path] += 1
+                        running[runner.submit(by_path[path])] = path
+                if not running:
+                    continue  # something failed just now: look again at what waits for it
+                key, outcome = runner.finished()
+                path = running.pop(key)
+                if outcome is None and attempts[path] < ATTEMPTS:
+                    waiting.append(path)
+                    continue
+                killed = f"Its worker was killed {ATTEMPTS} times. Is there enough memory?"
                 outcome = outcome or Outcome(str(by_path[path].run_dir), 0.0, killed)
                 if outcome.failed:
                     failed.add(path)
                 yield outcome
-            yield from begin()
-    except KeyboardInterrupt:
-        raise Interrupted("The grid was stopped; what was running has written a checkpoint.") from None
+        except KeyboardInterrupt:
+            raise Interrupted("The grid was stopped; what was in training has written a checkpoint.") from None
+        finally:
+            runner.stop()
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, where signals can be taken."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
     finally:
-        runner.stop()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, handler)

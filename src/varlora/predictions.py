@@ -41,6 +41,10 @@ class Predictions:
     """One id for each row."""
     slices: tuple[str, ...] = ()
     """The part of the data that each row belongs to, or nothing where the task names none."""
+    prompts: tuple[str, ...] = ()
+    """What each row asks, for people to read; nothing in files of older versions."""
+    answers: tuple[tuple[str, ...], ...] = ()
+    """The texts of each row's answers, in the order of the logits; nothing in files of older versions."""
     meta: Mapping[str, str] = field(default_factory=dict)
     """Where they come from: samples, tau, seed, and what the caller adds; `temperature` and `temperature_mean` if they
     were fitted."""
@@ -80,14 +84,14 @@ class Predictions:
 
 
 def save_predictions(predictions: Predictions, path: Path) -> None:
-    """Write predictions as safetensors: logits, logits_mean, mask, labels; ids, slices and origin in the metadata."""
+    """Write predictions as safetensors: logits, logits_mean, mask, labels; texts and origin in the metadata."""
     tensors = {
         "logits": predictions.logits,
         "logits_mean": predictions.logits_mean,
         "mask": predictions.logits_mean > -torch.inf,
         "labels": predictions.labels,
     }
-    texts = {"ids": json.dumps(predictions.ids), "slices": json.dumps(predictions.slices)}
+    texts = {name: json.dumps(getattr(predictions, name)) for name in ("ids", "slices", "prompts", "answers")}
     save_tensors(path, tensors, {**predictions.meta, **texts})
 
 
@@ -101,23 +105,24 @@ def load_predictions(path: Path) -> Predictions:
     try:
         logits, mean, mask, labels = (tensors[name] for name in ("logits", "logits_mean", "mask", "labels"))
         ids, slices = tuple(json.loads(meta.pop("ids"))), tuple(json.loads(meta.pop("slices", "[]")))
-    except (KeyError, ValueError) as error:
-        raise DamagedFileError(f"Expected predictions in {path}, but {error} is missing or unreadable.") from error
-    problem = _problem(logits, mean, mask, labels, ids, slices)
+        prompts = tuple(json.loads(meta.pop("prompts", "[]")))
+        answers = tuple(map(tuple, json.loads(meta.pop("answers", "[]"))))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"Expected predictions in {path}, but {error} is missing or unreadable. "
+            "An older version may have written it, or it is damaged. Run `varlora evaluate` again."
+        ) from error
+    problem = _problem(logits, mean, mask, labels, ids) or _texts_problem(mask, slices, prompts, answers)
     if problem:
         raise DamagedFileError(f"Expected predictions in {path}, but {problem}. Run `varlora evaluate` again.")
-    return Predictions(logits, mean, labels, ids, slices, meta)
+    return Predictions(logits, mean, labels, ids, slices, prompts, answers, meta)
 
 
-def _problem(
-    logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tuple[Any, ...], slices: tuple[Any, ...]
-) -> str | None:
+def _problem(logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tuple[Any, ...]) -> str | None:
     if mean.ndim != 2 or logits.ndim != 3 or logits.shape[1:] != mean.shape or mask.shape != mean.shape:
         return f"the shapes {tuple(logits.shape)}, {tuple(mean.shape)} and {tuple(mask.shape)} do not fit"
     if labels.shape != mean.shape[:1] or len(ids) != len(mean):
         return f"there are {len(mean)} rows, {len(labels)} labels and {len(ids)} ids"
-    if slices and len(slices) != len(mean):
-        return f"there are {len(mean)} rows and {len(slices)} slices"
     if not ((logits.isfinite() == mask).all() and (mean.isfinite() == mask).all()):
         return "logits are not finite exactly where a row has the answer"
     known = labels >= 0
@@ -126,4 +131,15 @@ def _problem(
         or (labels >= mask.shape[1]).any()
     ):
         return "a label is not among its row's answers"
+    return None
+
+
+def _texts_problem(
+    mask: Tensor, slices: tuple[Any, ...], prompts: tuple[Any, ...], answers: tuple[Any, ...]
+) -> str | None:
+    for name, texts in (("slices", slices), ("prompts", prompts), ("lists of answers", answers)):
+        if texts and len(texts) != len(mask):
+            return f"there are {len(mask)} rows and {len(texts)} {name}"
+    if answers and [len(texts) for texts in answers] != mask.sum(1).tolist():
+        return "a row has another number of answers than of logits"
     return None

@@ -11,18 +11,21 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from varlora import __version__
 from varlora.diagram import reliability_diagram, slices_diagram
 from varlora.errors import VarloraError
-from varlora.results import Row, Skipped, Slice, Stat, read_runs, rows_of_runs
+from varlora.page import html_page
+from varlora.paper import beside_paper
+from varlora.results import EvaluatedRun, Row, Skipped, Slice, Stat, origin_cells, read_runs, rows_of_runs
+from varlora.tables import ResultTable, beyond, table1, table2, table3
+from varlora.typeset import to_latex
 
 __all__ = ["TEMPERED", "Report", "build_report", "to_table"]
 
@@ -44,8 +47,10 @@ class Report:
     bins: int
     """Bins of the ECE and the diagram, equal-width, (lo, hi]."""
     files: Mapping[str, Path]
-    """What was written, by file name: report.md, report.json, reliability.png and .svg; slices.png and .svg if a task
-    slices its rows."""
+    """What was written, by file name: report.html, report.md, report.json, table1.tex, reliability.png and .svg;
+    slices.png and .svg if a task slices its rows."""
+    tables: tuple[ResultTable, ...]
+    """The paper's tables, Table 1 first."""
 
     @property
     def tempered(self) -> bool:
@@ -70,8 +75,14 @@ class Report:
         return [row.task, row.label, *settings, part.name, part.size, *numbers]
 
 
-def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Report:
-    """Write report.md, report.json and the diagrams from run directories.
+def build_report(
+    run_dirs: Sequence[Path],
+    out_dir: Path,
+    bins: int = 10,
+    failed: Sequence[Skipped] = (),
+    compare: Literal["paper"] | None = None,
+) -> Report:
+    """Write report.html, report.md, report.json, table1.tex and the diagrams from run directories.
 
     A run that cannot be used is listed as skipped, with the reason.
 
@@ -79,6 +90,8 @@ def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Rep
         run_dirs: run directories with predictions.
         out_dir: folder to write to, made if absent; files of an earlier report are replaced.
         bins: number of equal-width bins (lo, hi] of ECE and diagram.
+        failed: runs that came to no end, with the reason; they are listed, and marked in the tables.
+        compare: `paper` lays the paper's numbers beside ours in the tables.
 
     Returns:
         Rows, skipped runs, notes and the paths of the files.
@@ -96,9 +109,18 @@ def build_report(run_dirs: Sequence[Path], out_dir: Path, bins: int = 10) -> Rep
     figures = {f"reliability.{kind}": image for kind, image in reliability_diagram(rows, bins).items()}
     if any(row.slices for row in rows):
         figures |= {f"slices.{kind}": image for kind, image in slices_diagram(rows).items()}
-    files = {name: out_dir / name for name in ("report.md", "report.json", *figures)}
-    report = Report(tuple(rows), (*skipped, *repeated), tuple(notes), bins, files)
-    contents = {"report.md": _markdown(report).encode(), "report.json": _json(report).encode(), **figures}
+    files = {name: out_dir / name for name in ("report.html", "report.md", "report.json", "table1.tex", *figures)}
+    tables = _tables(rows, failed, bins)
+    if compare == "paper":
+        tables = [beside_paper(table) for table in tables]
+    report = Report(tuple(rows), (*skipped, *repeated, *failed), tuple(notes), bins, files, tuple(tables))
+    contents = {
+        "report.html": html_page(report.rows, report.skipped, notes, bins, tables).encode(),
+        "report.md": _markdown(report).encode(),
+        "report.json": _json(report).encode(),
+        "table1.tex": to_latex(tables[0]).encode(),
+        **figures,
+    }
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -134,6 +156,22 @@ def to_table(report: Report) -> Table:
     return table
 
 
+def _tables(rows: Sequence[Row], failed: Sequence[Skipped], bins: int) -> list[ResultTable]:
+    """Return the paper's tables, Table 1 first; the second only where runs were evaluated at other variances."""
+    runs = _runs(rows)
+    tables = [
+        table1(rows, failed=failed),
+        beyond(rows, failed=failed),
+    ]
+    if any(any(run.run.glob("predictions-tau-*.safetensors")) for run in runs):
+        tables.append(table2(runs, bins=bins))
+    return [*tables, table3([(run.meta["task"], run.settings) for run in runs])]
+
+
+def _runs(rows: Sequence[Row]) -> list[EvaluatedRun]:
+    return list({run.run: run for row in rows for run in row.runs}.values())
+
+
 # --- writing
 
 
@@ -147,21 +185,6 @@ def _markdown(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
-    origins = {
-        run.run: [
-            str(run.run),
-            run.meta["task"],
-            run.settings["method"],
-            run.meta["split"],
-            run.settings["seed"],
-            run.meta["tau"],
-            run.meta["samples"],
-            (run.config.get("versions") or {}).get("varlora", "-"),
-            str(run.config.get("commit") or "-")[:12],
-        ]
-        for row in report.rows
-        for run in row.runs
-    }
     return environment.get_template("report.md.jinja").render(
         rows=[{"cells": report.cells(row), "several": row.several} for row in report.rows],
         slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
@@ -171,7 +194,7 @@ def _markdown(report: Report) -> str:
         diagram="reliability.png",
         notes=report.notes,
         skipped=report.skipped,
-        runs=list(origins.values()),
+        runs=[origin_cells(run) for run in _runs(report.rows)],
     )
 
 
@@ -193,9 +216,6 @@ def _json(report: Report) -> str:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    def numbers(values: Tensor) -> list[float | None]:
-        return [None if math.isnan(value) else value for value in values.tolist()]
-
     first = row.runs[0]
     return {
         "task": row.task,
@@ -210,8 +230,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "metrics": _stats_json(row.stats),
         "slices": {part.name: _stats_json(part.stats) for part in row.slices},
         "reliability": {
-            "confidence": numbers(row.reliability.confidence),
-            "accuracy": numbers(row.reliability.accuracy),
+            "confidence": _numbers(row.reliability.confidence.tolist()),
+            "accuracy": _numbers(row.reliability.accuracy.tolist()),
             "count": row.reliability.count.tolist(),
         },
         "runs": [
@@ -229,13 +249,14 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 def _stats_json(stats: Mapping[str, Stat]) -> dict[str, Any]:
     return {
-        name: {
-            "mean": stat.mean,
-            "stderr": None if math.isnan(stat.stderr) else stat.stderr,
-            "values": list(stat.values),
-        }
+        name: dict(zip(("mean", "stderr"), _numbers([stat.mean, stat.stderr]))) | {"values": _numbers(stat.values)}
         for name, stat in stats.items()
     }
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    """JSON has no NaN: what is not defined is null."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _strict(value: Any) -> Any:

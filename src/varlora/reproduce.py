@@ -10,23 +10,42 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from varlora.config import Settings, read_recipe, settings_from
+from rich.table import Table
+
+from varlora.config import Settings, assign_all, convert_all, read_recipe, settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError, did_you_mean
 from varlora.grid import Cell, Launcher, run_cells
 from varlora.methods import ANY, METHODS
+from varlora.overhead import to_table
+from varlora.paper import beside_paper
+from varlora.report import build_report
 from varlora.results import Skipped
-from varlora.run import origin, read_json, write_json
+from varlora.run import origin, read_json, write_json, write_text
 from varlora.sources import recipe_on
+from varlora.tables import ResultTable, table3
 from varlora.tasks import get_task
-from varlora.workflow import check_unchanged, rows_of_split, training_rows
+from varlora.typeset import to_html, to_json, to_latex, to_markdown
+from varlora.workflow import check_unchanged, rows_of_split, training_costs, training_rows
 
-__all__ = ["PAPER_METHODS", "TAUS", "Plan", "Reproduced", "plan_from", "reproduce"]
+__all__ = [
+    "PAPER_METHODS",
+    "TAUS",
+    "Made",
+    "Plan",
+    "Reproduced",
+    "overhead_of",
+    "plan_from",
+    "planned",
+    "reproduce",
+    "tables_of",
+]
 
 PAPER_METHODS = ("adamw", "mc_dropout", "laplace_kfac", "laplace_diag", "swa", "swag", "ivon")
 """The methods of the paper's Table 1, in its order."""
@@ -48,19 +67,19 @@ class Plan:
     """Folder of the runs."""
     model: str
     """The base model: a folder, or a name on the hub."""
-    tasks: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Any]
     """Tasks by name or task file, each with the settings that differ there; those of methods stand under `methods`."""
-    methods: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Any]
     """Methods, each with the settings that differ from its defaults, and settings of its runs."""
-    seeds: Sequence[int] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """A run of each method for each; the search takes the first."""
     common: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all runs."""
-    search: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
     """Values to try, by method and setting of the method or the run."""
     samples: int = 10
     """Draws."""
-    taus: Sequence[float] = ()
+    taus: tuple[float, ...] = ()
     """Further factors of the variance at which IVON is evaluated."""
     ood: Mapping[str, str] = field(default_factory=dict)
     """For a task another one, whose rows are shown to its models as well."""
@@ -101,14 +120,15 @@ class Reproduced:
     """What the search chose, by task and method; empty without a search."""
 
 
-def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any]) -> Plan:
-    """Combine a recipe of a plan with options; these win.
+def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assignments: Sequence[str] = ()) -> Plan:
+    """Combine a recipe of a plan with options and `key=value` assignments; later ones win.
 
     Args:
         recipe: a YAML file with the fields of `Plan`; settings of all runs stand beside them.
         out: folder of the runs.
         options: fields of `Plan` (`tasks` and `methods` as lists select from the recipe's) and settings of all runs;
             None is left out.
+        assignments: `key=value` with dots for nesting and the value in YAML, such as `methods.ivon.ess=1e6`.
 
     Raises:
         ConfigError: with every problem found.
@@ -125,17 +145,16 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any]) -> Pla
         if options.get(name) is not None:
             values[name] = {key: values[name].get(key, {}) for key in _by_name(name, options[name], problems)}
     values |= {name: value for name, value in options.items() if value is not None and name not in ("tasks", "methods")}
-    for name in ("model", "tasks", "methods"):
-        if not values.get(name):
+    assign_all(values, assignments, problems)
+    own = {field.name for field in dataclasses.fields(Plan)} - {"out", "common"}
+    fields = convert_all(Plan, {name: values.pop(name) for name in own & values.keys()}, "", problems)
+    for name in ("model", "tasks", "methods", "seeds"):
+        if not fields.get(name, name == "seeds"):
             problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
-    seeds = values.setdefault("seeds", [0, 1, 2])
-    whole = isinstance(seeds, list | tuple) and all(isinstance(seed, int) for seed in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds):
-        problems.append(f"Expected `seeds` to be a list of different whole numbers, but got {seeds!r}.")
+    if len(set(seeds := fields.get("seeds", ()))) < len(seeds):
+        problems.append(f"Expected different `seeds`, but got {', '.join(map(str, seeds))}. Name each once.")
     if problems:
         raise ConfigError(problems)
-    own = {field.name for field in dataclasses.fields(Plan)} - {"out", "common"}
-    fields = {name: values.pop(name) for name in own & values.keys()}
     return Plan(out=out, common=values, **fields)
 
 
@@ -198,6 +217,22 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
     plain = {**dataclasses.asdict(plan), "out": str(plan.out)}
     write_json(plan.out / "grid.json", {"plan": plain, "failed": failed, "chosen": chosen, **origin()})
     return ended
+
+
+def planned(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    """Return the settings of every reported run by the task's name, without running anything; candidates are all there.
+
+    Raises:
+        ConfigError: with every problem of the plan.
+    """
+    check(plan)
+    return [
+        (get_task(task).name, _settings(plan, candidate, seed).to_dict())
+        for task in plan.tasks
+        for method in plan.methods
+        for candidate in _candidates(plan, task, method)
+        for seed in plan.seeds
+    ]
 
 
 def check(plan: Plan) -> None:
@@ -263,6 +298,83 @@ def _row_problems(task: str, settings: Settings, ood: str | None, search: bool) 
 
 def _unheard(text: str) -> None:
     pass
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """Tables that were made."""
+
+    tables: tuple[ResultTable, ...]
+    """The one that was asked for."""
+    files: tuple[Path, ...]
+    """What was written."""
+    failed: tuple[Skipped, ...] = ()
+    """Runs that failed."""
+
+
+def tables_of(
+    what: str, plan: Plan, launcher: Callable[[], Launcher], *, beside: bool = False, say: Say = print
+) -> Made:
+    """Run what a table needs, and write it as Markdown, LaTeX, HTML and JSON, with a report of the runs.
+
+    Args:
+        what: `table1`, `table2` or `table3`; the last one runs nothing.
+        plan: what to do.
+        launcher: makes where the runs go.
+        beside: lay the paper's numbers beside.
+        say: told in words what happens.
+
+    Raises:
+        ConfigError: with every problem of the plan.
+        VarloraError: every run failed.
+    """
+    if what == "table2":
+        plan = dataclasses.replace(plan, methods={"ivon": plan.methods.get("ivon", {})}, taus=TAUS)
+    failed: tuple[Skipped, ...] = ()
+    written: list[Path] = []
+    if what == "table3":
+        table = table3(planned(plan))
+    else:
+        ended = reproduce(plan, launcher, say)
+        failed = ended.failed
+        if not ended.runs:
+            reasons = "\n".join(f"  - {skip.run}: {skip.reason}" for skip in failed)
+            raise VarloraError(f"All {len(failed)} runs failed; the same command tries them again:\n{reasons}")
+        report = build_report(ended.runs, plan.out / "report", failed=failed)
+        table = next(table for table in report.tables if table.name == what)
+        written = [report.files["report.html"]]
+    if beside:
+        table = beside_paper(table)
+    texts = {
+        "md": to_markdown(table),
+        "tex": to_latex(table, document=True),
+        "html": to_html(table),
+        "json": json.dumps(to_json(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    for suffix, text in texts.items():
+        written.append(plan.out / f"{what}.{suffix}")
+        write_text(written[-1], text)
+    return Made((table,), tuple(written), failed)
+
+
+def overhead_of(plan: Plan, rounds: int, progress: Callable[[int], Any]) -> tuple[Table, Path]:
+    """Time AdamW's and IVON's training steps on the plan's model and its first task; return the table and its file.
+
+    Args:
+        plan: model, task and settings; of the methods only AdamW and IVON count.
+        rounds: timed steps of each.
+        progress: given the number of rounds, a context that gives a function to call with the rounds done.
+    """
+    task = next(iter(plan.tasks))
+    names = ("adamw", "ivon")
+    first = {name: _settings(plan, _candidates(plan, task, name)[0], plan.seeds[0]) for name in names}
+    found = training_costs(first, rounds, progress=progress)
+    path = plan.out / "overhead.json"
+    write_json(path, {"model": plan.model, "task": get_task(task).name, **found.to_dict(), **origin()})
+    return to_table(found), path
 
 
 # --- from a plan to cells --------------------------------------------------------------------------------------------

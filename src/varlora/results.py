@@ -23,7 +23,7 @@ from varlora.errors import DamagedFileError, VarloraError
 from varlora.predictions import Predictions, load_predictions
 from varlora.run import read_json
 
-__all__ = ["EvaluatedRun", "Row", "Skipped", "Slice", "Stat", "read_run", "read_runs", "rows_of_runs"]
+__all__ = ["EvaluatedRun", "Row", "Skipped", "Slice", "Stat", "origin_cells", "read_run", "read_runs", "rows_of_runs"]
 
 NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every", "sources"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
@@ -97,11 +97,13 @@ class Stat:
 
     @property
     def stderr(self) -> float:
-        """Standard error over seeds; NaN for one seed."""
-        return metrics.standard_error(self.values)
+        """Standard error over seeds; NaN for one seed, or where a value is NaN."""
+        return metrics.standard_error(self.values) if math.isfinite(self.mean) else math.nan
 
     def text(self, factor: float, decimals: int) -> str:
-        """Return `mean ± standard error`, or the value alone for one seed."""
+        """Return `mean ± standard error`, the value alone for one seed, or – where a seed has no value."""
+        if not math.isfinite(self.mean):
+            return "–"
         error = "" if math.isnan(self.stderr) else f" ± {factor * self.stderr:.{decimals}f}"
         return f"{factor * self.mean:.{decimals}f}{error}"
 
@@ -133,7 +135,8 @@ class Row:
     draws: int
     """Draws whose probabilities were averaged; 0 at the mean."""
     stats: Mapping[str, Stat]
-    """accuracy, nll, ece, brier, each from 0 to 1 except nll (nats) and brier (0 to 2)."""
+    """accuracy, nll, ece, brier, adaptive_ece, auroc, aurc, each from 0 to 1 except nll (nats) and brier (0 to 2); NaN
+    where a seed has none: auroc if all its answers are right, or all wrong."""
     reliability: metrics.Reliability
     """Bins of confidence, all seeds pooled."""
     runs: tuple[EvaluatedRun, ...]
@@ -223,6 +226,21 @@ def rows_of_runs(runs: Sequence[EvaluatedRun], bins: int = 10) -> tuple[list[Row
     return rows, repeated, _notes(groups)
 
 
+def origin_cells(run: EvaluatedRun) -> list[Any]:
+    """Return where a run's numbers come from: run, task, method, split, seed, tau, draws, version, commit."""
+    return [
+        str(run.run),
+        run.meta["task"],
+        run.settings["method"],
+        run.meta["split"],
+        run.settings["seed"],
+        run.meta["tau"],
+        run.meta["samples"],
+        (run.config.get("versions") or {}).get("varlora", "-"),
+        str(run.config.get("commit") or "-")[:12],
+    ]
+
+
 # --- reading
 
 
@@ -244,7 +262,10 @@ def read_run(run_dir: Path) -> EvaluatedRun:
     settings = config.get("settings") if isinstance(config, dict) else None
     missing = [k for k in ("task", "model", "method", "seed") if not isinstance(settings, dict) or k not in settings]
     if missing:
-        raise DamagedFileError(f"Expected {run_dir / 'config.json'} to have settings {', '.join(missing)}.")
+        raise DamagedFileError(
+            f"Expected {run_dir / 'config.json'} to have settings {', '.join(missing)}: it is damaged, or of an older "
+            "version than this report reads. Train the run again."
+        )
     path = run_dir / "predictions.safetensors"
     if not path.is_file():
         raise VarloraError(f"{run_dir} has no predictions: run `varlora evaluate {run_dir}` first.")
@@ -257,7 +278,10 @@ def read_run(run_dir: Path) -> EvaluatedRun:
             predictions.meta["split"],
         )
     except (KeyError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged ({error}). Run `varlora evaluate {run_dir}` again.") from error
+        raise DamagedFileError(
+            f"{path} does not say how it was made ({error}): it is damaged, or of an older version than this report "
+            f"reads. Run `varlora evaluate {run_dir}` again."
+        ) from error
     return EvaluatedRun(run_dir, config, predictions)
 
 
@@ -331,7 +355,7 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
     for label, draws, tempered in variants:
         labels = [run.predictions.labels[run.known] for run in group]
         probs = [run.probs(draws > 0, tempered)[run.known] for run in group]
-        values = [metrics.evaluate(p, y, bins) for p, y in zip(probs, labels)]
+        values = [metrics.evaluate_all(p, y, bins) for p, y in zip(probs, labels)]
         width = max(p.shape[1] for p in probs)
         pooled = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in probs])
         yield Row(

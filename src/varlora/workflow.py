@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from varlora.data import EncodedSet, encode_all
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import conclude, fit
 from varlora.model import base_fingerprint, load_model
+from varlora.overhead import Overhead, measure_overhead
 from varlora.params import trainable
 from varlora.posterior import Posterior, Tempered
 from varlora.predict import predict
@@ -254,6 +255,38 @@ def validate(settings: Settings) -> list[str]:
     return found
 
 
+def training_costs(
+    runs: Mapping[str, Settings],
+    rounds: int,
+    *,
+    say: Say = print,
+    progress: Callable[[int], AbstractContextManager[Callable[[int], None] | None]] | None = None,
+) -> Overhead:
+    """Time the training steps of methods on one model and its rows.
+
+    Args:
+        runs: name -> settings; model, rows and batches are the first one's, the methods each one's.
+        rounds: timed steps of each method.
+        say: told in words what a user should know.
+        progress: given the number of rounds, a context that gives a function to call with the rounds done.
+    """
+    first = next(iter(runs.values()))
+    model, tokenizer = _load_base(first)
+    rows = _encode(model, tokenizer, training_rows(get_task(first.task), first, say)[0], first, say).rows
+    methods = {name: settings.build_method() for name, settings in runs.items()}
+    with (progress or _no_progress)(rounds) as advance:
+        return measure_overhead(
+            model,
+            rows,
+            pad_token_id=_pad(tokenizer),
+            methods=methods,
+            batch_size=first.batch_size,
+            rounds=rounds,
+            seed=first.seed,
+            progress=advance,
+        )
+
+
 def training_rows(task: Task, settings: Settings, say: Say) -> tuple[list[Example], list[Example]]:
     """Return the training rows and the calibration rows that were held out of them."""
     rows = load_rows(task, "train", settings.data_dir, settings.skip_bad_rows, settings.row_filter)
@@ -336,7 +369,13 @@ def evaluate(
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
         slices = tuple(example.slice for example in examples)
-        return dataclasses.replace(found, slices=slices if any(slices) else (), meta={**found.meta, **origin_of_rows})
+        return dataclasses.replace(
+            found,
+            slices=slices if any(slices) else (),
+            prompts=tuple(example.prompt for example in examples),
+            answers=tuple(tuple(example.answers) for example in examples),
+            meta={**found.meta, **origin_of_rows},
+        )
 
     def written(found: Predictions, suffix: str = "") -> dict[str, Any]:
         save_predictions(found, run_dir / f"predictions{suffix}.safetensors")

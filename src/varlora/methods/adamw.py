@@ -24,6 +24,7 @@ class AdamW(AdamWTraining):
     """
 
     name: ClassVar[str] = "adamw"
+    title: ClassVar[str] = "AdamW"
 
     def posterior(self, trained: Trained) -> Point:
         """Return the last iterate."""

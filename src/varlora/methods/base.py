@@ -96,6 +96,8 @@ class Method(Protocol):
 
     name: ClassVar[str]
     """Key in `METHODS`, and what reports call it."""
+    title: ClassVar[str] = ""
+    """What the paper's tables call it, such as `LA (KFAC)`; empty: `name`."""
     concludes_from: ClassVar[tuple[str, ...]] = ()
     """Methods whose finished runs the posterior can be concluded from without training; `ANY` for all."""
     continues_from: ClassVar[tuple[str, ...]] = ()

@@ -50,6 +50,7 @@ class Blob(Method):
     """
 
     name: ClassVar[str] = "blob"
+    title: ClassVar[str] = "BLoB"
 
     lr: float = 1e-4
     """Learning rate of AdamW, for M and B, after the warm-up."""

@@ -26,6 +26,7 @@ class Ensemble(Wrapping):
     """
 
     name: ClassVar[str] = "ensemble"
+    title: ClassVar[str] = "Ensemble"
     several_sources: ClassVar[bool] = True
     size: int = 3
     """Members; the one numbered k from 0 has the run's seed plus k."""

@@ -34,6 +34,7 @@ class Ivon(Method):
     """
 
     name: ClassVar[str] = "ivon"
+    title: ClassVar[str] = "IVON"
 
     lr: float = 0.03
     """Learning rate α at the first step; a weight moves by at most `lr * clip_radius` a step."""

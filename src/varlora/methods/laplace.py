@@ -153,6 +153,7 @@ class LaplaceDiag(_Laplace):
     """
 
     name: ClassVar[str] = "laplace_diag"
+    title: ClassVar[str] = "LA (diag)"
 
     def collector(self, trained: Trained) -> Curvature:
         """Collect the diagonal."""
@@ -169,6 +170,7 @@ class LaplaceKfac(_Laplace):
     """
 
     name: ClassVar[str] = "laplace_kfac"
+    title: ClassVar[str] = "LA (KFAC)"
 
     rank: int = 10
     """Rank of the large side of each factor."""

@@ -29,6 +29,7 @@ class McDropout(AdamWTraining):
     """
 
     name: ClassVar[str] = "mc_dropout"
+    title: ClassVar[str] = "MC dropout"
     concludes_from: ClassVar[tuple[str, ...]] = ("adamw",)
 
     def problems(self, plan: Plan) -> list[str]:

@@ -127,6 +127,7 @@ class Swa(_Averaging):
     """
 
     name: ClassVar[str] = "swa"
+    title: ClassVar[str] = "SWA"
     concludes_from: ClassVar[tuple[str, ...]] = ("swag",)
 
     def posterior(self, trained: Trained) -> Point:
@@ -148,6 +149,7 @@ class Swag(_Averaging):
     """
 
     name: ClassVar[str] = "swag"
+    title: ClassVar[str] = "SWAG"
 
     rank: int = 20
     """K: the last K deviations are kept."""

@@ -30,6 +30,7 @@ class Temperature(Wrapping):
     """
 
     name: ClassVar[str] = "temperature"
+    title: ClassVar[str] = "Temperature"
     samples: int = 10
     """Draws at which T is fitted; the mean has a temperature of its own."""
 

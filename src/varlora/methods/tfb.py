@@ -43,6 +43,7 @@ class Tfb(AdamWTraining):
     """
 
     name: ClassVar[str] = "tfb"
+    title: ClassVar[str] = "TFB"
     concludes_from: ClassVar[tuple[str, ...]] = ("adamw", "swa", "ivon", "blob")
 
     bound: float = 0.003

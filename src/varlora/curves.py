@@ -1,0 +1,200 @@
+"""The numbers behind the report's curves: over coverage, over the number of draws, over training, and on other rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from varlora import metrics
+from varlora.predictions import Predictions
+from varlora.results import EvaluatedRun, Row, Stat
+
+__all__ = [
+    "Curve",
+    "Outside",
+    "Series",
+    "Training",
+    "out_of_distribution",
+    "over_draws",
+    "risk_by_coverage",
+    "series_of",
+    "training",
+]
+
+POINTS = 100  # of a curve, at most: more cannot be told apart on a screen
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Points of a line, in order."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """A method with its settings on a task: what one line or one point of a chart shows."""
+
+    name: str
+    """The method, and the settings that tell it from others of its task."""
+    mean: Row
+    """At the posterior mean."""
+    drawn: Row | None
+    """With averaged draws, where there are draws."""
+
+    @property
+    def shown(self) -> Row:
+        """The draws where there are any, else the mean: what the method is meant to be used with."""
+        return self.drawn or self.mean
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What was logged while training, averaged over seeds."""
+
+    loss: Curve
+    """Training loss by step."""
+    sigma: Curve | None
+    """Mean standard deviation of the posterior by step, where the method logs it."""
+    layers: Curve | None
+    """The same by layer, where training ended."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outside:
+    """How well a method's uncertainty separates another task's rows from the run's own."""
+
+    task: str
+    """The other task."""
+    rows: int
+    """Its number of rows, in the first seed."""
+    total: Stat
+    """AUROC of the total uncertainty; 0.5 says nothing, 1 separates them."""
+    epistemic: Stat
+    """AUROC of the epistemic uncertainty; NaN for a method without draws, which has none."""
+
+
+def series_of(rows: Sequence[Row]) -> dict[str, list[Series]]:
+    """Return the series of each task, in the order of the rows; rows with a fitted temperature are left out."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if not row.tempered:
+            found.setdefault((row.task, f"{row.method} {row.differs}".strip()), []).append(row)
+    tasks: dict[str, list[Series]] = {}
+    for (task, name), (mean, *drawn) in found.items():
+        tasks.setdefault(task, []).append(Series(name, mean, drawn[0] if drawn else None))
+    return tasks
+
+
+def risk_by_coverage(row: Row) -> Curve:
+    """Return the error rate among the most confident rows by the share that is answered, averaged over seeds."""
+    found = [metrics.risk_coverage(probs, labels) for probs, labels in row.answers]
+    grid = np.linspace(1 / POINTS, 1, POINTS)
+    risks = [np.interp(grid, one.coverage.numpy(), one.risk.numpy()) for one in found]
+    return Curve(tuple(grid), tuple(np.mean(risks, axis=0)))
+
+
+def over_draws(row: Row) -> dict[str, Curve]:
+    """Return accuracy and NLL of the first S draws, averaged in probability, by S; averaged over seeds."""
+    accuracy, nll = [], []
+    for run in row.runs:
+        probs = run.predictions.logits[:, run.known].double().softmax(dim=-1).cumsum(dim=0)
+        labels = run.predictions.labels[run.known]
+        means = [total / s for s, total in enumerate(probs, start=1)]
+        accuracy.append([metrics.accuracy(mean, labels) for mean in means])
+        nll.append([metrics.nll(mean, labels) for mean in means])
+    draws = min(map(len, accuracy))
+    chosen = range(1, draws + 1) if draws <= POINTS else sorted({round(s) for s in np.geomspace(1, draws, POINTS)})
+    return {
+        name: Curve(tuple(map(float, chosen)), tuple(float(np.mean([v[s - 1] for v in values])) for s in chosen))
+        for name, values in (("accuracy", accuracy), ("nll", nll))
+    }
+
+
+def training(runs: Sequence[EvaluatedRun]) -> Training | None:
+    """Return what training.jsonl says, averaged over the seeds that have one; an ensemble's members count as seeds.
+
+    Lines that cannot be read are left out: a run that was interrupted may have half a line.
+    """
+    logs = [log for run in runs for path in _logs(run.run) if (log := _log(path))]
+    if not logs:
+        return None
+    loss = _mean_by_step(logs, "loss")
+    sigma = _mean_by_step(logs, "sigma")
+    ends = [log[-1] for log in logs]
+    names = sorted({name for end in ends for name in end if name.startswith("sigma/layer_")})
+    values = [[end[name] for end in ends if name in end] for name in names]
+    layers = Curve(tuple(float(name[-2:]) for name in names), tuple(map(_average, values))) if names else None
+    return Training(loss, sigma if sigma.x else None, layers)
+
+
+def out_of_distribution(row: Row) -> list[Outside]:
+    """Return what each other task's rows say, for the tasks that all of the row's runs were evaluated on.
+
+    Args:
+        row: total uncertainty is of its probabilities: at the mean, or of its draws.
+    """
+    extras = [run.extra("ood") for run in row.runs]
+    found = []
+    for task in sorted(set.intersection(*(set(extra) for extra in extras))):
+        total, epistemic = [], []
+        for run, extra in zip(row.runs, extras):
+            own, other = _uncertainty(run.predictions, row.draws), _uncertainty(extra[task], row.draws)
+            outside = torch.cat([torch.zeros(len(own.total)), torch.ones(len(other.total))]).bool()
+            total.append(metrics.auroc(torch.cat([own.total, other.total]), outside))
+            both = torch.cat([own.epistemic, other.epistemic])
+            epistemic.append(metrics.auroc(both, outside) if row.draws else math.nan)
+        found.append(Outside(task, len(extras[0][task].ids), Stat(tuple(total)), Stat(tuple(epistemic))))
+    return found
+
+
+def _uncertainty(predictions: Predictions, draws: int) -> metrics.Uncertainty:
+    return predictions.uncertainty if draws else metrics.uncertainty(predictions.logits_mean[None])
+
+
+def _logs(run_dir: Path) -> list[Path]:
+    members = sorted(run_dir.glob("member-*/training.jsonl"))
+    return members or [run_dir / "training.jsonl"]
+
+
+def _log(path: Path) -> list[dict[str, float]]:
+    """Return the lines that have a loss, by step."""
+    if not path.is_file():
+        return []
+    found = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            if "loss" in entry:
+                found[int(entry["step"])] = entry  # of a step logged twice, by a resumed run, the last counts
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [found[step] for step in sorted(found)]
+
+
+def _mean_by_step(logs: Sequence[Sequence[dict[str, float]]], name: str) -> Curve:
+    """Return the average over the logs that have a step; neighbouring steps are averaged where they are many."""
+    values: dict[int, list[float]] = {}
+    for log in logs:
+        for entry in log:
+            value = entry.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                values.setdefault(int(entry["step"]), []).append(value)
+    steps = sorted(values)
+    size = math.ceil(len(steps) / POINTS)
+    parts = [steps[i : i + size] for i in range(0, len(steps), size)] if steps else []
+    return Curve(
+        tuple(_average(part) for part in parts),
+        tuple(_average([_average(values[step]) for step in part]) for part in parts),
+    )
+
+
+def _average(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

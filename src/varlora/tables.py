@@ -1,0 +1,731 @@
+"""The paper's tables from evaluated runs: methods by task (Table 1), IVON by τ (Table 2), the settings (Table 3).
+
+A table here is numbers and texts; `varlora.typeset` writes it for the terminal, in Markdown, LaTeX, HTML and JSON. A
+change is against the baseline on the same seeds and rows, with a bootstrap interval that tells it from noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from varlora.bootstrap import Difference, paired_differences
+from varlora.errors import VarloraError
+from varlora.methods import METHODS
+from varlora.results import EvaluatedRun, Row, Skipped, rows_of_runs
+from varlora.run import read_json
+from varlora.tasks import get_task
+
+__all__ = [
+    "ALL",
+    "AVERAGE",
+    "BEYOND_METRICS",
+    "PAPER_METRICS",
+    "TASKS",
+    "Block",
+    "Cell",
+    "Line",
+    "Metric",
+    "ResultTable",
+    "average",
+    "beyond",
+    "setting_text",
+    "table1",
+    "table2",
+    "table3",
+    "with_best",
+]
+
+TASKS = {
+    "winogrande_s": "WG-S",
+    "arc_challenge": "ARC-C",
+    "arc_easy": "ARC-E",
+    "winogrande_m": "WG-M",
+    "openbookqa": "OBQA",
+    "boolq": "BoolQ",
+}
+"""The paper's tasks, in its order, and what it calls them."""
+AVERAGE = "Average"
+ALL = "All tasks"
+ORDER = (
+    *("adamw", "mc_dropout", "laplace_kfac", "laplace_diag", "swa", "swag"),
+    *("tfb", "ensemble", "temperature", "blob", "ivon"),
+)
+"""The paper's methods in its order, with the others before IVON."""
+TEMPERED = "Tempered"
+SETTINGS = ("steps", "batch_size", "accumulation", "calibration_fraction", "lora", "model", "dtype", "quantization")
+"""Settings of a run, beside the method's own, that Table 3 shows."""
+SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
+
+Verdict = Literal["", "better", "worse", "noise", "untested"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown."""
+
+    name: str
+    """Key in `Row.stats`."""
+    title: str
+    """Its heading, unit included."""
+    larger_is_better: bool
+    factor: float
+    """What numbers are multiplied by."""
+    decimals: int
+    """Places after the point."""
+
+    def text(self, value: float, sign: str = "") -> str:
+        """Return a value as it is printed; with `sign="+"` the sign always stands before it.
+
+        Example:
+            >>> PAPER_METRICS[0].text(0.721), PAPER_METRICS[2].text(0.13, "+")
+            ('72.1', '+0.13')
+        """
+        return f"{self.factor * value:{sign}.{self.decimals}f}"
+
+    def verdict(self, cell: Cell) -> Verdict:
+        """Say what a cell's change is worth; `untested` where it has no interval, nothing where there is no change.
+
+        Example:
+            >>> [PAPER_METRICS[0].verdict(Cell(0.7, change=0.1, low=low, high=0.2)) for low in (0.05, -0.05, None)]
+            ['better', 'noise', 'untested']
+        """
+        if cell.change is None:
+            return ""
+        if cell.low is None or cell.high is None:
+            return "untested"
+        if cell.low <= 0 <= cell.high:
+            return "noise"
+        return "better" if (cell.low > 0) == self.larger_is_better else "worse"
+
+
+PAPER_METRICS = (
+    Metric("accuracy", "ACC (%)", True, 100, 1),
+    Metric("ece", "ECE ×100", False, 100, 1),
+    Metric("nll", "NLL", False, 1, 2),
+)
+"""Those of the paper's tables."""
+BEYOND_METRICS = (
+    Metric("brier", "Brier", False, 1, 3),
+    Metric("adaptive_ece", "Adaptive ECE ×100", False, 100, 1),
+    Metric("auroc", "AUROC ×100", True, 100, 1),
+    Metric("aurc", "AURC ×100", False, 100, 1),
+)
+"""Further ones; the last three have no bootstrap interval."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table, in the metric's own unit, or a text."""
+
+    mean: float | None = None
+    """Mean over seeds; None where there is none."""
+    stderr: float | None = None
+    """Standard error over seeds; None for one seed."""
+    change: float | None = None
+    """Mean less the baseline's on the same task."""
+    low: float | None = None
+    """Lower end of the change's interval; None where rows and seeds are not paired, or the metric has no bootstrap."""
+    high: float | None = None
+    """Upper end of the change's interval."""
+    seeds: int = 0
+    """Number of seeds; for an average the smallest of its tasks."""
+    failed: str = ""
+    """Which runs failed and why, whether others gave a mean or not."""
+    best: bool = False
+    """Whether no other line of the block has a better number in this column, as it is printed."""
+    text: str = ""
+    """What to show in place of a number (Table 3)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a block."""
+
+    label: str
+    """Method, τ or setting."""
+    cells: Mapping[str, Cell]
+    """By column; what is absent is shown as absent."""
+    starred: bool = False
+    """Whether one plain model answers, with nothing extra at inference."""
+    section: str = ""
+    """Heading that lines with the same one stand under, after those without."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of one metric, or of one method's settings."""
+
+    title: str
+    """The metric's heading, or the method."""
+    lines: tuple[Line, ...]
+    metric: Metric | None = None
+    """None: cells are texts."""
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table, whatever it is written as."""
+
+    name: str
+    """`table1`, `table2`, `table3` or `beyond`."""
+    title: str
+    caption: str
+    """What the numbers are."""
+    head: str
+    """Heading of the labels."""
+    columns: tuple[str, ...]
+    """Names of tasks, then `AVERAGE` or `ALL`; `heading` says what is written above them."""
+    blocks: tuple[Block, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out or went wrong, a sentence or more each."""
+
+    @staticmethod
+    def heading(column: str) -> str:
+        """Return what is written above a column."""
+        return TASKS.get(column, column)
+
+
+# --- Table 1
+
+
+def table1(
+    rows: Sequence[Row],
+    *,
+    failed: Sequence[Skipped] = (),
+    baseline: str = "adamw",
+    metrics: Sequence[Metric] = PAPER_METRICS,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> ResultTable:
+    r"""Return each metric by method and task, and averaged over tasks, with the change against a baseline.
+
+    The average's standard error, and the interval of its change, follow from those of its T tasks, whose runs and rows
+    are independent of each other:
+
+    .. math:: s = \frac{1}{T} \sqrt{\sum_t s_t^2}, \qquad l = \bar\Delta - \frac{1}{T} \sqrt{\sum_t (\Delta_t - l_t)^2}
+
+    and the upper end likewise. Only a line with all tasks has an average. A line at the mean of what builds on another
+    method is left out, and noted, where it repeats that one (MC dropout and Laplace at the mean are AdamW).
+
+    Args:
+        rows: rows of one call of `rows_of_runs`.
+        failed: runs that failed; their cells are marked. The reason stands in the notes alone where the run has no
+            config.json yet, or its method has lines with several settings.
+        baseline: label of the row that changes are against, such as `adamw` or `ivon@mean`.
+        metrics: a block for each.
+        replicates: bootstrap replicates of each change.
+        seed: of the bootstrap.
+
+    Returns:
+        The table; a line has no change where the baseline has no row, or several, for the same model and split.
+
+    Raises:
+        VarloraError: two rows for one line and task.
+
+    References:
+        Cong et al. 2024, Variational Low-Rank Adaptation Using IVON, Table 1; Zou and Donner 2008, Construction of
+        confidence limits about effect measures (the average's interval).
+    """
+    lines = _lines(rows)
+    repeats = _repeats(lines)
+    draws = sorted({key.draws for key in lines if key.draws})
+    notes = [f"{key.label(draws)} repeats {other.label(draws)}: left out." for key, other in repeats.items()]
+    shown = {key: of_task for key, of_task in lines.items() if key not in repeats}
+    failures, unplaced = _failures(failed, shown)
+    shown |= {_failed_line(method): {} for _, method in failures if method not in {key.method for key in shown}}
+    tasks = _in_order({row.task for row in rows} | {task for task, _ in failures})
+
+    cells: dict[str, list[Line]] = {metric.name: [] for metric in metrics}
+    for key in sorted(shown):
+        of_metric: dict[str, dict[str, Cell]] = {metric.name: {} for metric in metrics}
+        for task in tasks:
+            row, reason = shown[key].get(task), failures.get((task, key.method), "")
+            base = _baseline(row, rows, baseline) if row else None
+            intervals = _intervals(base, row, replicates, seed) if row and base else {}
+            for name, found in of_metric.items():
+                found[task] = _cell(name, row, base, intervals.get(name), reason)
+        section = TEMPERED if key.tempered else ""
+        for name, found in of_metric.items():
+            if len(tasks) > 1:
+                found[AVERAGE] = average([found[task] for task in tasks])
+            cells[name].append(Line(key.label(draws), found, key.starred and bool(shown[key]), section))
+    return ResultTable(
+        name="table1",
+        title="Accuracy and calibration by method and task",
+        caption=_caption(rows, baseline, replicates),
+        head="Method",
+        columns=(*tasks, AVERAGE) if len(tasks) > 1 else tasks,
+        blocks=tuple(Block(metric.title, tuple(cells[metric.name]), metric) for metric in metrics),
+        notes=(*notes, *unplaced),
+    )
+
+
+def beyond(
+    rows: Sequence[Row],
+    *,
+    failed: Sequence[Skipped] = (),
+    baseline: str = "adamw",
+    replicates: int = 1000,
+    seed: int = 0,
+) -> ResultTable:
+    """Return Table 1 with metrics that the paper does not have: Brier score, adaptive ECE, AUROC and AURC.
+
+    Args:
+        rows: as `table1`, and so are the others.
+        failed: runs that failed.
+        baseline: label of the row that changes are against.
+        replicates: bootstrap replicates of each change.
+        seed: of the bootstrap.
+
+    Raises:
+        VarloraError: as `table1`.
+    """
+    table = table1(rows, failed=failed, baseline=baseline, metrics=BEYOND_METRICS, replicates=replicates, seed=seed)
+    added = (
+        "Adaptive ECE: bins of equal mass. AUROC: how well confidence tells right answers from wrong ones, not defined "
+        "where all are right or all wrong. AURC: area under the risk-coverage curve."
+    )
+    return replace(table, name="beyond", title="Further metrics by method and task", caption=f"{table.caption} {added}")
+
+
+class _Key(NamedTuple):
+    """What a line is of; sorts as the paper does."""
+
+    tempered: bool
+    place: int
+    method: str
+    builds_on: str  # "", "+ " for AdamW, or "IVON + "
+    draws: int
+    differs: str
+    mean: bool  # of something to draw from
+
+    def label(self, draws: Sequence[int]) -> str:
+        """Return what the paper calls it; the number of draws where the table has several."""
+        text = f"{self.builds_on}{_title(self.method)}{'@mean' if self.mean else ''}"
+        text += f" x{self.draws}" if self.draws and len(draws) > 1 else ""
+        text += " +T" if self.tempered else ""
+        return f"{text}, {self.differs}" if self.differs else text
+
+    @property
+    def starred(self) -> bool:
+        return not self.draws and not self.tempered and self.method != "temperature"
+
+
+def _lines(rows: Sequence[Row]) -> dict[_Key, dict[str, Row]]:
+    lines: dict[_Key, dict[str, Row]] = {}
+    for row in rows:
+        mean = row.label.removesuffix(" +T").endswith("@mean")
+        where = (_builds_on(row.runs[0]), row.draws, row.differs, mean)
+        key = _Key(row.tempered, _place(row.method), row.method, *where)
+        if lines.setdefault(key, {}).setdefault(row.task, row) is not row:
+            raise VarloraError(
+                f"Expected one row of {row.label} for {row.task}, but got two. Make all rows in one call of "
+                "`rows_of_runs`, which tells them apart."
+            )
+    return {key: lines[key] for key in sorted(lines)}
+
+
+def _failed_line(method: str) -> _Key:
+    return _Key(False, _place(method), method, "+ " if _on_adamw(method) else "", 0, "", False)
+
+
+def _repeats(lines: Mapping[_Key, Mapping[str, Row]]) -> dict[_Key, _Key]:
+    """Return the lines at the mean that are another one's model, and that other one."""
+
+    def may_repeat(key: _Key) -> bool:
+        return key.mean and bool(_takes(key.method))
+
+    found: dict[_Key, _Key] = {}
+    for key, of_task in lines.items():
+        if may_repeat(key):
+            for other, theirs in lines.items():
+                candidate = other.draws == 0 and other not in found and (not may_repeat(other) or other < key)
+                if candidate and all(task in theirs and _same(row, theirs[task]) for task, row in of_task.items()):
+                    found[key] = other
+                    break
+    return found
+
+
+def _same(row: Row, other: Row) -> bool:
+    """Whether the other row has each seed's answers as well."""
+    theirs = {run.settings["seed"]: run for run in other.runs}
+    for run in row.runs:
+        its = theirs.get(run.settings["seed"])
+        if its is None or its.predictions.ids != run.predictions.ids or other.tempered != row.tempered:
+            return False
+        a, b = (one.probs(False, row.tempered) for one in (run, its))
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=SAME):
+            return False
+    return True
+
+
+def _failures(failed: Sequence[Skipped], lines: Iterable[_Key]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Return why runs failed, by task and method, and of those whose cells are not known."""
+    found: dict[tuple[str, str], str] = {}
+    unplaced = []
+    for skip in failed:
+        reason = f"{skip.run} failed: {skip.reason}"
+        try:
+            settings = read_json(Path(skip.run) / "config.json")["settings"]
+            task, method = get_task(settings["task"]).name, str(settings["method"])
+        except (VarloraError, OSError, KeyError, TypeError):
+            unplaced.append(reason)
+            continue
+        if len({key.differs for key in lines if key.method == method}) > 1:
+            unplaced.append(reason)
+        else:
+            found[task, method] = " ".join(filter(None, (found.get((task, method)), reason)))
+    return found, unplaced
+
+
+def _baseline(row: Row, rows: Sequence[Row], label: str) -> Row | None:
+    """Return the row that the change of this one is against; None for itself, or if there is no one such row."""
+
+    def origin(one: Row) -> tuple[str, str, str]:
+        return one.task, str(one.runs[0].settings["model"]), one.runs[0].meta["split"]
+
+    found = [one for one in rows if one.label == label and origin(one) == origin(row)]
+    return found[0] if len(found) == 1 and row not in found else None
+
+
+def _intervals(a: Row, b: Row, replicates: int, seed: int) -> dict[str, Difference]:
+    """Return the bootstrap's differences b − a; none if seeds or rows are not the same."""
+
+    def rows_of(row: Row) -> list[Any]:
+        return [(run.settings["seed"], run.predictions.ids, run.predictions.labels.tolist()) for run in row.runs]
+
+    if rows_of(a) != rows_of(b):
+        return {}
+    bins = len(a.reliability.count)
+    generator = torch.Generator().manual_seed(seed)
+    return paired_differences(a.answers, b.answers, bins=bins, replicates=replicates, generator=generator)
+
+
+def _cell(name: str, row: Row | None, base: Row | None, interval: Difference | None, failed: str) -> Cell:
+    if row is None:
+        return Cell(failed=failed)
+    stat = row.stats[name]
+    return Cell(
+        mean=_number(stat.mean),
+        stderr=_number(stat.stderr),
+        change=_number(stat.mean - base.stats[name].mean) if base else None,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+        seeds=len(row.runs),
+        failed=failed,
+    )
+
+
+def average(cells: Sequence[Cell]) -> Cell:
+    """Average a line over its tasks, which are independent of each other; nothing if one of them has no mean.
+
+    Example:
+        >>> of_tasks = Cell(0.5, 0.03, change=0.2, low=0.1, high=0.4), Cell(0.7, 0.04, change=0.1, low=0, high=0.1)
+        >>> found = average(of_tasks)
+        >>> [round(value, 3) for value in (found.mean, found.stderr, found.change, found.low, found.high)]
+        [0.6, 0.025, 0.15, 0.079, 0.25]
+    """
+    means, errors, changes, lows, highs = (
+        [value for cell in cells if (value := getattr(cell, name)) is not None]
+        for name in ("mean", "stderr", "change", "low", "high")
+    )
+    n = len(cells)
+    if len(means) < n:
+        return Cell()
+    found = Cell(
+        mean=math.fsum(means) / n,
+        stderr=_root(errors) if len(errors) == n else None,
+        seeds=min(cell.seeds for cell in cells),
+        failed=" ".join(dict.fromkeys(cell.failed for cell in cells if cell.failed)),
+    )
+    if len(changes) < n:
+        return found
+    change = math.fsum(changes) / n
+    if len(lows) < n or len(highs) < n:
+        return replace(found, change=change)
+    low = change - _root([max(0.0, delta - low) for delta, low in zip(changes, lows)])
+    high = change + _root([max(0.0, high - delta) for delta, high in zip(changes, highs)])
+    return replace(found, change=change, low=low, high=high)
+
+
+def _root(spreads: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(spread**2 for spread in spreads)) / len(spreads)
+
+
+def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
+    def listed(values: Iterable[Any]) -> str:
+        return ", ".join(map(str, sorted(set(values))))
+
+    firsts = [row.runs[0] for row in rows]
+    method, mean, _ = baseline.partition("@mean")
+    parts = [
+        f"Model: {listed(Path(run.settings['model']).name for run in firsts)}; "
+        f"split: {listed(run.meta['split'] for run in firsts)}.",
+        _over_seeds(rows) + " That of the average follows from those of its tasks.",
+        "*: one plain model answers, with nothing extra at inference.",
+    ]
+    if any(row.label == baseline for row in rows):
+        parts.append(
+            f"With a sign: the change against {_title(method)}{mean}. It is noise if its 95 % interval, from "
+            f"{replicates} bootstrap replicates over seeds and rows, contains 0; the average's interval follows from "
+            "those of its tasks."
+        )
+    if any(row.tempered for row in rows):
+        parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
+    return " ".join(parts) if rows else ""
+
+
+def _over_seeds(rows: Sequence[Row]) -> str:
+    """Say what the numbers of a table are."""
+    seeds, draws, bins = (
+        " or ".join(map(str, sorted(set(values))))
+        for values in (
+            [len(row.runs) for row in rows],
+            [row.draws for row in rows if row.draws],
+            [len(row.reliability.count) for row in rows],
+        )
+    )
+    drawn = f" Methods that draw average the probabilities of {draws} draws." if draws else ""
+    return f"ECE with {bins} bins (lo, hi].{drawn} Means over seeds ({seeds}) with the standard error."
+
+
+# --- Table 2
+
+
+def table2(
+    runs: Sequence[EvaluatedRun],
+    *,
+    method: str = "ivon",
+    metrics: Sequence[Metric] = PAPER_METRICS,
+    bins: int = 10,
+) -> ResultTable:
+    """Return each metric by factor τ of the posterior's variance, from a method's predictions and their `tau` files.
+
+    τ = 0 is the posterior's mean, τ = 1 the posterior.
+
+    Args:
+        runs: evaluated runs; those of other methods are left out.
+        method: key in METHODS.
+        metrics: a block for each.
+        bins: equal-width bins (lo, hi] of the ECE.
+
+    Returns:
+        The table; the best of each column is marked. Damaged files, and those that were predicted otherwise than the
+        run's main ones, are left out and noted.
+
+    References:
+        Cong et al. 2024, Variational Low-Rank Adaptation Using IVON, Table 2.
+    """
+    scaled, notes = _scaled([run for run in runs if run.settings["method"] == method])
+    rows, _, _ = rows_of_runs(scaled, bins)
+    lines: dict[tuple[str, float], dict[str, Row]] = defaultdict(dict)
+    for row in sorted((row for row in rows if not row.tempered), key=lambda row: -len(row.runs)):
+        differs = ", ".join(part for part in row.differs.split(", ") if not part.startswith("tau="))
+        tau = float(row.runs[0].meta["tau"]) if row.draws else 0.0
+        lines[differs, tau].setdefault(row.task, row)  # the mean is the same at every τ: take that of most seeds
+
+    title = _title(method)
+    names = {0.0: f"0 ({title}@mean)", 1.0: f"1 ({title})"}
+    tasks = _in_order({row.task for row in rows})
+    blocks = []
+    for metric in metrics:
+        found = [
+            Line(
+                names.get(tau, f"{tau:g}") + (f", {differs}" if differs else ""),
+                {task: _cell(metric.name, of_task.get(task), None, None, "") for task in tasks},
+            )
+            for (differs, tau), of_task in sorted(lines.items())
+        ]
+        blocks.append(Block(metric.title, with_best(found, metric), metric))
+    return ResultTable(
+        name="table2",
+        title=f"{title} with its variance scaled by τ",
+        caption=f"τ = 0 is the posterior mean. Bold: the best of each column. {_over_seeds(rows)}" if rows else "",
+        head="τ",
+        columns=tasks,
+        blocks=tuple(blocks),
+        notes=tuple(notes),
+    )
+
+
+def _scaled(runs: Sequence[EvaluatedRun]) -> tuple[list[EvaluatedRun], list[str]]:
+    """Return the runs, and once more at every other τ that they were evaluated at; and what was left out."""
+    found, notes = list(runs), []
+    for run in runs:
+        try:
+            others = run.extra("tau")
+        except VarloraError as error:
+            notes.append(f"{run.run}: left out at other τ: {error}")
+            continue
+        for name, predictions in others.items():
+            differ = [key for key in ("task", "split", "samples") if predictions.meta.get(key) != run.meta[key]]
+            if differ or "tau" not in predictions.meta:
+                notes.append(
+                    f"{run.run}: left out at τ = {name}: {' and '.join(differ) or 'tau'} differ. Evaluate again."
+                )
+            else:
+                found.append(replace(run, predictions=predictions))
+    return found, notes
+
+
+def with_best(lines: Sequence[Line], metric: Metric) -> tuple[Line, ...]:
+    """Mark the best number of each column, as it is printed: equal ones are all best."""
+    sign = 1 if metric.larger_is_better else -1
+
+    def printed(cell: Cell) -> float:
+        return -math.inf if cell.mean is None else sign * float(metric.text(cell.mean))
+
+    best = {column: max(printed(line.cells[column]) for line in lines) for column in lines[0].cells} if lines else {}
+    return tuple(
+        replace(
+            line,
+            cells={
+                column: replace(cell, best=cell.mean is not None and printed(cell) == best[column])
+                for column, cell in line.cells.items()
+            },
+        )
+        for line in lines
+    )
+
+
+# --- Table 3
+
+
+def table3(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable:
+    """Return the settings by task: first those of the runs on which all methods agree, then each method's own.
+
+    What is the same for all tasks stands once, under `ALL`. The runs of a method and task may differ in their settings,
+    and do in their seeds: their values are listed.
+
+    Args:
+        runs: for each run the task's name and the run's settings.
+
+    References:
+        Cong et al. 2024, Variational Low-Rank Adaptation Using IVON, Table 3.
+    """
+    methods = sorted({str(settings["method"]) for _, settings in runs}, key=lambda method: (_place(method), method))
+    tasks = _in_order({task for task, _ in runs})
+    found = {method: _settings_of([run for run in runs if run[1]["method"] == method]) for method in methods}
+    common: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(name for own in found.values() for name in own.of_run):
+        each = [own.of_run.get(name, {}) for own in found.values()]
+        if all(len({texts[task] for texts in each if task in texts}) <= 1 for task in tasks):
+            common[name] = {task: texts[task] for texts in each for task in texts}
+
+    blocks = [("All methods", common)] if len(methods) > 1 else []
+    for method, own in found.items():
+        left = {name: texts for name, texts in own.of_run.items() if len(methods) == 1 or name not in common}
+        blocks.append((_title(method), own.of_method | left))
+    return ResultTable(
+        name="table3",
+        title="Hyperparameters",
+        caption="Settings have the names that recipes give them.",
+        head="Setting",
+        columns=(*tasks, ALL) if len(tasks) > 1 else tasks,
+        blocks=tuple(
+            Block(title, tuple(_settings_line(name, texts, tasks) for name, texts in settings.items()))
+            for title, settings in blocks
+            if settings
+        ),
+    )
+
+
+class _Settings(NamedTuple):
+    """Texts by setting and task."""
+
+    of_method: dict[str, dict[str, str]]
+    of_run: dict[str, dict[str, str]]
+
+
+def _settings_of(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> _Settings:
+    def texts(values: Iterable[tuple[str, str, Any]]) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, list[str]]] = {}
+        for task, name, value in values:
+            found.setdefault(name, {}).setdefault(task, []).append(setting_text(value))
+        return {
+            name: {task: ", ".join(dict.fromkeys(listed)) for task, listed in of_task.items()}
+            for name, of_task in found.items()
+        }
+
+    def of_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+        shown = {name: settings[name] for name in SETTINGS if name in settings}
+        return {**shown, "model": Path(settings["model"]).name, "seeds": settings["seed"]}
+
+    return _Settings(
+        texts((task, *pair) for task, settings in runs for pair in _flat(settings.get("method_settings") or {})),
+        texts((task, *pair) for task, settings in runs for pair in _flat(of_run(settings))),
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield name and value, of nested settings by dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _settings_line(name: str, of_task: Mapping[str, str], tasks: Sequence[str]) -> Line:
+    texts = {task: of_task[task] for task in tasks if task in of_task}
+    if len(tasks) > 1 and len(texts) == len(tasks) and len(set(texts.values())) == 1:
+        texts = {ALL: texts[tasks[0]]}
+    return Line(name, {column: Cell(text=text) for column, text in texts.items()})
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting as one writes it: 1e7, 0.99999, 8bit."""
+    if isinstance(value, float):
+        short = f"{value:g}"
+        mantissa, e, exponent = (short if float(short) == value else repr(value)).partition("e")
+        return f"{mantissa}{e}{int(exponent)}" if e else mantissa
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --- names and order
+
+
+def _takes(method: str) -> tuple[str, ...]:
+    """Return the methods whose finished runs this one can build on."""
+    known = METHODS.get(method)
+    return (*known.concludes_from, *known.continues_from) if known else ()
+
+
+def _on_adamw(method: str) -> bool:
+    return "adamw" in _takes(method)
+
+
+def _builds_on(run: EvaluatedRun) -> str:
+    """Return what stands before the method's name: `+ ` if it builds on AdamW, `IVON + ` if on IVON."""
+    method = str(run.settings["method"])
+    sources = {source["method"] for source in run.config.get("concluded_from") or []}
+    sources = sources or {(run.settings.get("method_settings") or {}).get("of")} - {None}
+    others = sorted(source for source in sources if source != "adamw" and not _on_adamw(source))
+    if others:
+        return " & ".join(map(_title, others)) + " + "
+    return "+ " if _on_adamw(method) else ""
+
+
+def _title(method: str) -> str:
+    return getattr(METHODS.get(method), "title", "") or method
+
+
+def _place(method: str) -> int:
+    return ORDER.index(method) if method in ORDER else len(ORDER)
+
+
+def _in_order(tasks: Iterable[str]) -> tuple[str, ...]:
+    known = list(TASKS)
+    return tuple(sorted(tasks, key=lambda task: (known.index(task) if task in known else len(known), task)))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,191 @@
+"""The grid: what waits for what, what is not repeated, what a failure or a dead worker costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from functools import partial
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+
+from varlora.config import settings_from
+from varlora.errors import Interrupted, VarloraError
+from varlora.grid import Cell, Outcome, Processes, RayTasks, run_cells
+
+STEPS = 120  # long enough to be killed in
+
+
+def cell(folder: Path, name: str, *after: str, **evaluation) -> Cell:
+    return Cell({"run_dir": str(folder / name), "sources": [str(folder / one) for one in after]}, evaluation)
+
+
+class Fake:
+    """A launcher with room for two cells, which end in the order in which they began, as they were told to."""
+
+    def __init__(self, **ends: str | None) -> None:
+        self.ends = {name: deque(end.split("|")) for name, end in ends.items()}
+        self.begun: list[str] = []
+        self.running: deque[Cell] = deque()
+        self.stopped = False
+
+    def submit(self, cell: Cell) -> int:
+        self.begun.append(cell.run_dir.name)
+        self.running.append(cell)
+        return id(cell)
+
+    def finished(self) -> tuple[int, Outcome | None]:
+        cell = self.running.popleft()
+        end = self.ends.get(cell.run_dir.name, deque([""])).popleft()
+        return id(cell), None if end == "killed" else Outcome(str(cell.run_dir), 1.0, end)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def ended(cells: list[Cell], launcher: Fake) -> dict[str, str]:
+    return {Path(outcome.run_dir).name: outcome.failed for outcome in run_cells(cells, lambda: launcher)}
+
+
+def test_a_cell_waits_for_those_that_it_builds_on(tmp_path):
+    launcher = Fake()
+    first = [cell(tmp_path, name) for name in ("adamw", "ivon")]
+    cells = [cell(tmp_path, "swa", "swag"), cell(tmp_path, "swag", "adamw"), *first]
+    found = ended(cells, launcher)
+    assert found["adamw"] == "no memory"
+    assert found["ivon"] == ""
+    assert f"{tmp_path / 'adamw'}, which it builds on, failed." in found["swag"]
+    assert f"{tmp_path / 'swag'}, which it builds on, failed." in found["swa"]
+    assert launcher.begun == ["adamw", "ivon"]
+
+
+def test_a_dead_worker_costs_one_more_attempt(tmp_path):
+    launcher = Fake(once="killed|", always="killed|killed|")
+    found = ended([cell(tmp_path, name) for name in ("once", "always", "fine")], launcher)
+    assert found == {"once": "", "always": "Its worker was killed 2 times. Is there enough memory?", "fine": ""}
+    assert launcher.begun == ["once", "always", "fine", "once", "always"]
+
+
+def test_what_is_done_is_not_repeated(tmp_path):
+    """Done is: adapter, metrics and every further prediction that is asked for."""
+    (tmp_path / "done" / "adapter").mkdir(parents=True)
+    for name in ("metrics.json", "predictions.safetensors", "predictions-tau-0.5.safetensors"):
+        (tmp_path / "done" / name).touch()
+    assert not cell(tmp_path, "done").missing()
+    assert not cell(tmp_path, "done", samples=10, taus=[0.5]).missing()
+    assert cell(tmp_path, "done", samples=10, taus=[0.5, 1.5]).missing()
+    assert cell(tmp_path, "done", ood=["boolq"]).missing()
+    assert cell(tmp_path, "done", split="calibration").missing()
+    assert ended([cell(tmp_path, "done", samples=10)], None) == {}  # nothing is launched
+
+
+@pytest.fixture(scope="module")
+def settings(bundled) -> dict:
+    return {
+        "task": str(bundled.parent / "tasks" / "true_or_false.yaml"),
+        "model": str(bundled),
+        "steps": STEPS,
+        "batch_size": 2,
+        "checkpoint_every": 40,
+        "calibration_fraction": 0.0,
+        "method": {"name": "adamw", "lr": 1e-3},
+    }
+
+
+def trained(settings: dict, run_dir: Path, **changes) -> Cell:
+    return Cell(settings_from({**settings, "run_dir": str(run_dir), **changes}).to_dict())
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory) -> bytes:
+    """The adapter of a run that was left alone."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    (outcome,) = run_cells([trained(settings, run_dir)], lambda: Processes(threads=1))
+    assert not outcome.failed
+    return adapter(run_dir)
+
+
+def adapter(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def kill_after_a_checkpoint(run_dir: Path, pids, number: int = signal.SIGKILL) -> threading.Thread:
+    """Signal the worker as soon as the run has a checkpoint."""
+
+    def wait() -> None:
+        while not (run_dir / "checkpoint-40" / "manifest.json").exists():
+            time.sleep(0.02)
+        for pid in pids():
+            os.kill(pid, number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_process_is_replaced_and_its_run_goes_on(settings, alone, tmp_path):
+    """And a failing one is reported beside; the finished one is whole."""
+    run_dir = tmp_path / "run"
+    killer = kill_after_a_checkpoint(run_dir, lambda: [process.pid for process in active_children()])
+    bad = trained(settings, tmp_path / "bad", model=str(tmp_path / "absent"))
+    cells = [trained(settings, run_dir), bad]
+    found = {Path(one.run_dir).name: one.failed for one in run_cells(cells, partial(Processes, 1, 1))}
+    killer.join()
+    assert found["run"] == ""
+    assert "absent" in found["bad"]
+    assert adapter(run_dir) == alone
+    assert "Traceback" in (tmp_path / "bad.log").read_text()
+
+
+def test_a_stopped_grid_goes_on(settings, alone, tmp_path):
+    """Ctrl-C: the running cell writes a checkpoint; the same call ends in the bits of a run left alone."""
+    run_dir = tmp_path / "run"
+    killer = kill_after_a_checkpoint(run_dir, lambda: [os.getpid()], signal.SIGINT)
+    with pytest.raises(Interrupted, match="has written a checkpoint"):
+        list(run_cells([trained(settings, run_dir)], partial(Processes, 1, 1)))
+    killer.join()
+    assert not active_children()
+    assert not (run_dir / "adapter").exists()
+    (outcome,) = run_cells([trained(settings, run_dir)], partial(Processes, 1, 1))
+    assert not outcome.failed
+    assert adapter(run_dir) == alone
+
+
+def workers_of_ray() -> list[int]:
+    """Processes that run a cell, by the title that Ray gives them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::_run_on_ray"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def test_a_killed_ray_worker_is_retried_and_resumes(settings, alone, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        with pytest.raises(VarloraError, match="Expected a cluster with 2 GPU for a cell, but it has 1"):
+            RayTasks(gpus=2)
+        run_dir = tmp_path / "run"
+        killer = kill_after_a_checkpoint(run_dir, workers_of_ray)
+        bad = trained(settings, tmp_path / "bad", model=str(tmp_path / "absent"))
+        cells = [trained(settings, run_dir), bad]
+        found = {Path(one.run_dir).name: one.failed for one in run_cells(cells, partial(RayTasks, gpus=0.5))}
+        killer.join()
+        assert found["run"] == ""
+        assert "absent" in found["bad"]
+        assert adapter(run_dir) == alone
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        (outcome,) = run_cells([trained(settings, tmp_path / "whole", steps=2)], partial(RayTasks, gpus=1))
+        assert not outcome.failed
+    finally:
+        ray.shutdown()

@@ -1,0 +1,221 @@
+"""The paper's tables by one command: what a plan becomes, what is shared, searched, refused and reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_workflow import silent
+
+from varlora.cli import main
+from varlora.demo.run import one_thread
+from varlora.errors import ConfigError, VarloraError
+from varlora.grid import Cell, Outcome, run_cell
+from varlora.methods import METHODS
+from varlora.reproduce import plan_from, reproduce, tables_of
+
+EVERY = [name for name in METHODS if name not in ("tfb", "blob")]  # these have tests of their own, and are slow
+
+
+class Here:
+    """Runs each cell in this process, and remembers which."""
+
+    def __init__(self, fail: str = "") -> None:
+        self.fail, self.begun = fail, []
+
+    def submit(self, cell: Cell) -> Outcome:
+        self.begun.append(str(cell.run_dir).rpartition("/runs/")[2])
+        if self.fail and self.fail in str(cell.run_dir):
+            return Outcome(str(cell.run_dir), 0.0, "no space left on device")
+        with one_thread():
+            return run_cell(cell.settings, cell.evaluation)
+
+    def __call__(self) -> Here:
+        self.ended = []
+        submit = self.submit
+
+        class Launched:
+            def submit(_, cell: Cell) -> int:
+                self.ended.append(submit(cell))
+                return id(self.ended[-1])
+
+            def finished(_) -> tuple[int, Outcome]:
+                outcome = self.ended.pop()
+                return id(outcome), outcome
+
+            def stop(_) -> None: ...
+
+        return Launched()
+
+
+@pytest.fixture(scope="module")
+def world(bundled, tmp_path_factory) -> dict:
+    """Two tasks of the demo with few rows, and settings that are quick."""
+    folder, tasks = tmp_path_factory.mktemp("tasks"), bundled.parent / "tasks"
+    for name in ("true_or_false", "two_choices"):
+        for split, rows in (("train", 30), ("dev", 10)):
+            lines = (tasks / f"{name}.{split}.jsonl").read_text().splitlines(keepends=True)
+            (folder / f"{name}.{split}.jsonl").write_text("".join(lines[:rows]))
+        shutil.copy(tasks / f"{name}.yaml", folder)
+    return {
+        "model": str(bundled),
+        "tasks": [str(folder / "two_choices.yaml")],
+        "seeds": [3, 4],
+        "steps": 6,
+        "samples": 2,
+        "calibration_fraction": 0.4,
+    }
+
+
+def recipe(folder: Path, **values) -> Path:
+    path = folder / "plan.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+def test_all_methods_share_one_adamw_run_a_seed(world, tmp_path):
+    """Nothing is trained twice, and a second call runs nothing."""
+    methods = {name: {} for name in EVERY} | {"swag": {"every": 1}, "ensemble": {"size": 2}}
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": list(methods)})
+    plan.methods.update(methods)
+    launcher = Here()
+    ended = reproduce(plan, launcher, silent)
+    assert not ended.failed
+    assert len(ended.runs) == 2 * len(EVERY)
+    assert sorted(name for name in launcher.begun if "/adamw/" in name) == [
+        f"two_choices/adamw/seed{seed}"
+        for seed in (1003, 1004, 3, 4)  # and the ensembles' second members
+    ]
+    trained = {path.parent.name for path in (tmp_path / "runs" / "two_choices").glob("*/seed3/training.jsonl")}
+    sources = {
+        path.parents[1].name: json.loads(path.read_text())["settings"]["sources"]
+        for path in (tmp_path / "runs" / "two_choices").glob("*/seed3/config.json")
+    }
+    assert [Path(source).parts[-2:] for source in sources["ensemble"]] == [("adamw", "seed3"), ("adamw", "seed1003")]
+    assert [Path(source).parts[-2:] for source in sources["swa"]] == [("swag", "seed3")]
+    assert {name for name, of in sources.items() if not of} == {"adamw", "ivon"}
+    assert len(trained) == 1
+    again = Here()
+    assert reproduce(plan, again, silent).runs == ended.runs
+    assert again.begun == []
+
+
+def test_a_search_tries_the_same_number_for_each_and_reports_the_best_on_held_out_rows(world, tmp_path):
+    search = {"adamw": {"lr": [1e-5, 3e-3], "steps": [2, 12]}, "ivon": {"lr": [0.001, 0.5], "steps": [2, 12]}}
+    plan = plan_from(
+        recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw", "temperature", "ivon"]}
+    )
+    said: list[str] = []
+    launcher = Here()
+    ended = reproduce(plan, launcher, said.append)
+    for method, variant in ended.chosen["two_choices"].items():
+        nll = {
+            path.parents[1].name: json.loads(path.read_text())
+            for path in (tmp_path / "runs" / "two_choices" / method).glob("*/seed3/metrics-calibration.json")
+        }
+        assert len(nll) == 4
+        best = min(nll, key=lambda name: (nll[name]["draws"] or nll[name]["mean"])["nll"])
+        assert variant == best
+        assert f"Chosen for {method} on two_choices: {best} of 4." in said
+        assert {run.parent.name for run in ended.runs if run.parents[1].name == method} == {best}
+    evaluated = {path.parent for path in (tmp_path / "runs").rglob("metrics.json")}
+    assert evaluated == set(ended.runs)  # no candidate was looked at on the rows that are reported
+    assert json.loads((tmp_path / "runs" / "grid.json").read_text())["chosen"] == ended.chosen
+
+
+def test_a_failed_run_is_reported_beside_the_others(world, tmp_path):
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw", "mc_dropout", "ivon"]})
+    made = tables_of("table1", plan, Here(fail="adamw/seed4"), say=silent)
+    assert {Path(skip.run).parts[-2] for skip in made.failed} == {"adamw", "mc_dropout"}
+    text = (plan.out / "table1.md").read_text()
+    assert "no space left on device" in text
+    assert "failed" in text
+    assert "no space left on device" in (plan.out / "report" / "report.html").read_text()
+    mended = tables_of("table1", plan, Here(), say=silent)
+    assert not mended.failed
+    assert "failed" not in (plan.out / "table1.md").read_text()
+    with pytest.raises(VarloraError, match="All 6 runs failed"):
+        tables_of(
+            "table1",
+            plan_from(None, tmp_path / "none", {**world, "methods": list(plan.methods)}),
+            Here("seed"),
+            say=silent,
+        )
+
+
+def test_table2_and_rows_of_another_task(world, tmp_path):
+    (task,) = world["tasks"]
+    other = str(Path(task).with_name("true_or_false.yaml"))
+    plan = plan_from(recipe(tmp_path, ood={task: other}), tmp_path / "runs", world)
+    (table,) = tables_of("table2", plan, Here(), beside=True, say=silent).tables
+    assert [line.label for line in table.blocks[0].lines][:7] == [
+        "0 (IVON@mean)", "0.25", "0.5", "0.75", "1 (IVON)", "1.25", "1.5",
+    ]  # fmt: skip
+    assert (plan.out / "two_choices" / "ivon" / "seed3" / "predictions-ood-true_or_false.safetensors").is_file()
+    assert "Out of distribution" in (plan.out / "report" / "report.html").read_text()
+
+
+def refusal(tmp_path: Path, world: dict, **values) -> list[str]:
+    options = {name: value for name, value in values.items() if name in world or name == "methods"}
+    others = {name: value for name, value in values.items() if name not in options}
+    with pytest.raises(ConfigError) as error:
+        reproduce(plan_from(recipe(tmp_path, **others), tmp_path / "runs", {**world, **options}), Here(), silent)
+    assert not (tmp_path / "runs").exists()
+    return list(error.value.problems)
+
+
+def test_all_problems_at_once_before_anything_trains(world, tmp_path):
+    assert refusal(tmp_path, world, seeds=[1, 1], methods=["ivon", "ivon"], samples="ten") == [
+        "`ivon` is named twice under `methods`.",
+        "Expected `samples` to be a whole number, but got 'ten'.",
+        "Expected different `seeds`, but got 1, 1. Name each once.",
+    ]
+    found = refusal(tmp_path, world, methods=["ivonn", "adamw"], tasks=["boolk", *world["tasks"]], search={"swag": {}})
+    assert "Unknown method `ivonn`. Did you mean `ivon`?" in found
+    assert any("boolk" in problem for problem in found)
+    assert any("but got `swag`" in problem for problem in found)
+    found = refusal(tmp_path, world, methods=["adamw", "swag"], stepps=3, search={"adamw": {"lr": [-1.0, 0.1]}})
+    assert any(problem.startswith("two_choices, adamw: Unknown setting `stepps`") for problem in found)
+    found = refusal(tmp_path, world, methods=["adamw", "swag", "temperature"], calibration_fraction=0.0)
+    assert any("two_choices, swag: Expected snapshots" in problem for problem in found)
+    assert any("two_choices, temperature: " in problem and "held out" in problem for problem in found)
+
+
+def test_a_task_without_rows_for_a_split(world, tmp_path):
+    (task,) = map(Path, world["tasks"])
+    for name in (task.name, "two_choices.train.jsonl"):
+        shutil.copy(task.with_name(name), tmp_path)
+    (tmp_path / "two_choices.dev.jsonl").write_text("")
+    found = refusal(tmp_path, world, tasks=[str(tmp_path / task.name)], methods=["adamw"])
+    assert any("two_choices.dev.jsonl" in problem for problem in found)
+
+
+def test_runs_that_were_made_with_other_settings(world, tmp_path):
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"], "seeds": [3]})
+    reproduce(plan, Here(), silent)
+    with pytest.raises(ConfigError, match="`steps` is 7 and was 6"):
+        reproduce(plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"], "steps": 7}), Here(), silent)
+
+
+def test_from_the_command_line_on_the_demo(bundled, tmp_path, capsys):
+    """Two seeds, short, in two processes: all tables, in every form."""
+    task = bundled.parent / "tasks" / "two_choices.yaml"
+    common = ["--model", str(bundled), "--tasks", str(task), "--seeds", "0", "1", "--steps", "20", "--samples", "3"]
+    out = ["--out", str(tmp_path / "runs")]
+    few = ["--methods", "adamw", "mc_dropout", "ivon", "--set", "methods.ivon.lr=0.5"]
+    assert main(["reproduce", "table1", *common, *few, *out, "--workers", "2", "--compare", "paper"]) == 0
+    printed = capsys.readouterr().out
+    assert "IVON" in printed
+    assert "Average" not in printed
+    assert {path.name for path in (tmp_path / "runs").glob("table1.*")} == {
+        "table1.md", "table1.tex", "table1.html", "table1.json",
+    }  # fmt: skip
+    assert "MC dropout" in (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert main(["reproduce", "table3", *common, *few, *out]) == 0
+    assert "0.5" in (tmp_path / "runs" / "table3.md").read_text()
+    assert main(["reproduce", "overhead", *common, *out, "--rounds", "2"]) == 0
+    assert json.loads((tmp_path / "runs" / "overhead.json").read_text())["task"] == "two_choices"
+    assert main(["reproduce", "table1", "--model", str(bundled), "--tasks", "two_choices.yml", *out]) == 1
+    assert "two_choices.yml" in capsys.readouterr().err
