@@ -54,6 +54,14 @@ def ended(cells: list[Cell], launcher: Fake) -> dict[str, str]:
 
 def test_a_cell_waits_for_those_that_it_builds_on(tmp_path):
     launcher = Fake()
+    cells = [cell(tmp_path, "swa", "swag"), cell(tmp_path, "swag", "adamw"), cell(tmp_path, "adamw")]
+    assert ended(cells, launcher) == {"adamw": "", "swag": "", "swa": ""}
+    assert launcher.begun == ["adamw", "swag", "swa"]
+    assert launcher.stopped
+
+
+def test_a_failure_stops_only_what_builds_on_it(tmp_path):
+    launcher = Fake(adamw="no memory")
     first = [cell(tmp_path, name) for name in ("adamw", "ivon")]
     cells = [cell(tmp_path, "swa", "swag"), cell(tmp_path, "swag", "adamw"), *first]
     found = ended(cells, launcher)
@@ -170,7 +178,7 @@ def workers_of_ray() -> list[int]:
 
 def test_a_killed_ray_worker_is_retried_and_resumes(settings, alone, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they wait for the other tests
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         with pytest.raises(VarloraError, match="Expected a cluster with 2 GPU for a cell, but it has 1"):

@@ -471,9 +471,14 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=seed, nargs="+", help="a run of each method for each (default: 0 1 2)")
     parser.add_argument("--samples", type=int, help="posterior draws (default: 10)")
     _common_arguments(parser)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=(
-        "any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16"
-    ))
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=("any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16"),
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder (default: runs/reproduce)")
     parser.add_argument("--compare", choices=("paper",), help="lay the paper's numbers beside")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of the overhead (default: 30)")

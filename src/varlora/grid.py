@@ -247,7 +247,8 @@ class RayTasks:
         """Interrupt the cells' processes, so that they write a checkpoint."""
         for key in self.running:
             self.ray.cancel(key)
-        self.ray.wait(self.running, num_returns=len(self.running), timeout=60)
+        if self.running:
+            self.ray.wait(self.running, num_returns=len(self.running), timeout=60)
 
 
 def _run_on_ray(threads: int, settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from varlora import metrics
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.methods import METHODS
 from varlora.predictions import Predictions, load_predictions
 from varlora.run import read_json
 
@@ -28,6 +29,7 @@ __all__ = ["EvaluatedRun", "Row", "Skipped", "Slice", "Stat", "origin_cells", "r
 NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every", "sources"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
+SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
 SLICE_METRICS = ("accuracy", "confidence", "nll")
 
 
@@ -220,10 +222,42 @@ def read_runs(run_dirs: Sequence[Path]) -> tuple[list[EvaluatedRun], list[Skippe
 
 
 def rows_of_runs(runs: Sequence[EvaluatedRun], bins: int = 10) -> tuple[list[Row], list[Skipped], list[str]]:
-    """Return the rows, ordered by task and method; the runs that repeat another; and notes on the numbers."""
+    """Return the rows, ordered by task and method; the runs that repeat another; and notes on the numbers.
+
+    Rows at the mean of what builds on another method are left out, and noted, where they repeat another row: the mean
+    of MC dropout is AdamW, that of SWAG is SWA, and an ensemble of points has no other mean than its average.
+    """
     groups, repeated = _groups(runs)
     rows = [row for group, differs in zip(groups, _differences(groups)) for row in _rows(group, differs, bins)]
-    return rows, repeated, _notes(groups)
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row.label, row.differs), []).append(row)
+    notes = []
+    for name, line in lines.items():
+        others = [other for other in rows if (other.label, other.differs) != name]
+        same = [next((other for other in others if _repeats(row, other)), None) for row in line]
+        if all(same):
+            rows = [row for row in rows if row not in line]
+            notes.append(f"{name[0]} repeats {', '.join(sorted({other.label for other in same if other}))}: left out.")
+    return rows, repeated, notes + _notes(groups)
+
+
+def _repeats(row: Row, other: Row) -> bool:
+    """Whether a row at the mean of what builds on another method has that one's answers, or those of its own draws."""
+    made = METHODS.get(row.method)
+    builds = made is not None and made.concludes_from + made.continues_from
+    rival = other.draws == 0 or other.method == row.method
+    if not (builds and "@mean" in row.label and rival) or (other.task, other.tempered) != (row.task, row.tempered):
+        return False
+    theirs = {run.settings["seed"]: run for run in other.runs}
+    for run in row.runs:
+        its = theirs.get(run.settings["seed"])
+        if its is None or its.predictions.ids != run.predictions.ids:
+            return False
+        a, b = run.probs(False, row.tempered), its.probs(other.draws > 0, row.tempered)
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=SAME):
+            return False
+    return True
 
 
 def origin_cells(run: EvaluatedRun) -> list[Any]:

@@ -62,7 +62,6 @@ ORDER = (
 TEMPERED = "Tempered"
 SETTINGS = ("steps", "batch_size", "accumulation", "calibration_fraction", "lora", "model", "dtype", "quantization")
 """Settings of a run, beside the method's own, that Table 3 shows."""
-SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
 
 Verdict = Literal["", "better", "worse", "noise", "untested"]
 
@@ -212,8 +211,7 @@ def table1(
 
     .. math:: s = \frac{1}{T} \sqrt{\sum_t s_t^2}, \qquad l = \bar\Delta - \frac{1}{T} \sqrt{\sum_t (\Delta_t - l_t)^2}
 
-    and the upper end likewise. Only a line with all tasks has an average. A line at the mean of what builds on another
-    method is left out, and noted, where it repeats that one (MC dropout and Laplace at the mean are AdamW).
+    and the upper end likewise. Only a line with all tasks has an average.
 
     Args:
         rows: rows of one call of `rows_of_runs`.
@@ -234,11 +232,8 @@ def table1(
         Cong et al. 2024, Variational Low-Rank Adaptation Using IVON, Table 1; Zou and Donner 2008, Construction of
         confidence limits about effect measures (the average's interval).
     """
-    lines = _lines(rows)
-    repeats = _repeats(lines)
-    draws = sorted({key.draws for key in lines if key.draws})
-    notes = [f"{key.label(draws)} repeats {other.label(draws)}: left out." for key, other in repeats.items()]
-    shown = {key: of_task for key, of_task in lines.items() if key not in repeats}
+    shown = _lines(rows)
+    draws = sorted({key.draws for key in shown if key.draws})
     failures, unplaced = _failures(failed, shown)
     shown |= {_failed_line(method): {} for _, method in failures if method not in {key.method for key in shown}}
     tasks = _in_order({row.task for row in rows} | {task for task, _ in failures})
@@ -264,7 +259,7 @@ def table1(
         head="Method",
         columns=(*tasks, AVERAGE) if len(tasks) > 1 else tasks,
         blocks=tuple(Block(metric.title, tuple(cells[metric.name]), metric) for metric in metrics),
-        notes=(*notes, *unplaced),
+        notes=tuple(unplaced),
     )
 
 
@@ -335,36 +330,6 @@ def _lines(rows: Sequence[Row]) -> dict[_Key, dict[str, Row]]:
 
 def _failed_line(method: str) -> _Key:
     return _Key(False, _place(method), method, "+ " if _on_adamw(method) else "", 0, "", False)
-
-
-def _repeats(lines: Mapping[_Key, Mapping[str, Row]]) -> dict[_Key, _Key]:
-    """Return the lines at the mean that are another one's model, and that other one."""
-
-    def may_repeat(key: _Key) -> bool:
-        return key.mean and bool(_takes(key.method))
-
-    found: dict[_Key, _Key] = {}
-    for key, of_task in lines.items():
-        if may_repeat(key):
-            for other, theirs in lines.items():
-                candidate = other.draws == 0 and other not in found and (not may_repeat(other) or other < key)
-                if candidate and all(task in theirs and _same(row, theirs[task]) for task, row in of_task.items()):
-                    found[key] = other
-                    break
-    return found
-
-
-def _same(row: Row, other: Row) -> bool:
-    """Whether the other row has each seed's answers as well."""
-    theirs = {run.settings["seed"]: run for run in other.runs}
-    for run in row.runs:
-        its = theirs.get(run.settings["seed"])
-        if its is None or its.predictions.ids != run.predictions.ids or other.tempered != row.tempered:
-            return False
-        a, b = (one.probs(False, row.tempered) for one in (run, its))
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=SAME):
-            return False
-    return True
 
 
 def _failures(failed: Sequence[Skipped], lines: Iterable[_Key]) -> tuple[dict[tuple[str, str], str], list[str]]:
