@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-gpu lint format benchmarks pretrain clean
+.PHONY: help demo test test-slow test-gpu lint format benchmarks bench-gpu pretrain clean
 
 help:
 	@echo "make demo        fine-tune, evaluate and report with AdamW and IVON on a small pretrained base"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint        ruff and the type checker"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make benchmarks  all benchmarks; results go to benchmarks/results"
+	@echo "make bench-gpu   the overhead at the shape of Llama-2-7B, on a CUDA device"
 	@echo "make pretrain    pretrain the demo's base again, in build/demo, and compare its scores with the committed base's"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,13 +44,19 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The long ones, quality and demo, go on where they were stopped: make benchmarks again.
+# The long ones, quality, demo and evidence, go on where they were stopped: make benchmarks again.
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/evidence/run.py
+	$(BIN)/python benchmarks/evidence/document.py
+
+# Needs a CUDA device that holds Llama-2-7B in 16 bit.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu/llama2_7b_shape.py
 
 # Goes on where it was stopped; `pretraining/pretrain.py` without options replaces the committed base.
 pretrain: $(VENV)/.installed

@@ -68,8 +68,7 @@ def test_demo_says_what_it_does(quick) -> None:
         "guessing is right",
     ):
         assert part in words
-    assert str(report.files["report.md"]) in text
-    assert str(report.files["slices.png"]) in text
+    assert str(report.files["report.html"]) in text
     assert "  told: Select one of the choices" in text
     assert "  never told: Select one of the choices" in text
     assert "varlora train --task my-task.yaml --model path/to/my-model --method ivon" in text

@@ -75,7 +75,11 @@ def test_a_failure_stops_only_what_builds_on_it(tmp_path):
 def test_a_dead_worker_costs_one_more_attempt(tmp_path):
     launcher = Fake(once="killed|", always="killed|killed|")
     found = ended([cell(tmp_path, name) for name in ("once", "always", "fine")], launcher)
-    assert found == {"once": "", "always": "Its worker was killed 2 times. Is there enough memory?", "fine": ""}
+    assert found == {
+        "once": "",
+        "always": "Its worker ended 2 times without an answer. Is there enough memory?",
+        "fine": "",
+    }
     assert launcher.begun == ["once", "always", "fine", "once", "always"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 from test_workflow import silent
 
 from varlora.cli import main
+from varlora.config import load_settings
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
 from varlora.grid import Cell, Outcome, run_cell
 from varlora.methods import METHODS
-from varlora.reproduce import plan_from, reproduce, tables_of
+from varlora.predictions import save_predictions
+from varlora.reproduce import _candidates, _settings, plan_from, reproduce, tables_of
+from varlora.tables import TASKS as TITLES
 
 EVERY = [name for name in METHODS if name not in ("tfb", "blob")]  # these have tests of their own, and are slow
 
@@ -125,6 +129,17 @@ def test_a_search_tries_the_same_number_for_each_and_reports_the_best_on_held_ou
     assert json.loads((tmp_path / "runs" / "grid.json").read_text())["chosen"] == ended.chosen
 
 
+def test_a_method_of_which_every_candidate_failed_is_left_out(world, tmp_path):
+    search = {"adamw": {"lr": [1e-4, 1e-3]}, "ivon": {"lr": [0.1, 0.5]}}
+    plan = plan_from(recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw", "ivon"]})
+    said: list[str] = []
+    ended = reproduce(plan, Here(fail="ivon/lr"), said.append)
+    assert "Nothing is chosen for ivon on two_choices: every candidate failed." in said
+    assert list(ended.chosen["two_choices"]) == ["adamw"]
+    assert len(ended.runs) == 2
+    assert len(ended.failed) == 2
+
+
 def test_a_failed_run_is_reported_beside_the_others(world, tmp_path):
     plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw", "mc_dropout", "ivon"]})
     made = tables_of("table1", plan, Here(fail="adamw/seed4"), say=silent)
@@ -197,6 +212,41 @@ def test_runs_that_were_made_with_other_settings(world, tmp_path):
     reproduce(plan, Here(), silent)
     with pytest.raises(ConfigError, match="`steps` is 7 and was 6"):
         reproduce(plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"], "steps": 7}), Here(), silent)
+
+
+@pytest.mark.parametrize("task", list(TITLES))
+def test_the_papers_plan_has_the_settings_of_its_recipes(task, tmp_path):
+    """Per task and method; only the adapter's type is the same for all here."""
+    recipes = Path(__file__).resolve().parents[1] / "recipes" / "llama2-7b"
+    plan = plan_from(recipes / "table1.yaml", tmp_path, {})
+    assert list(plan.tasks) == list(TITLES)
+    for method in ("adamw", "ivon"):
+        ours = _settings(plan, _candidates(plan, task, method)[0], 42).to_dict()
+        theirs = load_settings(recipes / task / f"{method}.yaml")[1].to_dict()
+        for of in (ours, theirs):
+            del of["run_dir"], of["lora"]["dtype"]
+        assert ours == theirs
+
+
+def test_a_full_disk_leaves_finished_runs_whole_and_the_grid_resumable(world, tmp_path, monkeypatch):
+    """Writing the second run's predictions finds no space; the first one stands, and another call goes on."""
+
+    def full(predictions, path: Path) -> None:
+        if "seed4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_predictions(predictions, path)
+
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"]})
+    with monkeypatch.context() as patched:
+        patched.setattr("varlora.workflow.save_predictions", full)
+        ended = reproduce(plan, Here(), silent)
+    assert [run.name for run in ended.runs] == ["seed3"]
+    assert "No space left on device" in ended.failed[0].reason
+    before = (ended.runs[0] / "predictions.safetensors").read_bytes()
+    launcher = Here()
+    assert not reproduce(plan, launcher, silent).failed
+    assert launcher.begun == ["two_choices/adamw/seed4"]
+    assert (ended.runs[0] / "predictions.safetensors").read_bytes() == before
 
 
 def test_from_the_command_line_on_the_demo(bundled, tmp_path, capsys):

@@ -17,7 +17,7 @@ from tables_helpers import evaluated, rows, seeds, settings_of, written
 from varlora.paper import beside_paper, paper
 from varlora.results import Skipped
 from varlora.tables import PAPER_METRICS, Block, Cell, Line, ResultTable, beyond, table1, table2, table3
-from varlora.typeset import STYLE, to_html, to_json, to_latex, to_markdown, to_terminal
+from varlora.typeset import STYLE, from_json, to_html, to_json, to_latex, to_markdown, to_terminal
 
 HOSTILE = r"""<b>&amp; 50% of $x_1^2$ | \input{a} #1 ~[red]{} `c` "q" * naïve Łódź τ 猫 þ"""
 ACCURACY = PAPER_METRICS[0]
@@ -188,6 +188,14 @@ def test_json_has_the_numbers_unrounded_and_what_they_are_worth(shades):
 
 
 # --- whole tables
+
+
+@pytest.mark.parametrize("name", ["table1", "beyond", "table2", "table3"])
+def test_a_table_comes_back_from_json(tables, name):
+    table = tables[name]
+    back = from_json(json.loads(json.dumps(to_json(table))))
+    assert (back.columns, back.notes, to_json(back)) == (table.columns, table.notes, to_json(table))
+    assert to_markdown(back) == to_markdown(table)
 
 
 @pytest.mark.parametrize("name", ["table1", "beyond", "table2", "table3"])

@@ -2,7 +2,8 @@
 
 Two tables: `tuned`, each method with the same number of candidates on held-out rows (learning rate and number of steps,
 so that each may stop early), and `long`, all at the end of one long training as in the paper. The plans are the YAML
-files beside this one. Hours on two cores; stopped at any point, the same command goes on.
+files beside this one. Hours on two cores; stopped at any point, the same command goes on. `document.py` writes what
+came out into docs/evidence.md and the README.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _common import ROOT, count, parser, shared_folder
+import torch
+from _common import ROOT, count, machine, parser, shared_folder
 
 from varlora.grid import Processes
-from varlora.reproduce import TAUS, Plan, Reproduced, plan_from, reproduce
+from varlora.reproduce import TAUS, Plan, plan_from, reproduce
+from varlora.results import read_runs, rows_of_runs
+from varlora.run import origin, read_json, write_json
+from varlora.tables import beyond, table1, table2, table3
+from varlora.typeset import to_json
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("demo-long", "demo-tuned", "sst2-long", "sst2-tuned", "reasoning")
@@ -52,15 +59,43 @@ def first_rows(data: Path, target: Path, rows: int = 200) -> Path:
     return target
 
 
-def main() -> dict[str, Reproduced]:
+def results_of(plan: Plan, workers: int) -> dict[str, Any]:
+    """Run what is missing of a plan, and return its tables, what was chosen and what failed."""
+    ended = reproduce(plan, partial(Processes, workers, 1), partial(print, flush=True))
+    runs, skipped = read_runs(ended.runs)
+    failed = [*ended.failed, *skipped]
+    rows, _, notes = rows_of_runs(runs)
+    tables = [table1(rows, failed=failed), beyond(rows, failed=failed)]
+    if plan.taus:
+        tables.append(table2(runs))
+    tables.append(table3([(run.meta["task"], run.settings) for run in runs]))
+    return {
+        "model": Path(plan.model).name,
+        "seeds": plan.seeds,
+        "runs": len(runs),
+        "commits": sorted({str(run.config.get("commit")) for run in runs}),
+        "chosen": ended.chosen,
+        "failed": [skip.reason for skip in failed],
+        "notes": notes,
+        "tables": {table.name: to_json(table) for table in tables},
+    }
+
+
+def main() -> None:
     made = parser(__doc__, "evidence")
     made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     made.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence", help="folder of the runs")
     made.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="default: the cores")
     args = made.parse_args()
     os.chdir(ROOT)
-    launcher = partial(Processes, args.workers, 1)
-    return {part: reproduce(plan_of(part, args.work), launcher, partial(print, flush=True)) for part in args.parts}
+    for part in args.parts:
+        found = results_of(plan_of(part, args.work), args.workers)
+        where = origin()
+        where["machine"] |= machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        before = read_json(args.out)["parts"] if args.out.is_file() else {}
+        parts = {**before, part: {**found, "origin": where}}
+        write_json(args.out, {"benchmark": "evidence", "parts": {name: parts[name] for name in PARTS if name in parts}})
+        print(f"wrote {part} to {args.out}", flush=True)
 
 
 if __name__ == "__main__":

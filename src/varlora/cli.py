@@ -56,7 +56,7 @@ examples:
 REPORT_EXAMPLES = """\
 examples:
   varlora report runs/*
-  varlora report runs/boolq-* --out report/boolq
+  varlora report runs/boolq-* --out report/boolq --compare paper
 """
 REPRODUCE_EXAMPLES = """\
 table1 compares methods, table2 scales IVON's variance, table3 shows the settings, overhead times the training step.
@@ -263,7 +263,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
 def _report(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.report import build_report, to_table
 
-    report = build_report(arguments.runs, arguments.out)
+    report = build_report(arguments.runs, arguments.out, compare=arguments.compare)
     console.print(to_table(report))
     say = _speaker(console)
     for note in report.notes:
@@ -440,9 +440,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows and count them")
     _draw_arguments(predict)
 
-    report = verb("report", _report, "Make a table and a reliability diagram from evaluated runs.", REPORT_EXAMPLES)
+    report = verb("report", _report, "Make a page of tables and pictures from evaluated runs.", REPORT_EXAMPLES)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
+    report.add_argument("--compare", choices=("paper",), help="lay the paper's numbers beside")
 
     reproduce = verb(
         "reproduce", _reproduce, "Make the paper's tables for your own model and tasks.", REPRODUCE_EXAMPLES

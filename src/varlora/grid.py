@@ -300,7 +300,7 @@ def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterat
                 if outcome is None and attempts[path] < ATTEMPTS:
                     waiting.append(path)
                     continue
-                killed = f"Its worker was killed {ATTEMPTS} times. Is there enough memory?"
+                killed = f"Its worker ended {ATTEMPTS} times without an answer. Is there enough memory?"
                 outcome = outcome or Outcome(str(by_path[path].run_dir), 0.0, killed)
                 if outcome.failed:
                     failed.add(path)

@@ -203,6 +203,10 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
         launch("Search", _cells(plan, tried, plan.seeds[:1], {"split": "calibration", **_evaluation(plan)}))
         for (task, method), found in candidates.items():
             best = min(found, key=lambda one: _score(plan, one))
+            if _score(plan, best) == math.inf:
+                candidates[task, method] = []
+                say(f"Nothing is chosen for {method} on {get_task(task).name}: every candidate failed.")
+                continue
             candidates[task, method] = [best]
             chosen.setdefault(get_task(task).name, {})[method] = best.variant
             say(f"Chosen for {method} on {get_task(task).name}: {best.variant} of {len(found)}.")

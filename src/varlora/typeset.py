@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from varlora.tables import Block, Cell, Line, ResultTable, Verdict
+from varlora.tables import Block, Cell, Line, Metric, ResultTable, Verdict
 
-__all__ = ["STYLE", "to_html", "to_json", "to_latex", "to_markdown", "to_terminal"]
+__all__ = ["STYLE", "from_json", "to_html", "to_json", "to_latex", "to_markdown", "to_terminal"]
 
 ABSENT = "–"
 MARKS: dict[Verdict, str] = {"noise": "~", "untested": "?"}
@@ -266,6 +266,28 @@ def to_json(table: ResultTable) -> dict[str, Any]:
         for line, of_line in zip(block["lines"], of_block.lines):
             line["cells"] = {column: _cell_json(of_block, cell) for column, cell in of_line.cells.items()}
     return plain
+
+
+def from_json(plain: Mapping[str, Any]) -> ResultTable:
+    """Return the table that `to_json` made plain values of.
+
+    Args:
+        plain: the values.
+    """
+
+    def line(values: Mapping[str, Any]) -> Line:
+        cells = {
+            column: Cell(**{name: value for name, value in cell.items() if name != "verdict"})
+            for column, cell in values["cells"].items()
+        }
+        return Line(**{**values, "cells": cells})
+
+    def block(values: Mapping[str, Any]) -> Block:
+        metric = Metric(**values["metric"]) if values["metric"] else None
+        return Block(**{**values, "lines": tuple(map(line, values["lines"])), "metric": metric})
+
+    blocks = tuple(map(block, plain["blocks"]))
+    return ResultTable(**{**plain, "blocks": blocks, **{name: tuple(plain[name]) for name in ("columns", "notes")}})
 
 
 def _cell_json(block: Block, cell: Cell) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def run_demo(
     console.print(_table(rows))
     console.print(_in_words(rows, chance, quick))
     question = json.loads(_first_line(tasks / f"{task}.dev.jsonl"))
-    say(f"\nReport: {report.files['report.md']}, pictures: {report.files['slices.png']}, reliability.png")
+    say(f"\nReport: {report.files['report.html']} (open it in a browser), and as report.md with pictures")
     say(f"Ask the model: echo '{json.dumps(question)}' | varlora predict {runs / 'ivon'}")
     say(f"Your own data and model (take {tasks / f'{task}.yaml'} as a pattern):")
     say("  varlora train --task my-task.yaml --model path/to/my-model --method ivon")
