@@ -109,18 +109,20 @@ def test_all_methods_share_one_adamw_run_a_seed(world, tmp_path):
 def test_a_search_tries_the_same_number_for_each_and_reports_the_best_on_held_out_rows(world, tmp_path):
     search = {"adamw": {"lr": [1e-5, 3e-3], "steps": [2, 12]}, "ivon": {"lr": [0.001, 0.5], "steps": [2, 12]}}
     plan = plan_from(
-        recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw", "temperature", "ivon"]}
+        recipe(tmp_path, search=search, search_seeds=2),
+        tmp_path / "runs",
+        {**world, "methods": ["adamw", "temperature", "ivon"]},
     )
     said: list[str] = []
     launcher = Here()
     ended = reproduce(plan, launcher, said.append)
     for method, variant in ended.chosen["two_choices"].items():
-        nll = {
-            path.parents[1].name: json.loads(path.read_text())
-            for path in (tmp_path / "runs" / "two_choices" / method).glob("*/seed3/metrics-calibration.json")
-        }
-        assert len(nll) == 4
-        best = min(nll, key=lambda name: (nll[name]["draws"] or nll[name]["mean"])["nll"])
+        nll: dict[str, list[float]] = {}
+        for path in (tmp_path / "runs" / "two_choices" / method).glob("*/seed*/metrics-calibration.json"):
+            results = json.loads(path.read_text())
+            nll.setdefault(path.parents[1].name, []).append((results["draws"] or results["mean"])["nll"])
+        assert [len(values) for values in nll.values()] == [2] * 4
+        best = min(nll, key=lambda name: sum(nll[name]))
         assert variant == best
         assert f"Chosen for {method} on two_choices: {best} of 4." in said
         assert {run.parent.name for run in ended.runs if run.parents[1].name == method} == {best}
@@ -182,9 +184,10 @@ def refusal(tmp_path: Path, world: dict, **values) -> list[str]:
 
 
 def test_all_problems_at_once_before_anything_trains(world, tmp_path):
-    assert refusal(tmp_path, world, seeds=[1, 1], methods=["ivon", "ivon"], samples="ten") == [
+    assert refusal(tmp_path, world, seeds=[1, 1], methods=["ivon", "ivon"], samples="ten", search_seeds=3) == [
         "`ivon` is named twice under `methods`.",
         "Expected `samples` to be a whole number, but got 'ten'.",
+        "Expected `search_seeds` to be from 1 to the number of seeds, but got 3.",
         "Expected different `seeds`, but got 1, 1. Name each once.",
     ]
     found = refusal(tmp_path, world, methods=["ivonn", "adamw"], tasks=["boolk", *world["tasks"]], search={"swag": {}})

@@ -2,8 +2,8 @@
 
 A plan says model, tasks, methods, seeds and settings. It becomes cells of a grid that share what they can: what builds
 on AdamW takes the one AdamW run of its seed. With a search, each method tries its candidates (learning rates, numbers
-of steps, ...) with the first seed and takes the one with the lowest NLL on the held-out rows; only that one is trained
-with the other seeds and evaluated on the rows that are reported.
+of steps, ...) with the first seeds and takes the one with the lowest mean NLL on the held-out rows; only that one is
+trained with the other seeds and evaluated on the rows that are reported.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class Plan:
     methods: Mapping[str, Any]
     """Methods, each with the settings that differ from its defaults, and settings of its runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """A run of each method for each; the search takes the first."""
+    """A run of each method for each."""
     common: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all runs."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """Values to try, by method and setting of the method or the run."""
+    search_seeds: int = 1
+    """How many of the seeds, the first ones, the search takes; one seed alone may be lucky."""
     samples: int = 10
     """Draws."""
     taus: tuple[float, ...] = ()
@@ -151,6 +153,10 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
     for name in ("model", "tasks", "methods", "seeds"):
         if not fields.get(name, name == "seeds"):
             problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
+    if not 1 <= fields.get("search_seeds", 1) <= len(fields.get("seeds", (0, 1, 2))):
+        problems.append(
+            f"Expected `search_seeds` to be from 1 to the number of seeds, but got {fields['search_seeds']}."
+        )
     if len(set(seeds := fields.get("seeds", ()))) < len(seeds):
         problems.append(f"Expected different `seeds`, but got {', '.join(map(str, seeds))}. Name each once.")
     if problems:
@@ -200,7 +206,10 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
     chosen: dict[str, dict[str, str]] = {}
     if any(len(found) > 1 for found in candidates.values()):
         tried = [one for found in candidates.values() for one in found if not METHODS[one.method].several_sources]
-        launch("Search", _cells(plan, tried, plan.seeds[:1], {"split": "calibration", **_evaluation(plan)}))
+        launch(
+            "Search",
+            _cells(plan, tried, plan.seeds[: plan.search_seeds], {"split": "calibration", **_evaluation(plan)}),
+        )
         for (task, method), found in candidates.items():
             best = min(found, key=lambda one: _score(plan, one))
             if _score(plan, best) == math.inf:
@@ -455,12 +464,17 @@ def _evaluation(plan: Plan) -> dict[str, Any]:
 
 
 def _score(plan: Plan, candidate: Candidate) -> float:
-    """Return the NLL on the held-out rows; infinity where the run failed. An ensemble follows its members' method."""
+    """Return the NLL on the held-out rows, the mean over the search's seeds; infinity where a run failed.
+
+    An ensemble follows its members' method.
+    """
     if METHODS[candidate.method].several_sources and candidate.base is not None:
         return _score(plan, candidate.base)
-    folder = _settings(plan, candidate, plan.seeds[0]).folder
-    try:
-        results = read_json(folder / "metrics-calibration.json")
-    except DamagedFileError:
-        return math.inf
-    return float((results["draws"] or results["mean"])["nll"])
+    found = []
+    for seed in plan.seeds[: plan.search_seeds]:
+        try:
+            results = read_json(_settings(plan, candidate, seed).folder / "metrics-calibration.json")
+        except DamagedFileError:
+            return math.inf
+        found.append(float((results["draws"] or results["mean"])["nll"]))
+    return math.fsum(found) / len(found)
