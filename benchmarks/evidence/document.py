@@ -1,7 +1,8 @@
 """Write the tables of benchmarks/results/evidence.json into docs/evidence.md and the README, between their markers.
 
-A marker names a part and a table, `<!-- evidence: demo-long table1 -->`, and optionally the columns and labels to keep:
-`<!-- evidence: demo-long table1 | Average | AdamW, IVON@mean, IVON x10 -->`. What follows up to `<!-- end -->` is made.
+A marker names a part and a table, `<!-- evidence: demo-long table1 -->`. With a column and labels as well,
+`<!-- evidence: demo-long table1 | Average | AdamW, IVON x10 -->`, it is a short table of that column, with the metrics
+side by side. What follows up to `<!-- end -->` is made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _common import RESULTS, ROOT
 
 from varlora.run import read_json, write_text
-from varlora.tables import ResultTable
+from varlora.tables import Block, Cell, Line, ResultTable
 from varlora.typeset import from_json, to_markdown
 
 DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
@@ -32,21 +33,33 @@ def documented(text: str, evidence: dict[str, Any]) -> str:
         part, name = what.split()
         table = from_json(evidence["parts"][part]["tables"][name])
         if kept:
-            columns, labels = ([one.strip() for one in part.split(",")] for part in kept)
-            table = selected(table, columns, labels)
+            column, labels = kept
+            table = short(table, column, [label.strip() for label in labels.split(",")])
         return f"{found[1]}\n{to_markdown(table)}\n{found[3]}"
 
     return MARKER.sub(made, text)
 
 
-def selected(table: ResultTable, columns: list[str], labels: list[str]) -> ResultTable:
-    """Return some columns and lines of a table."""
-    if missing := {*columns} - {*table.columns} | {*labels} - {line.label for line in table.blocks[0].lines}:
-        raise SystemExit(f"the table {table.name} has no {', '.join(sorted(missing))}")
-    blocks = tuple(
-        replace(block, lines=tuple(line for line in block.lines if line.label in labels)) for block in table.blocks
-    )
-    return replace(table, columns=tuple(columns), blocks=blocks)
+def short(table: ResultTable, column: str, labels: list[str]) -> ResultTable:
+    """Return one column of some lines, a column for each metric."""
+    blocks = {block.title: {line.label: line for line in block.lines} for block in table.blocks}
+    if missing := [label for label in labels if label not in next(iter(blocks.values()))]:
+        raise SystemExit(f"{table.name} has no {', '.join(missing)}")
+
+    def text(block: Block, label: str) -> str:
+        metric, cell = block.metric, blocks[block.title][label].cells[column]
+        assert metric is not None
+        error = f" ± {metric.text(cell.stderr)}" if cell.stderr is not None else ""
+        noise = "~" if metric.verdict(cell) == "noise" else ""
+        change = f" ({metric.text(cell.change, '+')}{noise})" if cell.change is not None else ""
+        return f"{metric.text(cell.mean)}{error}{change}"
+
+    lines = [
+        Line(label, {block.title: Cell(text=text(block, label)) for block in table.blocks}, first.starred)
+        for label in labels
+        for first in [blocks[table.blocks[0].title][label]]
+    ]
+    return replace(table, columns=tuple(blocks), blocks=(Block("", tuple(lines)),), notes=())
 
 
 if __name__ == "__main__":

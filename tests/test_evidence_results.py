@@ -1,0 +1,64 @@
+"""The evidence: its documents are made from its results, and its plans are what they say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from varlora.methods import METHODS
+from varlora.run import read_json
+from varlora.typeset import from_json
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "evidence")]
+
+import document  # noqa: E402
+import run  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def evidence() -> dict:
+    return read_json(ROOT / "benchmarks" / "results" / "evidence.json")
+
+
+@pytest.mark.parametrize("path", document.DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_are_made_from_the_results(path, evidence):
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- evidence:" in text
+    assert document.documented(text, evidence) == text
+
+
+def test_every_method_has_five_seeds_and_nothing_failed(evidence):
+    for name, part in evidence["parts"].items():
+        if name == "reasoning":
+            continue
+        assert part["seeds"] == [0, 1, 2, 3, 4]
+        assert part["failed"] == []
+        table = from_json(part["tables"]["table1"])
+        cells = [cell for block in table.blocks for line in block.lines for cell in line.cells.values()]
+        assert {cell.seeds for cell in cells} == {5}
+        tasks = len(table.columns) - 1
+        assert part["runs"] == 5 * tasks * len(METHODS)
+
+
+@pytest.mark.parametrize("part", ["demo-long", "demo-tuned"])
+def test_the_plans_give_every_method_that_trains_as_many_candidates(part, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = run.plan_of(part, tmp_path)
+    assert set(plan.methods) == set(METHODS)
+    budgets = {tuple(len(values) for values in space.values()) for space in plan.search.values()}
+    assert budgets == {(1, 1) if part == "demo-long" else (2, 2)}
+
+
+def test_no_path_of_a_machine_is_in_the_results(evidence):
+    assert not [text for text in _texts(evidence) if text.startswith("/") or str(ROOT) in text]
+
+
+def _texts(value) -> list[str]:
+    if isinstance(value, dict):
+        return [text for item in value.items() for one in item for text in _texts(one)]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
