@@ -471,15 +471,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", help="default: the paper's")
     parser.add_argument("--seeds", type=seed, nargs="+", help="a run of each method for each (default: 0 1 2)")
     parser.add_argument("--samples", type=int, help="posterior draws (default: 10)")
-    _common_arguments(parser)
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help=("any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16"),
-    )
+    _common_arguments(parser, "any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder (default: runs/reproduce)")
     parser.add_argument("--compare", choices=("paper",), help="lay the paper's numbers beside")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of the overhead (default: 30)")
@@ -491,7 +483,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=float, default=0, help="ray: GPUs a run, 0.5 say (default: 0)")
 
 
-def _common_arguments(parser: argparse.ArgumentParser) -> None:
+def _common_arguments(parser: argparse.ArgumentParser, what_set: str) -> None:
     parser.add_argument("--model", help="the base model: a folder, or a name on the hub")
     parser.add_argument("--data-dir", help="folder with the tasks' files (default: from the hub)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 10000)")
@@ -500,13 +492,14 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", help="keep the base in 8bit or 4bit")
     parser.add_argument("--max-length", type=int, help="longest prompt in tokens (default: the model's context)")
     parser.add_argument("--calibration-fraction", type=float, help="share of training rows held out (default: 0.1)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=what_set)
 
 
 def _settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file of settings; the options below win over it")
     parser.add_argument("--task", help="a task's name (see `varlora ls tasks`), or a task file for your own data")
     parser.add_argument("--method", help="how to reach a posterior (see `varlora ls methods`; default: ivon)")
-    _common_arguments(parser)
+    _common_arguments(parser, "any setting: method.ess=1e6 lora.rank=16")
     parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: 1)")
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: 500)")
     for flag, text in (
@@ -515,14 +508,6 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
         ("--chat", "put prompts through the tokenizer's chat template"),
     ):
         parser.add_argument(flag, action="store_true", default=None, help=text)
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting: method.ess=1e6 lora.rank=16",
-    )
 
 
 def seed(text: str) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from varlora import __version__, charts, typeset
@@ -18,6 +17,7 @@ from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
 from varlora.results import Row, Skipped, origin_cells
 from varlora.tables import ResultTable
+from varlora.templating import environment
 
 __all__ = ["ROWS", "html_page"]
 
@@ -81,17 +81,10 @@ def html_page(
     names = list(dict.fromkeys(one.name for series in tasks.values() for one in series))
     styles = charts.looks(names)
     outside, problems = _outside(rows)
-    environment = Environment(
-        loader=PackageLoader("varlora"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"short": _short, "breakable": _breakable, "percent": lambda value: f"{100 * value:.0f}"}
+    templates = environment(autoescape=True)
+    templates.filters |= {"short": _short, "breakable": _breakable, "percent": lambda value: f"{100 * value:.0f}"}
     runs = list({run.run: run for row in rows for run in row.runs}.values())
-    return environment.get_template("report.html.jinja").render(
+    return templates.get_template("report.html.jinja").render(
         version=__version__,
         tasks=list(tasks),
         methods=list(dict.fromkeys(row.method for row in rows)),

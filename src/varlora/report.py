@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,7 @@ from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import EvaluatedRun, Row, Skipped, Slice, Stat, origin_cells, read_runs, rows_of_runs
 from varlora.tables import ResultTable, beyond, table1, table2, table3
+from varlora.templating import environment
 from varlora.typeset import to_latex
 
 __all__ = ["TEMPERED", "Report", "build_report", "to_table"]
@@ -176,16 +176,9 @@ def _runs(rows: Sequence[Row]) -> list[EvaluatedRun]:
 
 
 def _markdown(report: Report) -> str:
-    environment = Environment(
-        loader=PackageLoader("varlora"),
-        autoescape=False,  # the cell filter escapes what Markdown would read
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("report.md.jinja").render(
+    templates = environment(autoescape=False)  # the cell filter escapes what Markdown would read
+    templates.filters["cell"] = _cell
+    return templates.get_template("report.md.jinja").render(
         rows=[{"cells": report.cells(row), "several": row.several} for row in report.rows],
         slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
         settings=report.settings_shown,

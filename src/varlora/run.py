@@ -6,6 +6,7 @@
 | `adapter/` | a plain PEFT checkpoint of the mean, with the posterior beside it |
 | `member-<k>/` | training of an ensemble's member k: its adapter, log and checkpoints |
 | `predictions.safetensors` | logits of every draw, labels, row ids |
+| `predictions-tau-<tau>.safetensors`, `predictions-ood-<task>.safetensors` | at other variances, of other tasks' rows |
 | `metrics.json` | metrics at the mean and with S draws |
 | `predictions-calibration.safetensors`, `metrics-calibration.json` | the same of the rows that were held out |
 | `training.jsonl` | what was logged while training |

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from varlora.tables import Block, Cell, Line, Metric, ResultTable, Verdict
+from varlora.templating import environment
 
 __all__ = ["STYLE", "from_json", "to_html", "to_json", "to_latex", "to_markdown", "to_terminal"]
 
@@ -222,14 +222,6 @@ def to_html(table: ResultTable) -> str:
     Args:
         table: the table.
     """
-    environment = Environment(
-        loader=PackageLoader("varlora"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     reasons = _reasons(table)
     blocks = [
         {
@@ -245,13 +237,17 @@ def to_html(table: ResultTable) -> str:
         }
         for block in table.blocks
     ]
-    return environment.get_template("table.html.jinja").render(
-        title=table.title,
-        caption=_caption(table, colour=True),
-        head=table.head,
-        columns=[table.heading(column) for column in table.columns],
-        blocks=blocks,
-        notes=_notes(table),
+    return (
+        environment(autoescape=True)
+        .get_template("table.html.jinja")
+        .render(
+            title=table.title,
+            caption=_caption(table, colour=True),
+            head=table.head,
+            columns=[table.heading(column) for column in table.columns],
+            blocks=blocks,
+            notes=_notes(table),
+        )
     )
 
 
