@@ -13,12 +13,14 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
+import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
 from varlora.grid import Cell, Outcome, Processes, RayTasks, run_cells
+from varlora.run import save_tensors
 
-STEPS = 120  # long enough to be killed in
+STEPS = 400  # long enough to be killed in
 
 
 def cell(folder: Path, name: str, *after: str, **evaluation) -> Cell:
@@ -86,13 +88,15 @@ def test_a_dead_worker_costs_one_more_attempt(tmp_path):
 def test_what_is_done_is_not_repeated(tmp_path):
     """Done is: adapter, metrics and every further prediction that is asked for."""
     (tmp_path / "done" / "adapter").mkdir(parents=True)
-    for name in ("metrics.json", "predictions.safetensors", "predictions-tau-0.5.safetensors"):
-        (tmp_path / "done" / name).touch()
+    (tmp_path / "done" / "metrics.json").touch()
+    for name in ("predictions", "predictions-tau-0.5"):
+        save_tensors(tmp_path / "done" / f"{name}.safetensors", {"x": torch.zeros(1)}, {"samples": "10"})
     assert not cell(tmp_path, "done").missing()
     assert not cell(tmp_path, "done", samples=10, taus=[0.5]).missing()
     assert cell(tmp_path, "done", samples=10, taus=[0.5, 1.5]).missing()
-    assert cell(tmp_path, "done", ood=["boolq"]).missing()
-    assert cell(tmp_path, "done", split="calibration").missing()
+    assert cell(tmp_path, "done", samples=50).missing()
+    assert cell(tmp_path, "done", samples=10, ood=["boolq"]).missing()
+    assert cell(tmp_path, "done", samples=10, split="calibration").missing()
     assert ended([cell(tmp_path, "done", samples=10)], None) == {}  # nothing is launched
 
 

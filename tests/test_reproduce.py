@@ -171,7 +171,7 @@ def test_table2_and_rows_of_another_task(world, tmp_path):
         "0 (IVON@mean)", "0.25", "0.5", "0.75", "1 (IVON)", "1.25", "1.5",
     ]  # fmt: skip
     assert (plan.out / "two_choices" / "ivon" / "seed3" / "predictions-ood-true_or_false.safetensors").is_file()
-    assert "Out of distribution" in (plan.out / "report" / "report.html").read_text()
+    assert "Out of distribution" in (plan.out / "report-table2" / "report.html").read_text()
 
 
 def refusal(tmp_path: Path, world: dict, **values) -> list[str]:
@@ -190,10 +190,10 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
         "Expected `search_seeds` to be from 1 to the number of seeds, but got 3.",
         "Expected different `seeds`, but got 1, 1. Name each once.",
     ]
-    found = refusal(tmp_path, world, methods=["ivonn", "adamw"], tasks=["boolk", *world["tasks"]], search={"swag": {}})
+    found = refusal(tmp_path, world, methods=["ivonn", "adamw"], tasks=["boolk", *world["tasks"]], search={"swagg": {}})
     assert "Unknown method `ivonn`. Did you mean `ivon`?" in found
     assert any("boolk" in problem for problem in found)
-    assert any("but got `swag`" in problem for problem in found)
+    assert any("Unknown method `swagg`" in problem for problem in found)
     found = refusal(tmp_path, world, methods=["adamw", "swag"], stepps=3, search={"adamw": {"lr": [-1.0, 0.1]}})
     assert any(problem.startswith("two_choices, adamw: Unknown setting `stepps`") for problem in found)
     found = refusal(tmp_path, world, methods=["adamw", "swag", "temperature"], calibration_fraction=0.0)

@@ -89,7 +89,7 @@ def accuracy_against_ece(series: Sequence[Series], styles: Mapping[str, Look], n
     def draw(axes: Axes) -> None:
         for one in series:
             look = styles[one.name]
-            rows = [one.mean, one.drawn] if one.drawn else [one.mean]
+            rows = list(dict.fromkeys(row for row in (one.mean, one.drawn) if row))
             points = [(100 * row.stats["ece"].mean, 100 * row.stats["accuracy"].mean) for row in rows]
             axes.plot(*zip(*points), color=look.colour, linewidth=0.7, alpha=0.6)
             for row, (x, y) in zip(rows, points):
@@ -101,9 +101,9 @@ def accuracy_against_ece(series: Sequence[Series], styles: Mapping[str, Look], n
                     color=look.colour,
                     marker=look.marker,
                     markersize=5.5,
-                    markerfacecolor="white" if one.drawn and row is one.mean else look.colour,
+                    markerfacecolor="white" if row is not rows[-1] else look.colour,
                     elinewidth=0.8,
-                    zorder=2 if row is one.mean and one.drawn else 3,
+                    zorder=2 if row is not rows[-1] else 3,
                 )
         axes.margins(0.12)
         axes.grid(alpha=0.25, linewidth=0.5)

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             if arguments.command != "ls":  # which needs no language model
-                from varlora.progress import quiet_libraries
+                from varlora.quiet import quiet_libraries
 
                 quiet_libraries()
             arguments.run(arguments, console)

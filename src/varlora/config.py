@@ -255,7 +255,11 @@ def settings_of(run_dir: Path) -> Settings:
     config = read_json(run_dir / "config.json")
     if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
         raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
-    return settings_from({**config["settings"], "run_dir": str(run_dir)}, stored=True)
+    try:
+        return settings_from({**config["settings"], "run_dir": str(run_dir)}, stored=True)
+    except ConfigError as error:
+        by = f"{run_dir} was written by varlora {(config.get('versions') or {}).get('varlora')} and cannot be read"
+        raise ConfigError(f"{by}: {problem}" for problem in error.problems) from error
 
 
 def _plan(known: Mapping[str, Any]) -> Plan:

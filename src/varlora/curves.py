@@ -45,7 +45,7 @@ class Series:
     name: str
     """The method, and the settings that tell it from others of its task."""
     mean: Row
-    """At the posterior mean."""
+    """At the posterior mean; with draws where that row is left out, as it repeats another one."""
     drawn: Row | None
     """With averaged draws, where there are draws."""
 
@@ -88,8 +88,9 @@ def series_of(rows: Sequence[Row]) -> dict[str, list[Series]]:
         if not row.tempered:
             found.setdefault((row.task, f"{row.method} {row.differs}".strip()), []).append(row)
     tasks: dict[str, list[Series]] = {}
-    for (task, name), (mean, *drawn) in found.items():
-        tasks.setdefault(task, []).append(Series(name, mean, drawn[0] if drawn else None))
+    for (task, name), own in found.items():
+        drawn = next((row for row in own if row.draws), None)
+        tasks.setdefault(task, []).append(Series(name, own[0], drawn))
     return tasks
 
 

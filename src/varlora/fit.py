@@ -463,7 +463,8 @@ def _stop_on_signals(watch: _Watch) -> Iterator[None]:
             raise KeyboardInterrupt
         watch.stop = True
 
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield
     finally:

@@ -13,10 +13,11 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -26,7 +27,8 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
-from varlora.progress import quiet_libraries
+from varlora.predictions import meta_of
+from varlora.quiet import quiet_libraries
 from varlora.tasks import get_task
 from varlora.workflow import evaluate, train
 
@@ -65,7 +67,9 @@ class Cell:
         names = [f"metrics{suffix}.json", f"predictions{suffix}.safetensors"]
         names += [f"predictions-tau-{tau:g}.safetensors" for tau in self.evaluation.get("taus", ())]
         names += [f"predictions-ood-{get_task(task).name}.safetensors" for task in self.evaluation.get("ood", ())]
-        return not all((self.run_dir / name).is_file() for name in names)
+        if not all((self.run_dir / name).is_file() for name in names):
+            return True
+        return any(meta_of(self.run_dir / name).get("samples") != str(self.evaluation["samples"]) for name in names[1:])
 
 
 @dataclass(frozen=True)
@@ -88,22 +92,22 @@ def run_cell(settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Outc
     """
     cell, started = Cell(settings, evaluation), time.monotonic()
     log = cell.run_dir.with_name(cell.run_dir.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
-        with log.open("a", encoding="utf-8") as file:
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk costs the log first
             file.write(text + "\n")
 
     failed = ""
     try:
+        log.parent.mkdir(parents=True, exist_ok=True)
         run_dir = train(settings_from(settings), resume=cell.run_dir.exists(), say=say)
         if evaluation:
             evaluate(run_dir, **evaluation, say=say)
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other cells go on
-        say(traceback.format_exc())
         failed = str(error) if isinstance(error, VarloraError | OSError) else f"{type(error).__name__}: {error}"
+        say(traceback.format_exc())
     return Outcome(str(cell.run_dir), time.monotonic() - started, failed)
 
 
@@ -124,7 +128,7 @@ class Launcher(Protocol):
 
 
 class Processes:
-    """Processes of this machine; they live on from cell to cell."""
+    """Processes of this machine; they live on from cell to cell, and one that dies is replaced alone."""
 
     def __init__(self, workers: int = 1, threads: int | None = None) -> None:
         """Choose how many.
@@ -133,57 +137,66 @@ class Processes:
             workers: cells at a time; with several GPUs they are dealt out in turn.
             threads: of torch in each; left out: the cores divided by the workers.
         """
-        self.workers = workers
         self.threads = threads or max(1, (os.cpu_count() or 1) // workers)
         self.others = set(active_children())
-        self.pool = self._pool()
-        self.running: set[Any] = set()
+        self.pools: list[ProcessPoolExecutor | None] = [None] * workers
+        self.backlog: deque[tuple[object, Cell]] = deque()
+        self.running: dict[Future[Outcome], tuple[object, int]] = {}
 
-    def _pool(self) -> ProcessPoolExecutor:
-        context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
-        devices = context.Queue()
-        for number in range(self.workers):
-            devices.put(number % torch.cuda.device_count() if torch.cuda.is_available() else None)
-        return ProcessPoolExecutor(self.workers, context, _start_worker, (self.threads, devices))
-
-    def submit(self, cell: Cell) -> Any:
+    def submit(self, cell: Cell) -> object:
         """Begin a cell as soon as a process is free."""
-        try:
-            key = self.pool.submit(run_cell, cell.settings, cell.evaluation)
-        except BrokenProcessPool:
-            self._wait_for_processes()  # those that live write a checkpoint
-            self.pool = self._pool()
-            key = self.pool.submit(run_cell, cell.settings, cell.evaluation)
-        self.running.add(key)
+        key = object()
+        self.backlog.append((key, cell))
+        self._fill()
         return key
 
-    def finished(self) -> tuple[Any, Outcome | None]:
-        """Wait for a cell; the death of one process ends the others' cells too, which go on from their checkpoints."""
-        key = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
-        self.running.remove(key)
+    def _fill(self) -> None:
+        """Give each free process one cell, and no more: what waits in its queue could not be taken back."""
+        free = sorted({*range(len(self.pools))} - {slot for _, slot in self.running.values()})
+        for slot, (key, cell) in zip(free, [*self.backlog]):
+            self.backlog.popleft()
+            if self.pools[slot] is None:
+                context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
+                started_with = (self.threads, _device(slot))
+                self.pools[slot] = ProcessPoolExecutor(1, context, _start_worker, started_with)
+            pool = self.pools[slot]
+            assert pool is not None
+            self.running[pool.submit(_run_in_worker, cell.settings, cell.evaluation)] = key, slot
+
+    def finished(self) -> tuple[object, Outcome | None]:
+        """Wait for a cell."""
+        future = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
+        key, slot = self.running.pop(future)
         try:
-            return key, key.result()
+            outcome = future.result()
         except BrokenProcessPool:
-            return key, None
+            outcome, self.pools[slot] = None, None
+        self._fill()
+        return key, outcome
 
     def stop(self) -> None:
         """Ask the processes to write a checkpoint, and wait for them."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
         for process in set(active_children()) - self.others:
             process.terminate()
-        self._wait_for_processes()
-
-    def _wait_for_processes(self) -> None:
-        for process in set(active_children()) - self.others:
-            process.join()
+        for pool in self.pools:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(threads: int, devices: Any) -> None:
+def _device(slot: int) -> str | None:
+    """Return the GPU of a process, one of those that this process may use."""
+    if not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return visible.split(",")[slot % torch.cuda.device_count()]
+
+
+def _start_worker(threads: int, device: str | None) -> None:
     quiet_libraries()
     torch.set_num_threads(threads)
-    if (device := devices.get()) is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a checkpoint
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which asks for a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -191,6 +204,13 @@ def _end_with_parent() -> None:
     if parent := parent_process():
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_in_worker(settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Outcome:
+    try:
+        return run_cell(settings, evaluation)
+    except Interrupted:
+        os._exit(1)  # asked to end, after a checkpoint: no further cell
 
 
 class RayTasks:
@@ -239,7 +259,8 @@ class RayTasks:
         (key,), self.running = self.ray.wait(self.running, num_returns=1)
         errors = self.ray.exceptions
         try:
-            return key, Outcome(**self.ray.get(key))
+            found = self.ray.get(key)
+            return key, found and Outcome(**found)
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError):
             return key, None
 
@@ -251,10 +272,13 @@ class RayTasks:
             self.ray.wait(self.running, num_returns=len(self.running), timeout=60)
 
 
-def _run_on_ray(threads: int, settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _run_on_ray(threads: int, settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     quiet_libraries()
     torch.set_num_threads(threads)
-    return asdict(run_cell(settings, evaluation))
+    try:
+        return asdict(run_cell(settings, evaluation))
+    except Interrupted:
+        return None
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------

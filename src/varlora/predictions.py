@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from varlora.errors import DamagedFileError
 from varlora.metrics import Uncertainty, average_probs, uncertainty
 from varlora.run import load_tensors, save_tensors
 
-__all__ = ["Predictions", "Temperatures", "load_predictions", "save_predictions"]
+__all__ = ["Predictions", "Temperatures", "load_predictions", "meta_of", "save_predictions"]
 
 
 class Temperatures(NamedTuple):
@@ -93,6 +94,15 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
     }
     texts = {name: json.dumps(getattr(predictions, name)) for name in ("ids", "slices", "prompts", "answers")}
     save_tensors(path, tensors, {**predictions.meta, **texts})
+
+
+def meta_of(path: Path) -> dict[str, str]:
+    """Return where predictions come from, without reading them; nothing if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 def load_predictions(path: Path) -> Predictions:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainerCallback
 
-__all__ = ["TrainingProgress", "quiet_libraries", "rows_progress"]
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own words: errors of the libraries are shown, warnings and progress bars are not."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that are missing on a CPU
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
+__all__ = ["TrainingProgress", "rows_progress"]
 
 
 def _bar(console: Console, *texts: str) -> Progress:

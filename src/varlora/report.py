@@ -164,7 +164,7 @@ def _tables(rows: Sequence[Row], failed: Sequence[Skipped], bins: int) -> list[R
         beyond(rows, failed=failed),
     ]
     if any(any(run.run.glob("predictions-tau-*.safetensors")) for run in runs):
-        tables.append(table2(runs, bins=bins))
+        tables.append(table2(runs, failed=failed, bins=bins))
     return [*tables, table3([(run.meta["task"], run.settings) for run in runs])]
 
 

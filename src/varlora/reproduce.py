@@ -161,7 +161,7 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
         problems.append(f"Expected different `seeds`, but got {', '.join(map(str, seeds))}. Name each once.")
     if problems:
         raise ConfigError(problems)
-    return Plan(out=out, common=values, **fields)
+    return Plan(out=out.resolve(), common=values, **fields)
 
 
 def _by_name(what: str, value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -204,6 +204,7 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
                 failed[outcome.run_dir] = outcome.failed
 
     chosen: dict[str, dict[str, str]] = {}
+    lost: list[Candidate] = []
     if any(len(found) > 1 for found in candidates.values()):
         tried = [one for found in candidates.values() for one in found if not METHODS[one.method].several_sources]
         launch(
@@ -214,11 +215,16 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
             best = min(found, key=lambda one: _score(plan, one))
             if _score(plan, best) == math.inf:
                 candidates[task, method] = []
+                lost += found
                 say(f"Nothing is chosen for {method} on {get_task(task).name}: every candidate failed.")
                 continue
             candidates[task, method] = [best]
             chosen.setdefault(get_task(task).name, {})[method] = best.variant
-            say(f"Chosen for {method} on {get_task(task).name}: {best.variant} of {len(found)}.")
+            if len(found) > 1:
+                say(f"Chosen for {method} on {get_task(task).name}: {best.variant} of {len(found)}.")
+        # A candidate that fails has lost; it is a failure only where every one of the method's has.
+        without = {str(_settings(plan, one, seed).folder) for one in lost for seed in plan.seeds[: plan.search_seeds]}
+        failed = {run: reason for run, reason in failed.items() if run in without}
     reported = [one for found in candidates.values() for one in found]
     launch("Runs", _cells(plan, reported, plan.seeds, _evaluation(plan)))
     runs = [_settings(plan, one, seed).folder for one in reported for seed in plan.seeds]
@@ -254,13 +260,17 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    unknown = [name for name in plan.methods if name not in METHODS]
+    unknown = [name for name in (*plan.methods, *plan.search) if name not in METHODS]
     problems = [f"Unknown method `{name}`. {did_you_mean(name, METHODS)}" for name in unknown]
-    problems += [
-        f"Expected `search` to name methods that are planned or built on, but got `{name}`."
-        for name in plan.search
-        if name not in {*plan.methods, *(_base(plan, method) for method in plan.methods if method not in unknown)}
-    ]
+    for method, space in plan.search.items():
+        good = isinstance(space, Mapping) and all(isinstance(values, list) and values for values in space.values())
+        if not good:
+            problems.append(f"Expected `search.{method}` to be lists of values by setting, but got {space!r}.")
+    for method, settings in plan.methods.items():
+        if method not in unknown and METHODS[method].concludes_from == ANY:
+            of = settings.get("of", "adamw")
+            if of not in METHODS or METHODS[of].concludes_from == ANY:
+                problems.append(f"Expected `methods.{method}.of` to be a method that trains by itself, but got `{of}`.")
     names: dict[str, str] = {}
     for task in [*plan.tasks, *plan.ood.values()]:
         try:
@@ -345,22 +355,22 @@ def tables_of(
         VarloraError: every run failed.
     """
     if what == "table2":
-        plan = dataclasses.replace(plan, methods={"ivon": plan.methods.get("ivon", {})}, taus=TAUS)
+        plan = dataclasses.replace(plan, methods={"ivon": plan.methods.get("ivon", {})}, taus=plan.taus or TAUS)
     failed: tuple[Skipped, ...] = ()
     written: list[Path] = []
     if what == "table3":
         table = table3(planned(plan))
+        table = beside_paper(table) if beside else table
     else:
         ended = reproduce(plan, launcher, say)
         failed = ended.failed
         if not ended.runs:
             reasons = "\n".join(f"  - {skip.run}: {skip.reason}" for skip in failed)
             raise VarloraError(f"All {len(failed)} runs failed; the same command tries them again:\n{reasons}")
-        report = build_report(ended.runs, plan.out / "report", failed=failed)
+        folder = plan.out / ("report" if what == "table1" else f"report-{what}")
+        report = build_report(ended.runs, folder, failed=failed, compare="paper" if beside else None)
         table = next(table for table in report.tables if table.name == what)
         written = [report.files["report.html"]]
-    if beside:
-        table = beside_paper(table)
     texts = {
         "md": to_markdown(table),
         "tex": to_latex(table, document=True),

@@ -87,7 +87,7 @@ class Metric:
             >>> PAPER_METRICS[0].text(0.721), PAPER_METRICS[2].text(0.13, "+")
             ('72.1', '+0.13')
         """
-        return f"{self.factor * value:{sign}.{self.decimals}f}"
+        return f"{round(self.factor * value, self.decimals) + 0.0:{sign}.{self.decimals}f}"  # + 0.0: no minus zero
 
     def verdict(self, cell: Cell) -> Verdict:
         """Say what a cell's change is worth; `untested` where it has no interval, nothing where there is no change.
@@ -311,7 +311,7 @@ class _Key(NamedTuple):
 
     @property
     def starred(self) -> bool:
-        return not self.draws and not self.tempered and self.method != "temperature"
+        return not (self.draws or self.tempered or self.method in ("temperature", "ensemble"))
 
 
 def _lines(rows: Sequence[Row]) -> dict[_Key, dict[str, Row]]:
@@ -468,6 +468,7 @@ def _over_seeds(rows: Sequence[Row]) -> str:
 def table2(
     runs: Sequence[EvaluatedRun],
     *,
+    failed: Sequence[Skipped] = (),
     method: str = "ivon",
     metrics: Sequence[Metric] = PAPER_METRICS,
     bins: int = 10,
@@ -478,6 +479,7 @@ def table2(
 
     Args:
         runs: evaluated runs; those of other methods are left out.
+        failed: runs that failed; they are noted.
         method: key in METHODS.
         metrics: a block for each.
         bins: equal-width bins (lo, hi] of the ECE.
@@ -517,7 +519,7 @@ def table2(
         head="τ",
         columns=tasks,
         blocks=tuple(blocks),
-        notes=tuple(notes),
+        notes=(*notes, *(f"{skip.run} failed: {skip.reason}" for skip in failed)),
     )
 
 

@@ -42,6 +42,8 @@ __all__ = [
     "load",
     "rows_of_split",
     "train",
+    "training_costs",
+    "training_rows",
     "validate",
 ]
 
@@ -386,8 +388,9 @@ def evaluate(
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
     others = [get_task(name) for name in ood]
+    (run_dir / "metrics.json").unlink(missing_ok=True)  # it is written last: where it is, all is there
     predictions = predicted(split)
-    results = written(predictions)
+    save_predictions(predictions, run_dir / "predictions.safetensors")
     for other in others:
         save_predictions(predicted(other.evaluation, other), run_dir / f"predictions-ood-{other.name}.safetensors")
     for factor in taus:
@@ -405,8 +408,8 @@ def evaluate(
         except VarloraError as error:
             say(f"No temperature was fitted on the held-out rows: {error}")
         else:
-            results = written(dataclasses.replace(predictions, meta={**predictions.meta, **fitted}))
-    return results
+            predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
+    return written(predictions)
 
 
 def _stored(run_dir: Path, like: Predictions) -> Predictions | None:

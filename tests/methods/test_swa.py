@@ -58,7 +58,7 @@ def watched(
 
 
 def concluded(method: Any, state: dict[str, Any]) -> Any:
-    return method.posterior(SimpleNamespace(state=state))  # of all that training ended with, it needs no more
+    return method.posterior(SimpleNamespace(state=state, sources=()))  # it needs no more of what training ended with
 
 
 class Plain:
