@@ -26,7 +26,7 @@ LABELS = {
     "temperature": ["temperature"],
     "laplace_diag": ["laplace_diag@mean", "laplace_diag x256"],
     "laplace_kfac": ["laplace_kfac@mean", "laplace_kfac x256"],
-    "ensemble": ["ensemble@mean", "ensemble x4"],
+    "ensemble": ["ensemble x4"],
 }
 
 

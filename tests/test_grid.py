@@ -159,13 +159,18 @@ def test_a_killed_process_is_replaced_and_its_run_goes_on(settings, alone, tmp_p
 
 
 def test_a_stopped_grid_goes_on(settings, alone, tmp_path):
-    """Ctrl-C: the running cell writes a checkpoint; the same call ends in the bits of a run left alone."""
+    """Ctrl-C, which a terminal sends to all processes: the running cell writes a checkpoint, and no other one begins.
+
+    The same call then ends in the bits of a run left alone.
+    """
     run_dir = tmp_path / "run"
-    killer = kill_after_a_checkpoint(run_dir, lambda: [os.getpid()], signal.SIGINT)
+    everybody = lambda: [*(process.pid for process in active_children()), os.getpid()]  # noqa: E731
+    killer = kill_after_a_checkpoint(run_dir, everybody, signal.SIGINT)
     with pytest.raises(Interrupted, match="has written a checkpoint"):
-        list(run_cells([trained(settings, run_dir)], partial(Processes, 1, 1)))
+        list(run_cells([trained(settings, run_dir), trained(settings, tmp_path / "next")], partial(Processes, 1, 1)))
     killer.join()
     assert not active_children()
+    assert not (tmp_path / "next").exists()
     assert not (run_dir / "adapter").exists()
     (outcome,) = run_cells([trained(settings, run_dir)], partial(Processes, 1, 1))
     assert not outcome.failed
