@@ -43,7 +43,15 @@ from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
 
-__all__ = ["NotFiniteError", "check_method", "check_training_arguments", "class_loss", "conclude", "fit"]
+__all__ = [
+    "NotFiniteError",
+    "check_method",
+    "check_training_arguments",
+    "class_loss",
+    "conclude",
+    "fit",
+    "left_to_parent",
+]
 
 OURS = {
     "output_dir": "run_dir",
@@ -451,6 +459,10 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
 
+def left_to_parent(number: int, frame: Any) -> None:
+    """Handle a signal by nothing: of a process whose parent gets it too, and says what to do; `fit` leaves it so."""
+
+
 @contextmanager
 def _stop_on_signals(watch: _Watch) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM finish the step and write a checkpoint; a second one interrupts at once."""
@@ -463,7 +475,7 @@ def _stop_on_signals(watch: _Watch) -> Iterator[None]:
             raise KeyboardInterrupt
         watch.stop = True
 
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not left_to_parent]
     old = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield

@@ -27,6 +27,7 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
+from varlora.fit import left_to_parent
 from varlora.predictions import meta_of
 from varlora.quiet import quiet_libraries
 from varlora.tasks import get_task
@@ -196,7 +197,7 @@ def _start_worker(threads: int, device: str | None) -> None:
     torch.set_num_threads(threads)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which asks for a checkpoint
+    signal.signal(signal.SIGINT, left_to_parent)  # which asks for a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -303,7 +304,7 @@ def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterat
         return
     runner, running = launcher(), dict[Any, Path]()
     failed, attempts = set[Path](), dict.fromkeys(waiting, 0)
-    with _interrupted_by_sigterm():
+    with _interrupted_by_signals():
         try:
             while waiting or running:
                 for path in [*waiting]:
@@ -336,13 +337,15 @@ def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterat
 
 
 @contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, where signals can be taken."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, and hear both also where a shell has them ignored in the background."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)
