@@ -201,6 +201,14 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
     assert any("two_choices, temperature: " in problem and "held out" in problem for problem in found)
 
 
+def test_values_of_a_search_stay_within_the_folder_of_the_runs(world, tmp_path):
+    search = {"adamw": {"lora": [{"targets": "../../q_proj"}, {"rank": 2}]}}
+    plan = plan_from(recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw"]})
+    variants = [candidate.variant for candidate in _candidates(plan, *world["tasks"], "adamw")]
+    assert len(set(variants)) == 2
+    assert not any("/" in variant for variant in variants)
+
+
 def test_a_task_without_rows_for_a_split(world, tmp_path):
     (task,) = map(Path, world["tasks"])
     for name in (task.name, "two_choices.train.jsonl"):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.table import Table
 
@@ -106,8 +107,8 @@ class Candidate:
 
     @property
     def variant(self) -> str:
-        """Folder that tells candidates apart; empty without a search."""
-        return ",".join(f"{name}={value}" for name, value in self.tried.items())
+        """Folder that tells candidates apart, whatever the values are; empty without a search."""
+        return quote(",".join(f"{name}={value}" for name, value in self.tried.items()), safe="=,+[]' ")
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,8 @@ def test_limit_takes_a_fixed_part_in_the_order_of_the_file(tmp_path):
 PROBLEMS = [
     ({"promt": "x"}, "Unknown key `promt`. Did you mean `prompt`?"),
     ({"name": ...}, "Expected a key `name`"),
+    ({"name": "../../elsewhere"}, "Expected `name` to be letters, digits, spaces and . _ - +"),
+    ({"name": ".hidden"}, "not beginning with a dot"),
     ({"label": 3}, "Expected `label` to be text, but got 3"),
     ({"prompt": "no field"}, "Expected `prompt` to hold a field in braces"),
     ({"prompt": "{text"}, "Expected `prompt` to name fields"),

@@ -19,6 +19,7 @@ reported on (default `dev`); `limit: {train: 1000}`, which keeps the first 1000 
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from varlora.tasks.base import LETTERS, Example, Row, Task, label_index, lettere
 
 __all__ = ["load_task"]
 
+PLAIN = re.compile(r"[^\W.][\w .+-]*")
+"""What a task may be called: a task file may come from a stranger, and must not choose where results are written."""
 KEYS = (
     *("name", "version", "prompt", "cut", "answers", "choices", "label", "id", "slice"),
     *("files", "evaluation", "limit"),
@@ -143,6 +146,11 @@ def load_task(path: Path) -> Task:
     for key in ("name", "prompt", "cut", "choices", "label", "id", "slice", "evaluation"):
         if key in config and not (isinstance(config[key], str) and config[key].strip()):
             problems.append(f"Expected `{key}` to be text, but got {config[key]!r}.")
+    if isinstance(name := config.get("name"), str) and not PLAIN.fullmatch(name):
+        problems.append(
+            f"Expected `name` to be letters, digits, spaces and . _ - +, not beginning with a dot, since folders and "
+            f"files are called by it, but got {name!r}."
+        )
     pieces = _pieces(config, problems)
     answers, values = _answers(config, problems)
     files = _files(config, problems)
