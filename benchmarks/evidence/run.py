@@ -21,10 +21,10 @@ import torch
 from _common import ROOT, count, machine, parser, shared_folder
 
 from varlora.grid import Processes
+from varlora.report import paper_tables
 from varlora.reproduce import TAUS, Plan, plan_from, reproduce
 from varlora.results import read_runs, rows_of_runs
 from varlora.run import origin, read_json, write_json
-from varlora.tables import beyond, table1, table2, table3
 from varlora.typeset import to_json
 
 HERE = Path(__file__).resolve().parent
@@ -65,10 +65,6 @@ def results_of(plan: Plan, workers: int) -> dict[str, Any]:
     runs, skipped = read_runs(ended.runs)
     failed = [*ended.failed, *skipped]
     rows, _, notes = rows_of_runs(runs)
-    tables = [table1(rows, failed=failed), beyond(rows, failed=failed)]
-    if plan.taus:
-        tables.append(table2(runs))
-    tables.append(table3([(run.meta["task"], run.settings) for run in runs]))
     return {
         "model": Path(plan.model).name,
         "seeds": plan.seeds,
@@ -77,7 +73,7 @@ def results_of(plan: Plan, workers: int) -> dict[str, Any]:
         "chosen": ended.chosen,
         "failed": [skip.reason for skip in failed],
         "notes": notes,
-        "tables": {table.name: to_json(table) for table in tables},
+        "tables": {table.name: to_json(table) for table in paper_tables(rows, failed)},
     }
 
 

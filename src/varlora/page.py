@@ -12,7 +12,16 @@ from markupsafe import Markup, escape
 
 from varlora import __version__, charts, typeset
 from varlora.charts import Look
-from varlora.curves import Curve, Series, out_of_distribution, over_draws, risk_by_coverage, series_of, training
+from varlora.curves import (
+    Curve,
+    Series,
+    Training,
+    out_of_distribution,
+    over_draws,
+    risk_by_coverage,
+    series_of,
+    training,
+)
 from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
 from varlora.results import Row, Skipped, origin_cells
@@ -80,6 +89,7 @@ def html_page(
     tasks = series_of(rows)
     names = list(dict.fromkeys(one.name for series in tasks.values() for one in series))
     styles = charts.looks(names)
+    logged = _logs(tasks)
     outside, problems = _outside(rows)
     templates = environment(autoescape=True)
     templates.filters |= {"short": _short, "breakable": _breakable, "percent": lambda value: f"{100 * value:.0f}"}
@@ -90,7 +100,7 @@ def html_page(
         methods=list(dict.fromkeys(row.method for row in rows)),
         seeds=len({str(run.settings["seed"]) for run in runs}),
         runs=runs,
-        legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks).items()},
+        legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks, logged).items()},
         bins=bins,
         results=_typeset([table for table in tables if table.name != "table3"]),
         settings_tables=_typeset([table for table in tables if table.name == "table3"]),
@@ -104,7 +114,7 @@ def html_page(
         trade_off=_trade_off(tasks, styles),
         coverage=_coverage(tasks, styles),
         draws=_draws(tasks, styles),
-        training=_training(tasks, styles),
+        training=_training(logged, styles),
         outside=outside,
         slices=_slices(rows),
         slice_rows=[_slice_cells(row) for row in rows if row.slices],
@@ -227,10 +237,17 @@ def _draws(tasks: Mapping[str, Sequence[Series]], styles: Mapping[str, Look]) ->
     return found
 
 
-def _training(tasks: Mapping[str, Sequence[Series]], styles: Mapping[str, Look]) -> Charts:
+def _logs(tasks: Mapping[str, Sequence[Series]]) -> dict[str, dict[str, Training]]:
+    """Return by task and method what was logged in training, where there is a log."""
+    return {
+        task: {one.name: log for one in series if (log := training(one.mean.runs))} for task, series in tasks.items()
+    }
+
+
+def _training(logged: Mapping[str, Mapping[str, Training]], styles: Mapping[str, Look]) -> Charts:
     found = {}
-    for task, series in tasks.items():
-        logs = {one.name: vars(log) for one in series if (log := training(one.mean.runs))}
+    for task, of_task in logged.items():
+        logs = {name: vars(log) for name, log in of_task.items()}
         parts = (
             ("loss", "Loss", "step", "loss (nats)", "", False),
             ("sigma", "Mean σ", "step", "σ", "y", False),
@@ -247,7 +264,9 @@ def _training(tasks: Mapping[str, Sequence[Series]], styles: Mapping[str, Look])
     return found
 
 
-def _legends(tasks: Mapping[str, Sequence[Series]]) -> dict[str, set[str]]:
+def _legends(
+    tasks: Mapping[str, Sequence[Series]], logged: Mapping[str, Mapping[str, Training]]
+) -> dict[str, set[str]]:
     """Return the methods that the charts of each section show."""
     every = [one for series in tasks.values() for one in series]
     names = {one.name for one in every}
@@ -255,7 +274,7 @@ def _legends(tasks: Mapping[str, Sequence[Series]]) -> dict[str, set[str]]:
         "trade-off": names,
         "coverage": names,
         "draws": {one.name for one in every if one.drawn},
-        "training": {one.name for one in every if training(one.mean.runs)},
+        "training": {name for of_task in logged.values() for name in of_task},
     }
 
 

@@ -23,11 +23,11 @@ from varlora.errors import VarloraError
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import EvaluatedRun, Row, Skipped, Slice, Stat, origin_cells, read_runs, rows_of_runs
-from varlora.tables import ResultTable, beyond, table1, table2, table3
+from varlora.tables import ResultTable, method_tables, table2, table3
 from varlora.templating import environment
 from varlora.typeset import to_latex
 
-__all__ = ["TEMPERED", "Report", "build_report", "to_table"]
+__all__ = ["TEMPERED", "Report", "build_report", "paper_tables", "to_table"]
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
 TEMPERED = "+T: with the logits divided by a temperature that is fitted on the held-out rows"
@@ -110,7 +110,7 @@ def build_report(
     if any(row.slices for row in rows):
         figures |= {f"slices.{kind}": image for kind, image in slices_diagram(rows).items()}
     files = {name: out_dir / name for name in ("report.html", "report.md", "report.json", "table1.tex", *figures)}
-    tables = _tables(rows, failed, bins)
+    tables = paper_tables(rows, failed, bins)
     if compare == "paper":
         tables = [beside_paper(table) for table in tables]
     report = Report(tuple(rows), (*skipped, *repeated, *failed), tuple(notes), bins, files, tuple(tables))
@@ -156,13 +156,16 @@ def to_table(report: Report) -> Table:
     return table
 
 
-def _tables(rows: Sequence[Row], failed: Sequence[Skipped], bins: int) -> list[ResultTable]:
-    """Return the paper's tables, Table 1 first; the second only where runs were evaluated at other variances."""
+def paper_tables(rows: Sequence[Row], failed: Sequence[Skipped] = (), bins: int = 10) -> list[ResultTable]:
+    """Return the paper's tables, Table 1 first; the second only where runs were evaluated at other variances.
+
+    Args:
+        rows: rows of one call of `rows_of_runs`.
+        failed: runs that failed.
+        bins: bins of the ECE, as of the rows.
+    """
     runs = _runs(rows)
-    tables = [
-        table1(rows, failed=failed),
-        beyond(rows, failed=failed),
-    ]
+    tables = [*method_tables(rows, failed=failed)]
     if any(any(run.run.glob("predictions-tau-*.safetensors")) for run in runs):
         tables.append(table2(runs, failed=failed, bins=bins))
     return [*tables, table3([(run.meta["task"], run.settings) for run in runs])]

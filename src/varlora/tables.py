@@ -36,6 +36,7 @@ __all__ = [
     "ResultTable",
     "average",
     "beyond",
+    "method_tables",
     "setting_text",
     "table1",
     "table2",
@@ -263,32 +264,39 @@ def table1(
     )
 
 
-def beyond(
-    rows: Sequence[Row],
-    *,
-    failed: Sequence[Skipped] = (),
-    baseline: str = "adamw",
-    replicates: int = 1000,
-    seed: int = 0,
-) -> ResultTable:
-    """Return Table 1 with metrics that the paper does not have: Brier score, adaptive ECE, AUROC and AURC.
+def method_tables(rows: Sequence[Row], **settings: Any) -> tuple[ResultTable, ResultTable]:
+    """Return Table 1, and the same with metrics that the paper does not have, of one bootstrap.
 
     Args:
-        rows: as `table1`, and so are the others.
-        failed: runs that failed.
-        baseline: label of the row that changes are against.
-        replicates: bootstrap replicates of each change.
-        seed: of the bootstrap.
+        rows: as `table1`.
+        settings: as `table1`, but for `metrics`.
 
     Raises:
         VarloraError: as `table1`.
     """
-    table = table1(rows, failed=failed, baseline=baseline, metrics=BEYOND_METRICS, replicates=replicates, seed=seed)
-    added = (
-        "Adaptive ECE: bins of equal mass. AUROC: how well confidence tells right answers from wrong ones, not defined "
-        "where all are right or all wrong. AURC: area under the risk-coverage curve."
+    whole = table1(rows, metrics=(*PAPER_METRICS, *BEYOND_METRICS), **settings)
+    first, second = (
+        tuple(block for block in whole.blocks if block.metric in metrics) for metrics in (PAPER_METRICS, BEYOND_METRICS)
     )
-    return replace(table, name="beyond", title="Further metrics by method and task", caption=f"{table.caption} {added}")
+    caption = (
+        f"{whole.caption} Adaptive ECE: bins of equal mass. AUROC: how well confidence tells right answers from wrong "
+        "ones, not defined where all are right or all wrong. AURC: area under the risk-coverage curve."
+    )
+    title = "Further metrics by method and task"
+    return replace(whole, blocks=first), replace(whole, name="beyond", title=title, caption=caption, blocks=second)
+
+
+def beyond(rows: Sequence[Row], **settings: Any) -> ResultTable:
+    """Return Table 1 with metrics that the paper does not have: Brier score, adaptive ECE, AUROC and AURC.
+
+    Args:
+        rows: as `table1`.
+        settings: as `table1`, but for `metrics`.
+
+    Raises:
+        VarloraError: as `table1`.
+    """
+    return method_tables(rows, **settings)[1]
 
 
 class _Key(NamedTuple):
