@@ -59,7 +59,9 @@ def short(table: ResultTable, column: str, labels: list[str]) -> ResultTable:
         for label in labels
         for first in [blocks[table.blocks[0].title][label]]
     ]
-    return replace(table, columns=tuple(blocks), blocks=(Block("", tuple(lines)),), notes=())
+    return replace(
+        table, caption=f"{table.caption} ~: noise.", columns=tuple(blocks), blocks=(Block("", tuple(lines)),), notes=()
+    )
 
 
 if __name__ == "__main__":

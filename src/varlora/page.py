@@ -42,7 +42,6 @@ METRICS = (  # name, heading, factor, decimals, which is better
     ("auroc", "AUROC", 1, 3, max),
     ("aurc", "AURC ×100", 100, 1, min),
 )
-SLICE_METRICS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))
 
 
 @dataclass(frozen=True)
@@ -162,15 +161,7 @@ def _rounded(row: Row, name: str, factor: float, decimals: int) -> float:
 
 
 def _slice_cells(row: Row) -> list[list[str]]:
-    return [
-        [
-            *(cell.text for cell in _names(row)),
-            part.name,
-            part.size,
-            *(part.stats[name].text(factor, decimals) for name, factor, decimals in SLICE_METRICS),
-        ]
-        for part in row.slices
-    ]
+    return [[*(cell.text for cell in _names(row)), *part.texts] for part in row.slices]
 
 
 def _outside(rows: Sequence[Row]) -> tuple[list[list[Cell]], list[str]]:

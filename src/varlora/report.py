@@ -31,7 +31,6 @@ __all__ = ["TEMPERED", "Report", "build_report", "paper_tables", "to_table"]
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
 TEMPERED = "+T: with the logits divided by a temperature that is fitted on the held-out rows"
-SLICE_COLUMNS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +70,7 @@ class Report:
     def slice_cells(self, row: Row, part: Slice) -> list[str]:
         """Return the texts of a line of the table of slices."""
         settings = [row.differs] if self.settings_shown else []
-        numbers = [part.stats[name].text(factor, decimals) for name, factor, decimals in SLICE_COLUMNS]
-        return [row.task, row.label, *settings, part.name, part.size, *numbers]
+        return [row.task, row.label, *settings, *part.texts]
 
 
 def build_report(

@@ -30,7 +30,7 @@ NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_e
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
 SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
-SLICE_METRICS = ("accuracy", "confidence", "nll")
+SLICE_METRICS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))  # name, factor, decimals
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +122,12 @@ class Slice:
     """(N,) probability of the likeliest answer, all seeds pooled."""
     size: str
     """Number of rows, as a range where it differs between seeds."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Name, size, accuracy and confidence in %, and nll, as tables show them."""
+        numbers = (self.stats[name].text(factor, decimals) for name, factor, decimals in SLICE_METRICS)
+        return [self.name, self.size, *numbers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,7 +434,7 @@ def _slice(name: str, parts: Sequence[Sequence[str]], probs: Sequence[Tensor], l
         if len(sure):
             right, nll = metrics.accuracy(p, y), metrics.nll(p, y)
             values.append({"accuracy": right, "confidence": sure.mean().item(), "nll": nll})
-    stats = {key: Stat(tuple(value[key] for value in values)) for key in SLICE_METRICS}
+    stats = {key: Stat(tuple(value[key] for value in values)) for key, _, _ in SLICE_METRICS}
     return Slice(name, stats, torch.cat(confidence), _range(sizes))
 
 
