@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from varlora.predictions import Predictions
-from varlora.results import EvaluatedRun, Row, rows_of_runs
+from varlora.results import EvaluatedRun, Row, Skipped, rows_of_runs
 
 N, C, DRAWS = 120, 4, 10
 
@@ -69,6 +69,11 @@ def seeds(*args: Any, **kwargs: Any) -> list[EvaluatedRun]:
 def rows(*runs: EvaluatedRun) -> list[Row]:
     """Return their rows."""
     return rows_of_runs(runs)[0]
+
+
+def failure(run: EvaluatedRun, reason: str) -> Skipped:
+    """Return the run as one that failed."""
+    return Skipped(str(run.run), reason, run.meta["task"], run.settings["method"])
 
 
 def written(run: EvaluatedRun) -> EvaluatedRun:

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from sklearn.metrics import accuracy_score, log_loss
-from tables_helpers import evaluated, rows, seeds, settings_of, written
+from tables_helpers import evaluated, failure, rows, seeds, settings_of, written
 
 from varlora.bootstrap import paired_differences
 from varlora.errors import VarloraError
@@ -280,8 +280,8 @@ def test_every_method_has_a_title_of_its_own():
 
 
 def test_failed_runs_are_reported_beside_the_others(tmp_path):
-    lost = [written(evaluated("boolq", name, seed=9, folder=tmp_path)) for name in ("ivon", "blob")]
-    failed = [Skipped(str(run.run), "out of memory") for run in lost] + [Skipped("runs/gone", "never began")]
+    lost = [evaluated("boolq", name, seed=9, folder=tmp_path) for name in ("ivon", "blob")]
+    failed = [failure(run, "out of memory") for run in lost] + [Skipped("runs/gone", "never began")]
     table = table1(rows(*two_tasks()), failed=failed, **FAST)
     for block in range(3):
         ivon, blob = (line(table, block, name) for name in ("IVON", "BLoB"))
@@ -295,16 +295,15 @@ def test_failed_runs_are_reported_beside_the_others(tmp_path):
 
 
 def test_a_failed_run_of_several_settings_is_noted_and_marks_none_of_them(tmp_path):
-    lost = written(evaluated("boolq", "swa", seed=9, folder=tmp_path))
+    lost = evaluated("boolq", "swa", seed=9, folder=tmp_path)
     runs = [evaluated(method="swa", own=lr, method_settings={"lr": lr}) for lr in (0.1, 0.2)]
-    table = table1(rows(*runs), failed=[Skipped(str(lost.run), "loss is NaN")], **FAST)
+    table = table1(rows(*runs), failed=[failure(lost, "loss is NaN")], **FAST)
     assert all(line.cells["boolq"].failed == "" for line in table.blocks[0].lines)
     assert table.notes == (f"{lost.run} failed: loss is NaN",)
 
 
 def test_all_runs_may_have_failed(tmp_path):
-    lost = written(evaluated(folder=tmp_path))
-    table = table1([], failed=[Skipped(str(lost.run), "out of memory")], **FAST)
+    table = table1([], failed=[failure(evaluated(folder=tmp_path), "out of memory")], **FAST)
     assert line(table, 0, "AdamW").cells["boolq"].failed
 
 

@@ -12,10 +12,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 from rich.console import Console
-from tables_helpers import evaluated, rows, seeds, settings_of, written
+from tables_helpers import evaluated, failure, rows, seeds, settings_of
 
 from varlora.paper import beside_paper, paper
-from varlora.results import Skipped
 from varlora.tables import PAPER_METRICS, Block, Cell, Line, ResultTable, beyond, table1, table2, table3
 from varlora.typeset import STYLE, from_json, to_html, to_json, to_latex, to_markdown, to_terminal
 
@@ -26,13 +25,13 @@ ACCURACY = PAPER_METRICS[0]
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    lost = written(evaluated("boolq", "ivon", seed=9, folder=folder))
+    lost = evaluated("boolq", "ivon", seed=9, folder=folder)
     runs = [
         run
         for task in ("winogrande_s", "arc_easy", "boolq")
         for run in [*seeds(task, temperature=2.0), *seeds(task, "ivon", skill=0.8, noise=3.0, own=0.5)]
     ]
-    failed = [Skipped(str(lost.run), "out of memory on gpu_0 & more")]
+    failed = [failure(lost, "out of memory on gpu_0 & more")]
     found = rows(*runs)
     made = [
         table1(found, failed=failed, replicates=50),

@@ -193,16 +193,19 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
     """
     check(plan)
     candidates = {(task, method): _candidates(plan, task, method) for task in plan.tasks for method in plan.methods}
-    failed: dict[str, str] = {}
+    failed: dict[str, Skipped] = {}
 
     def launch(what: str, cells: Sequence[Cell]) -> None:
         left = sum(cell.missing() for cell in cells)
         say(f"{what}: {len(cells)} runs, {left} to go.")
+        by_folder = {str(cell.run_dir): cell.settings for cell in cells}
         for done, outcome in enumerate(run_cells(cells, launcher), 1):
             name = Path(outcome.run_dir).relative_to(plan.out)
             say(f"[{done}/{left}] {name}: {outcome.failed or f'{outcome.seconds:.0f} s'}")
             if outcome.failed:
-                failed[outcome.run_dir] = outcome.failed
+                settings = by_folder[outcome.run_dir]
+                task = get_task(settings["task"]).name
+                failed[outcome.run_dir] = Skipped(outcome.run_dir, outcome.failed, task, settings["method"])
 
     chosen: dict[str, dict[str, str]] = {}
     lost: list[Candidate] = []
@@ -225,17 +228,18 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
                 say(f"Chosen for {method} on {get_task(task).name}: {best.variant} of {len(found)}.")
         # A candidate that fails has lost; it is a failure only where every one of the method's has.
         without = {str(_settings(plan, one, seed).folder) for one in lost for seed in plan.seeds[: plan.search_seeds]}
-        failed = {run: reason for run, reason in failed.items() if run in without}
+        failed = {run: skip for run, skip in failed.items() if run in without}
     reported = [one for found in candidates.values() for one in found]
     launch("Runs", _cells(plan, reported, plan.seeds, _evaluation(plan)))
     runs = [_settings(plan, one, seed).folder for one in reported for seed in plan.seeds]
     ended = Reproduced(
         tuple(run for run in runs if str(run) not in failed),
-        tuple(Skipped(run, reason) for run, reason in failed.items()),
+        tuple(failed.values()),
         chosen,
     )
     plain = {**dataclasses.asdict(plan), "out": str(plan.out)}
-    write_json(plan.out / "grid.json", {"plan": plain, "failed": failed, "chosen": chosen, **origin()})
+    reasons = {run: skip.reason for run, skip in failed.items()}
+    write_json(plan.out / "grid.json", {"plan": plain, "failed": reasons, "chosen": chosen, **origin()})
     return ended
 
 

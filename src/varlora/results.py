@@ -23,6 +23,7 @@ from varlora.errors import DamagedFileError, VarloraError
 from varlora.methods import METHODS
 from varlora.predictions import Predictions, load_predictions
 from varlora.run import read_json
+from varlora.tasks import get_task
 
 __all__ = ["EvaluatedRun", "Row", "Skipped", "Slice", "Stat", "origin_cells", "read_run", "read_runs", "rows_of_runs"]
 
@@ -186,6 +187,10 @@ class Skipped:
     """The run directory."""
     reason: str
     """Why, and what to do about it."""
+    task: str = ""
+    """Name of the run's task, if it is known."""
+    method: str = ""
+    """Key of the run's method, if it is known."""
 
 
 # --- verbs
@@ -220,11 +225,20 @@ def read_runs(run_dirs: Sequence[Path]) -> tuple[list[EvaluatedRun], list[Skippe
         except VarloraError as error:
             if len(paths) == 1:
                 raise
-            skipped.append(Skipped(str(path), str(error)))
+            skipped.append(Skipped(str(path), str(error), *_what(path)))
     if not runs:
         reasons = "\n".join(f"  - {skip.run}: {skip.reason}" for skip in skipped)
         raise VarloraError(f"None of the {len(paths)} run directories can be reported on:\n{reasons}")
     return runs, skipped
+
+
+def _what(run_dir: Path) -> tuple[str, str]:
+    """Return task and method of a run that cannot be used, as far as its config.json says."""
+    try:
+        settings = read_json(run_dir / "config.json")["settings"]
+        return get_task(settings["task"]).name, str(settings["method"])
+    except (VarloraError, KeyError, TypeError):
+        return "", ""
 
 
 def rows_of_runs(runs: Sequence[EvaluatedRun], bins: int = 10) -> tuple[list[Row], list[Skipped], list[str]]:

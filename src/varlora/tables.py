@@ -20,8 +20,6 @@ from varlora.bootstrap import Difference, paired_differences
 from varlora.errors import VarloraError
 from varlora.methods import METHODS
 from varlora.results import EvaluatedRun, Row, Skipped, rows_of_runs
-from varlora.run import read_json
-from varlora.tasks import get_task
 
 __all__ = [
     "ALL",
@@ -216,8 +214,8 @@ def table1(
 
     Args:
         rows: rows of one call of `rows_of_runs`.
-        failed: runs that failed; their cells are marked. The reason stands in the notes alone where the run has no
-            config.json yet, or its method has lines with several settings.
+        failed: runs that failed; their cells are marked. The reason stands in the notes alone where task or method are
+            not known, or the method has lines with several settings.
         baseline: label of the row that changes are against, such as `adamw` or `ivon@mean`.
         metrics: a block for each.
         replicates: bootstrap replicates of each change.
@@ -346,16 +344,11 @@ def _failures(failed: Sequence[Skipped], lines: Iterable[_Key]) -> tuple[dict[tu
     unplaced = []
     for skip in failed:
         reason = f"{skip.run} failed: {skip.reason}"
-        try:
-            settings = read_json(Path(skip.run) / "config.json")["settings"]
-            task, method = get_task(settings["task"]).name, str(settings["method"])
-        except (VarloraError, OSError, KeyError, TypeError):
-            unplaced.append(reason)
-            continue
-        if len({key.differs for key in lines if key.method == method}) > 1:
+        where = skip.task, skip.method
+        if not all(where) or len({key.differs for key in lines if key.method == skip.method}) > 1:
             unplaced.append(reason)
         else:
-            found[task, method] = " ".join(filter(None, (found.get((task, method)), reason)))
+            found[where] = " ".join(filter(None, (found.get(where), reason)))
     return found, unplaced
 
 
