@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -12,6 +15,7 @@ from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -156,6 +160,75 @@ def test_a_killed_process_is_replaced_and_its_run_goes_on(settings, alone, tmp_p
     assert "absent" in found["bad"]
     assert adapter(run_dir) == alone
     assert "Traceback" in (tmp_path / "bad.log").read_text()
+
+
+def test_a_process_that_dies_leaves_its_neighbour_alone(settings, alone, tmp_path):
+    """Two at a time: the one that is killed goes on in a new process, the other in the one that it has."""
+    names, killed, left = ("one", "other"), [], []
+
+    def one_of_them() -> list[int]:
+        pids = [process.pid for process in active_children()]
+        killed.append(pids[0])
+        left.extend(pids[1:])
+        return killed
+
+    killer = kill_after_a_checkpoint(tmp_path / "one", one_of_them)
+    cells = [trained(settings, tmp_path / name) for name in names]
+    alive = []
+    for outcome in run_cells(cells, partial(Processes, 2, 1)):
+        assert not outcome.failed
+        alive += [process.pid for process in active_children()]
+    killer.join()
+    assert len(left) == 1
+    assert left[0] in alive
+    assert killed[0] not in alive
+    assert [adapter(tmp_path / name) for name in names] == [alone] * 2
+
+
+def test_a_process_that_is_asked_to_end_is_replaced(settings, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    children = lambda: [process.pid for process in active_children()]  # noqa: E731
+    killer = kill_after_a_checkpoint(run_dir, children, signal.SIGTERM)
+    (outcome,) = run_cells([trained(settings, run_dir)], partial(Processes, 1, 1))
+    killer.join()
+    assert not outcome.failed
+    assert adapter(run_dir) == alone
+
+
+SCRIPT = """
+import sys
+from test_grid import Cell, Processes, run_cells
+import json
+if __name__ == "__main__":
+    list(run_cells([Cell(one) for one in json.loads(sys.argv[1])], lambda: Processes(1, 1)))
+"""
+
+
+def test_processes_end_with_their_parent(settings, tmp_path):
+    """After a checkpoint, and without another cell."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    cells = [trained(settings, tmp_path / name).settings for name in ("run", "next")]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), json.dumps(cells)], env={**os.environ, "PYTHONPATH": paths}
+    )
+    workers: list[psutil.Process] = []
+
+    def of_parent() -> list[int]:
+        workers.extend(psutil.Process(parent.pid).children(recursive=True))
+        return [parent.pid]
+
+    killer = kill_after_a_checkpoint(tmp_path / "run", of_parent)
+    parent.wait(60)
+    killer.join()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
+    assert not (tmp_path / "run" / "adapter").exists()
+    steps = [int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert max(steps) > 40
+    assert not (tmp_path / "next").exists()
 
 
 def test_a_stopped_grid_goes_on(settings, alone, tmp_path):
