@@ -201,6 +201,17 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
     assert any("two_choices, temperature: " in problem and "held out" in problem for problem in found)
 
 
+def test_settings_that_contradict_the_run_that_a_method_builds_on(world, tmp_path):
+    methods = {"adamw": {"lr": 1e-3}, "mc_dropout": {"lr": 5e-4}, "laplace_kfac": {"steps": 5, "batch_size": 8}}
+    with pytest.raises(ConfigError) as error:
+        reproduce(plan_from(recipe(tmp_path, methods=methods), tmp_path / "runs", world), Here(), silent)
+    dropout, kfac = error.value.problems
+    assert dropout.startswith("two_choices, mc_dropout: ")
+    assert "`lr` is 0.0005 and was 0.001" in dropout
+    assert kfac.startswith("two_choices, laplace_kfac: ")
+    assert "`steps` is 5 and was 6" in kfac
+
+
 def test_values_of_a_search_stay_within_the_folder_of_the_runs(world, tmp_path):
     search = {"adamw": {"lora": [{"targets": "../../q_proj"}, {"rank": 2}]}}
     plan = plan_from(recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw"]})

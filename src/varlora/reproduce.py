@@ -29,7 +29,7 @@ from varlora.paper import beside_paper
 from varlora.report import build_report
 from varlora.results import Skipped
 from varlora.run import origin, read_json, write_json, write_text
-from varlora.sources import recipe_on
+from varlora.sources import check_taken_over, recipe_on
 from varlora.tables import ResultTable, table3
 from varlora.tasks import get_task
 from varlora.typeset import to_html, to_json, to_latex, to_markdown
@@ -446,9 +446,13 @@ def _settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
         values = {**plan.common, **here, **run, "task": candidate.task, "model": plan.model, "seed": seed}
         return settings_from({**values, "run_dir": str(folder), "method": {"name": method, **own}})
     size = int(own.get("size", METHODS[method].size)) if METHODS[method].several_sources else 1
-    recipe = recipe_on([_settings(plan, candidate.base, seed + MEMBER * member) for member in range(size)], method)
+    bases = [_settings(plan, candidate.base, seed + MEMBER * member) for member in range(size)]
+    recipe = recipe_on(bases, method)
     method_settings = {**recipe.pop("method_settings"), **own}
-    return settings_from({**recipe, **run, "run_dir": str(folder), "method": {"name": method, **method_settings}})
+    values = {**recipe, **run, "run_dir": str(folder), "method": {"name": method, **method_settings}}
+    made = settings_from(values)
+    check_taken_over(made, bases)
+    return made
 
 
 def _cells(

@@ -18,7 +18,7 @@ from varlora.methods.base import AdamWTraining
 from varlora.posterior import Posterior
 from varlora.run import file_digest, read_json
 
-__all__ = ["check_sources", "identities", "load_sources", "recipe_from", "recipe_on", "trains_on"]
+__all__ = ["check_sources", "check_taken_over", "identities", "load_sources", "recipe_from", "recipe_on", "trains_on"]
 
 SPLIT = ("seed", "calibration_fraction")
 """Settings that decide which training rows are held out."""
@@ -91,11 +91,24 @@ def check_sources(settings: Settings) -> None:
         if not (source / "adapter").is_dir():
             raise VarloraError(f"{source} is not finished. Go on with `varlora train --resume` first.")
         _check_same(settings.to_dict(), theirs.to_dict(), SAME, source)
-    expected, here = recipe_from(sources, settings.method), settings.to_dict()
-    free = (*FREE, "steps") if trains_on(settings) else FREE
-    names = [name for name in here if name not in free]
-    _check_same(here, expected, names, sources[0])
-    _check_same(here["method_settings"], expected["method_settings"], list(expected["method_settings"]), sources[0])
+    check_taken_over(settings, [settings_of(source) for source in sources])
+
+
+def check_taken_over(settings: Settings, runs: Sequence[Settings]) -> None:
+    """Refuse settings that differ from those which a run has to take over from the runs that it builds on.
+
+    Args:
+        settings: of the run.
+        runs: settings of the others, which need not exist yet.
+
+    Raises:
+        VarloraError: some differ.
+    """
+    expected, here = recipe_on(runs, settings.method), settings.to_dict()
+    free = (*FREE, "steps") if runs[0].method in METHODS[settings.method].continues_from else FREE
+    source = runs[0].folder
+    _check_same(here, expected, [name for name in here if name not in free], source)
+    _check_same(here["method_settings"], expected["method_settings"], list(expected["method_settings"]), source)
 
 
 def _check_number(sources: Sequence[Path], method: str, several: bool) -> None:
