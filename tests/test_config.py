@@ -11,7 +11,7 @@ import yaml
 from varlora.config import Settings, load_settings, read_recipe, settings_from
 from varlora.errors import ConfigError
 from varlora.model import LoRA
-from varlora.reproduce import plan_from
+from varlora.plan import plan_from
 from varlora.tasks import TASKS, get_task
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -16,8 +16,9 @@ from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
 from varlora.grid import Cell, Outcome, run_cell
 from varlora.methods import METHODS
+from varlora.plan import candidates_of, plan_from, run_settings
 from varlora.predictions import save_predictions
-from varlora.reproduce import _candidates, _settings, plan_from, reproduce, tables_of
+from varlora.reproduce import reproduce, tables_of
 from varlora.tables import TASKS as TITLES
 
 EVERY = [name for name in METHODS if name not in ("tfb", "blob")]  # these have tests of their own, and are slow
@@ -201,6 +202,35 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
     assert any("two_choices, temperature: " in problem and "held out" in problem for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"tasks": {"boolq": 3}}, "Expected `tasks.boolq` to be a mapping of settings, but got 3."),
+        ({"seed": 5}, "`seed` is set by the plan: name `seeds`. Leave it out."),
+        ({"method": {"ess": 5}}, "`method` is set by the plan: name `methods`. Leave it out."),
+        ({"taus": [-1]}, "Expected `taus` to be 0 or more, but got -1.0."),
+        ({"methods": {"ensemble": {"size": "two"}}}, "Expected `methods.ensemble.size` to be a number of members >= 2"),
+        ({"methods": {"ensemble": {"of": "ivonn"}}}, "Expected `methods.ensemble.of` to be a method that trains by"),
+        ({"methods": {"temperature": {"of": "temperature"}}}, "a method that trains by itself, but got `temperature`"),
+        ({"search": {"adamw": {"lr": 0.001}}}, "Expected `search.adamw` to be lists of values by setting"),
+        ({"search": {"adamw": {"lr": []}}}, "Expected `search.adamw` to be lists of values by setting"),
+        ({"search": {"adamw": None}}, "Expected `search.adamw` to be lists of values by setting"),
+    ],
+)
+def test_a_plan_of_the_wrong_shape(values, problem, world, tmp_path):
+    options = {name: value for name, value in world.items() if name not in values}
+    with pytest.raises(ConfigError) as error:
+        reproduce(plan_from(recipe(tmp_path, **values), tmp_path / "runs", options), Here(), silent)
+    assert any(problem in found for found in error.value.problems)
+
+
+def test_a_single_name_is_a_list_of_one(world, tmp_path):
+    plan = plan_from(recipe(tmp_path, methods="ivon", samples=3), tmp_path / "runs", {**world, "samples": None})
+    assert plan.methods == {"ivon": {}}
+    with pytest.raises(ConfigError, match="Expected `samples` to be 1 or more, but got -1"):
+        plan_from(None, tmp_path / "runs", {**world, "samples": -1})
+
+
 def test_settings_that_contradict_the_run_that_a_method_builds_on(world, tmp_path):
     methods = {"adamw": {"lr": 1e-3}, "mc_dropout": {"lr": 5e-4}, "laplace_kfac": {"steps": 5, "batch_size": 8}}
     with pytest.raises(ConfigError) as error:
@@ -215,7 +245,7 @@ def test_settings_that_contradict_the_run_that_a_method_builds_on(world, tmp_pat
 def test_values_of_a_search_stay_within_the_folder_of_the_runs(world, tmp_path):
     search = {"adamw": {"lora": [{"targets": "../../q_proj"}, {"rank": 2}]}}
     plan = plan_from(recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw"]})
-    variants = [candidate.variant for candidate in _candidates(plan, *world["tasks"], "adamw")]
+    variants = [candidate.variant for candidate in candidates_of(plan, *world["tasks"], "adamw")]
     assert len(set(variants)) == 2
     assert not any("/" in variant for variant in variants)
 
@@ -243,7 +273,7 @@ def test_the_papers_plan_has_the_settings_of_its_recipes(task, tmp_path):
     plan = plan_from(recipes / "table1.yaml", tmp_path, {})
     assert list(plan.tasks) == list(TITLES)
     for method in ("adamw", "ivon"):
-        ours = _settings(plan, _candidates(plan, task, method)[0], 42).to_dict()
+        ours = run_settings(plan, candidates_of(plan, task, method)[0], 42).to_dict()
         theirs = load_settings(recipes / task / f"{method}.yaml")[1].to_dict()
         for of in (ours, theirs):
             del of["run_dir"], of["lora"]["dtype"]

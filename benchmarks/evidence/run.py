@@ -21,8 +21,9 @@ import torch
 from _common import ROOT, count, machine, parser, shared_folder
 
 from varlora.grid import Processes
+from varlora.plan import TAUS, Plan, plan_from
 from varlora.report import paper_tables
-from varlora.reproduce import TAUS, Plan, plan_from, reproduce
+from varlora.reproduce import reproduce
 from varlora.results import read_runs, rows_of_runs
 from varlora.run import origin, read_json, write_json
 from varlora.typeset import to_json

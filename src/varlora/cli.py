@@ -275,8 +275,9 @@ def _report(arguments: argparse.Namespace, console: Console) -> None:
 
 def _reproduce(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.grid import Processes, RayTasks
+    from varlora.plan import plan_from
     from varlora.progress import rows_progress
-    from varlora.reproduce import overhead_of, plan_from, tables_of
+    from varlora.reproduce import overhead_of, tables_of
     from varlora.typeset import to_terminal
 
     say = _speaker(console)

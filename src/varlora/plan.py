@@ -1,0 +1,306 @@
+"""A plan of a reproduction: what is to be compared, checked whole, and the settings of every run that it takes.
+
+A plan says model, tasks, methods, seeds and settings. What builds on another method has candidates of its own on each
+candidate of that one, and their runs take over that one's settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from varlora.config import Settings, assign_all, convert_all, read_recipe, settings_from
+from varlora.errors import ConfigError, VarloraError, did_you_mean
+from varlora.methods import ANY, METHODS
+from varlora.sources import check_taken_over, recipe_on
+from varlora.tasks import get_task
+from varlora.workflow import check_unchanged, rows_of_split, training_rows
+
+__all__ = [
+    "PAPER_METHODS",
+    "TAUS",
+    "Candidate",
+    "Plan",
+    "candidates_of",
+    "check",
+    "plan_from",
+    "planned",
+    "run_settings",
+]
+
+PAPER_METHODS = ("adamw", "mc_dropout", "laplace_kfac", "laplace_diag", "swa", "swag", "ivon")
+"""The methods of the paper's Table 1, in its order."""
+TAUS = (0.25, 0.5, 0.75, 1.25, 1.5)
+"""The paper's Table 2, but for 0 (the mean) and 1, which every evaluation has."""
+PLANNED = {
+    "seed": "name `seeds`",
+    "task": "name `tasks`",
+    "method": "name `methods`",
+    "method_settings": "they stand under `methods`",
+    "run_dir": "it lies in `--out`",
+    "sources": "methods build on each other",
+}
+"""Settings of a run that a plan decides, and how."""
+RUN = {field.name for field in dataclasses.fields(Settings)}
+"""Settings of a run; among a method's they are meant for its runs."""
+MEMBER = 1000
+"""Between the seeds of an ensemble's members, so that the ensembles of different seeds share none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to reproduce."""
+
+    out: Path
+    """Folder of the runs."""
+    model: str
+    """The base model: a folder, or a name on the hub."""
+    tasks: Mapping[str, Any]
+    """Tasks by name or task file, each with the settings that differ there; those of methods stand under `methods`."""
+    methods: Mapping[str, Any]
+    """Methods, each with the settings that differ from its defaults, and settings of its runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A run of each method for each."""
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of all runs."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """Values to try, by method and setting of the method or the run."""
+    search_seeds: int = 1
+    """How many of the seeds, the first ones, the search takes; one seed alone may be lucky."""
+    samples: int = 10
+    """Draws."""
+    taus: tuple[float, ...] = ()
+    """Further factors of the variance at which IVON is evaluated."""
+    ood: Mapping[str, str] = field(default_factory=dict)
+    """For a task another one, whose rows are shown to its models as well."""
+    token_budget: int = 4096
+    """Tokens a batch of the evaluation."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method on a task with settings that are tried or reported."""
+
+    task: str
+    """Name or task file."""
+    method: str
+    """Key of METHODS."""
+    tried: Mapping[str, Any]
+    """What the search tries, the base's included; empty without a search."""
+    own: Mapping[str, Any]
+    """Of that, what is this method's."""
+    base: Candidate | None
+    """What it builds on."""
+
+    @property
+    def variant(self) -> str:
+        """Folder that tells candidates apart, whatever the values are; empty without a search."""
+        return quote(",".join(f"{name}={value}" for name, value in self.tried.items()), safe="=,+[]' ")
+
+
+def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assignments: Sequence[str] = ()) -> Plan:
+    """Combine a recipe of a plan with options and `key=value` assignments; later ones win.
+
+    Args:
+        recipe: a YAML file with the fields of `Plan`; settings of all runs stand beside them.
+        out: folder of the runs.
+        options: fields of `Plan` (`tasks` and `methods` as lists select from the recipe's) and settings of all runs;
+            None is left out.
+        assignments: `key=value` with dots for nesting and the value in YAML, such as `methods.ivon.ess=1e6`.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    Example:
+        >>> plan = plan_from(None, Path("runs"), {"model": "m", "tasks": ["boolq"], "methods": ["ivon"], "steps": 5})
+        >>> plan.tasks, plan.methods, plan.common
+        ({'boolq': {}}, {'ivon': {}}, {'steps': 5})
+    """
+    values = {"methods": list(PAPER_METHODS), **(read_recipe(recipe) if recipe else {})}
+    problems: list[str] = []
+    for name in ("tasks", "methods"):
+        values[name] = _by_name(name, values.get(name), problems)
+        if options.get(name) is not None:
+            values[name] = {key: values[name].get(key, {}) for key in _by_name(name, options[name], problems)}
+    values |= {name: value for name, value in options.items() if value is not None and name not in ("tasks", "methods")}
+    assign_all(values, assignments, problems)
+    problems += [f"`{name}` is set by the plan: {PLANNED[name]}. Leave it out." for name in values if name in PLANNED]
+    own = {field.name for field in dataclasses.fields(Plan)} - {"out", "common"}
+    fields = convert_all(Plan, {name: values.pop(name) for name in own & values.keys()}, "", problems)
+    for name in ("model", "tasks", "methods", "seeds"):
+        if not fields.get(name, name == "seeds"):
+            problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
+    if not 1 <= fields.get("search_seeds", 1) <= len(fields.get("seeds", (0, 1, 2))):
+        problems.append(
+            f"Expected `search_seeds` to be from 1 to the number of seeds, but got {fields['search_seeds']}."
+        )
+    problems += [
+        f"Expected `{name}` to be {least} or more, but got {value}."
+        for name, least, value in (
+            ("samples", 1, fields.get("samples", 10)),
+            ("token_budget", 1, fields.get("token_budget", 4096)),
+            *(("taus", 0, tau) for tau in fields.get("taus", ())),
+        )
+        if value < least
+    ]
+    if len(set(seeds := fields.get("seeds", ()))) < len(seeds):
+        problems.append(f"Expected different `seeds`, but got {', '.join(map(str, seeds))}. Name each once.")
+    if problems:
+        raise ConfigError(problems)
+    return Plan(out=out.resolve(), common=values, **fields)
+
+
+def _by_name(what: str, value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Return a list of names, or a mapping from names to settings, as a mapping."""
+    if isinstance(value, Mapping):
+        wrong = [name for name, settings in value.items() if not isinstance(settings or {}, Mapping)]
+        problems += [
+            f"Expected `{what}.{name}` to be a mapping of settings, but got {value[name]!r}." for name in wrong
+        ]
+        return {str(name): dict(settings or {}) for name, settings in value.items() if name not in wrong}
+    names = [value] if isinstance(value, str) else [str(name) for name in value or ()]
+    problems += [f"`{name}` is named twice under `{what}`." for name in dict.fromkeys(names) if names.count(name) > 1]
+    return {name: {} for name in names}
+
+
+def planned(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    """Return the settings of every reported run by the task's name, without running anything; candidates are all there.
+
+    Raises:
+        ConfigError: with every problem of the plan.
+    """
+    check(plan)
+    return [
+        (get_task(task).name, run_settings(plan, candidate, seed).to_dict())
+        for task in plan.tasks
+        for method in plan.methods
+        for candidate in candidates_of(plan, task, method)
+        for seed in plan.seeds
+    ]
+
+
+def check(plan: Plan) -> None:
+    """Refuse a plan that cannot be carried out.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    unknown = [name for name in (*plan.methods, *plan.search) if name not in METHODS]
+    problems = [f"Unknown method `{name}`. {did_you_mean(name, METHODS)}" for name in unknown]
+    for method, space in plan.search.items():
+        good = isinstance(space, Mapping) and all(isinstance(values, list) and values for values in space.values())
+        if not good:
+            problems.append(f"Expected `search.{method}` to be lists of values by setting, but got {space!r}.")
+    for method, settings in plan.methods.items():
+        if method not in unknown and METHODS[method].concludes_from == ANY:
+            of = settings.get("of", "adamw")
+            if of not in METHODS or METHODS[of].concludes_from == ANY:
+                problems.append(f"Expected `methods.{method}.of` to be a method that trains by itself, but got `{of}`.")
+            size = settings.get("size", 2)
+            if METHODS[method].several_sources and not (isinstance(size, int) and size >= 2):
+                problems.append(f"Expected `methods.{method}.size` to be a number of members >= 2, but got {size!r}.")
+    names: dict[str, str] = {}
+    for task in [*plan.tasks, *plan.ood.values()]:
+        try:
+            other = names.setdefault(get_task(task).name, task)
+        except VarloraError as error:
+            problems += _problems(error)
+            continue
+        if other != task:
+            problems.append(f"{task} and {other} have the same `name`. Give each task file another one.")
+    if problems:
+        raise ConfigError(problems)
+    for task in plan.tasks:
+        first = None
+        for method in plan.methods:
+            for candidate in candidates_of(plan, task, method):
+                try:
+                    made = [run_settings(plan, candidate, seed) for seed in plan.seeds]
+                    first = first or made[0]
+                    for settings in made:
+                        if (settings.folder / "config.json").is_file():
+                            check_unchanged(settings)
+                except VarloraError as error:
+                    problems += [f"{get_task(task).name}, {method}: {problem}" for problem in _problems(error)]
+        if first is not None:
+            problems += _row_problems(task, first, plan.ood.get(task), bool(plan.search))
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def _problems(error: VarloraError) -> Sequence[str]:
+    return error.problems if isinstance(error, ConfigError) else [str(error)]
+
+
+def _row_problems(task: str, settings: Settings, ood: str | None, search: bool) -> Iterable[str]:
+    """Yield what is wrong with the rows of the splits that are needed."""
+    if search and not settings.calibration_fraction:
+        yield f"{get_task(task).name}: Expected held-out rows to search on. Set `calibration_fraction`, e.g. 0.1."
+    try:
+        training_rows(get_task(task), settings, _unheard)
+    except VarloraError as error:
+        yield f"{get_task(task).name}: {error}"
+    for other in map(get_task, [task, *([ood] if ood else [])]):
+        try:
+            rows_of_split(other, other.evaluation, settings, _unheard)
+        except VarloraError as error:
+            yield f"{other.name}: {error}"
+
+
+def _unheard(text: str) -> None:
+    pass
+
+
+# --- runs of a plan --------------------------------------------------------------------------------------------------
+
+
+def _base(plan: Plan, method: str) -> str | None:
+    """Return the method that another one builds on, if any."""
+    takes = METHODS[method].concludes_from + METHODS[method].continues_from
+    if takes == ANY:
+        return str(plan.methods.get(method, {}).get("of", "adamw"))
+    return next((name for name in takes if name in ("adamw", *plan.methods)), None)
+
+
+def candidates_of(plan: Plan, task: str, method: str) -> list[Candidate]:
+    """Return what the search tries for a method: all combinations of its values, on each candidate of its base."""
+    space = plan.search.get(method, {})
+    own = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    base = _base(plan, method)
+    if base is None:
+        return [Candidate(task, method, tried, tried, None) for tried in own]
+    return [
+        Candidate(task, method, {**below.tried, **tried}, tried, below)
+        for below in candidates_of(plan, task, base)
+        for tried in own
+    ]
+
+
+def run_settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
+    """Return the settings of a candidate's run with a seed.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    method = candidate.method
+    here = dict(plan.tasks[candidate.task])
+    own = {**plan.methods.get(method, {}), **here.pop("methods", {}).get(method, {}), **candidate.own}
+    ours = {field.name for field in dataclasses.fields(METHODS[method])}
+    run = {name: own.pop(name) for name in [*own] if name in RUN and name not in ours}
+    folder = plan.out / get_task(candidate.task).name / method / candidate.variant / f"seed{seed}"
+    if candidate.base is None:
+        values = {**plan.common, **here, **run, "task": candidate.task, "model": plan.model, "seed": seed}
+        return settings_from({**values, "run_dir": str(folder), "method": {"name": method, **own}})
+    size = int(own.get("size", METHODS[method].size)) if METHODS[method].several_sources else 1
+    bases = [run_settings(plan, candidate.base, seed + MEMBER * member) for member in range(size)]
+    recipe = recipe_on(bases, method)
+    method_settings = {**recipe.pop("method_settings"), **own}
+    values = {**recipe, **run, "run_dir": str(folder), "method": {"name": method, **method_settings}}
+    made = settings_from(values)
+    check_taken_over(made, bases)
+    return made
