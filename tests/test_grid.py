@@ -267,6 +267,8 @@ def test_a_killed_ray_worker_is_retried_and_resumes(settings, alone, tmp_path, m
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they wait for the other tests
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
+        with pytest.raises(VarloraError, match=r"The cluster has 1 GPUs, .* Pass `--gpus`"):
+            RayTasks()
         with pytest.raises(VarloraError, match="Expected a cluster with 2 GPU for a cell, but it has 1"):
             RayTasks(gpus=2)
         run_dir = tmp_path / "run"

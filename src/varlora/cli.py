@@ -481,7 +481,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_at_least_one, help="local: threads a run (default: cores by workers)")
     parser.add_argument("--address", help="ray: address of the cluster, or auto (default: a new one on this machine)")
     parser.add_argument("--cpus", type=float, default=1, help="ray: cores a run (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0, help="ray: GPUs a run, 0.5 say (default: 0)")
+    parser.add_argument("--gpus", type=float, help="ray: GPUs a run, 0.5 say; has to be said where there are some")
 
 
 def _common_arguments(parser: argparse.ArgumentParser, what_set: str) -> None:

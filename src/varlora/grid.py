@@ -217,13 +217,14 @@ def _run_in_worker(settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -
 class RayTasks:
     """Tasks of a Ray cluster, whose machines share the folder of the runs."""
 
-    def __init__(self, address: str | None = None, cpus: float = 1, gpus: float = 0) -> None:
+    def __init__(self, address: str | None = None, cpus: float = 1, gpus: float | None = None) -> None:
         """Connect.
 
         Args:
             address: of the cluster, such as `auto`; left out: a new one on this machine.
             cpus: cores a cell.
-            gpus: GPUs a cell; a fraction lets several cells share one.
+            gpus: GPUs a cell; a fraction lets several cells share one, and 0 hides them; left out: none, in a cluster
+                that has none.
 
         Raises:
             VarloraError: Ray is not installed, or there is no such cluster.
@@ -239,19 +240,25 @@ class RayTasks:
                 raise VarloraError(f"Expected a Ray cluster at {address!r}, but {error}") from error
         self.ray = ray
         total = ray.cluster_resources()
+        if gpus is None and total.get("GPU"):
+            raise VarloraError(
+                f"The cluster has {total['GPU']:g} GPUs, and nothing says how many of them a cell takes. Pass `--gpus`, "
+                "1 or 0.5 say, or 0 to stay on the CPUs."
+            )
+        gpus = gpus or 0
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):
             if wanted > total.get(name, 0):
                 raise VarloraError(
                     f"Expected a cluster with {wanted:g} {name} for a cell, but it has {total.get(name, 0):g}. "
                     f"Lower `--{name.lower()}s`."
                 )
-        self.threads = max(1, int(cpus))
+        self.threads, self.hidden = max(1, int(cpus)), not gpus
         self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_run_on_ray)
         self.running: list[Any] = []
 
     def submit(self, cell: Cell) -> Any:
         """Begin a cell as soon as the cluster has room."""
-        key = self.task.remote(self.threads, dict(cell.settings), dict(cell.evaluation))
+        key = self.task.remote(self.threads, self.hidden, dict(cell.settings), dict(cell.evaluation))
         self.running.append(key)
         return key
 
@@ -273,9 +280,13 @@ class RayTasks:
             self.ray.wait(self.running, num_returns=len(self.running), timeout=60)
 
 
-def _run_on_ray(threads: int, settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+def _run_on_ray(
+    threads: int, hidden: bool, settings: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> dict[str, Any] | None:
     quiet_libraries()
     torch.set_num_threads(threads)
+    if hidden:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         return asdict(run_cell(settings, evaluation))
     except Interrupted:
