@@ -19,7 +19,7 @@ from varlora.methods import METHODS
 from varlora.plan import candidates_of, plan_from, run_settings
 from varlora.predictions import save_predictions
 from varlora.reproduce import reproduce, tables_of
-from varlora.tables import TASKS as TITLES
+from varlora.table import TASKS as TITLES
 
 EVERY = [name for name in METHODS if name not in ("tfb", "blob")]  # these have tests of their own, and are slow
 

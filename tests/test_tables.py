@@ -17,20 +17,8 @@ from varlora.errors import VarloraError
 from varlora.methods import METHODS
 from varlora.predictions import load_predictions, save_predictions
 from varlora.results import Skipped, read_runs, rows_of_runs
-from varlora.tables import (
-    ALL,
-    AVERAGE,
-    BEYOND_METRICS,
-    PAPER_METRICS,
-    Cell,
-    Metric,
-    average,
-    beyond,
-    setting_text,
-    table1,
-    table2,
-    table3,
-)
+from varlora.table import ALL, AVERAGE, BEYOND_METRICS, PAPER_METRICS, Cell, Metric
+from varlora.tables import average, beyond, setting_text, table1, table2, table3
 
 FAST = {"replicates": 50}
 

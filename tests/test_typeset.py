@@ -15,7 +15,8 @@ from rich.console import Console
 from tables_helpers import evaluated, failure, rows, seeds, settings_of
 
 from varlora.paper import beside_paper, paper
-from varlora.tables import PAPER_METRICS, Block, Cell, Line, ResultTable, beyond, table1, table2, table3
+from varlora.table import PAPER_METRICS, Block, Cell, Line, ResultTable
+from varlora.tables import beyond, table1, table2, table3
 from varlora.typeset import STYLE, from_json, to_html, to_json, to_latex, to_markdown, to_terminal
 
 HOSTILE = r"""<b>&amp; 50% of $x_1^2$ | \input{a} #1 ~[red]{} `c` "q" * naïve Łódź τ 猫 þ"""

@@ -242,8 +242,8 @@ class RayTasks:
         total = ray.cluster_resources()
         if gpus is None and total.get("GPU"):
             raise VarloraError(
-                f"The cluster has {total['GPU']:g} GPUs, and nothing says how many of them a cell takes. Pass `--gpus`, "
-                "1 or 0.5 say, or 0 to stay on the CPUs."
+                f"The cluster has {total['GPU']:g} GPUs, and nothing says how many of them a cell takes. "
+                "Pass `--gpus`, 1 or 0.5 say, or 0 to stay on the CPUs."
             )
         gpus = gpus or 0
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):

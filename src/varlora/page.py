@@ -25,7 +25,7 @@ from varlora.curves import (
 from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
 from varlora.results import Row, Skipped, origin_cells
-from varlora.tables import ResultTable
+from varlora.table import ResultTable
 from varlora.templating import environment
 
 __all__ = ["ROWS", "html_page"]

@@ -9,20 +9,8 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any
 
-from varlora.tables import (
-    ALL,
-    AVERAGE,
-    PAPER_METRICS,
-    TASKS,
-    Block,
-    Cell,
-    Line,
-    Metric,
-    ResultTable,
-    average,
-    setting_text,
-    with_best,
-)
+from varlora.table import ALL, AVERAGE, PAPER_METRICS, TASKS, Block, Cell, Line, Metric, ResultTable
+from varlora.tables import average, setting_text, with_best
 
 __all__ = ["beside_paper", "paper"]
 

@@ -23,7 +23,8 @@ from varlora.errors import VarloraError
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import EvaluatedRun, Row, Skipped, Slice, Stat, origin_cells, read_runs, rows_of_runs
-from varlora.tables import ResultTable, method_tables, table2, table3
+from varlora.table import ResultTable
+from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment
 from varlora.typeset import to_latex
 

@@ -28,7 +28,8 @@ from varlora.plan import TAUS, Candidate, Plan, candidates_of, check, planned, r
 from varlora.report import build_report
 from varlora.results import Skipped
 from varlora.run import origin, read_json, write_json, write_text
-from varlora.tables import ResultTable, table3
+from varlora.table import ResultTable
+from varlora.tables import table3
 from varlora.tasks import get_task
 from varlora.typeset import to_html, to_json, to_latex, to_markdown
 from varlora.workflow import training_costs

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from varlora.tables import Block, Cell, Line, Metric, ResultTable, Verdict
+from varlora.table import Block, Cell, Line, Metric, ResultTable, Verdict
 from varlora.templating import environment
 
 __all__ = ["STYLE", "from_json", "to_html", "to_json", "to_latex", "to_markdown", "to_terminal"]
