@@ -285,17 +285,18 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
 
     firsts = [row.runs[0] for row in rows]
     method, mean, _ = baseline.partition("@mean")
+    averaged = len({row.task for row in rows}) > 1
     parts = [
         f"Model: {listed(Path(run.settings['model']).name for run in firsts)}; "
         f"split: {listed(run.meta['split'] for run in firsts)}.",
-        _over_seeds(rows) + " That of the average follows from those of its tasks.",
+        _over_seeds(rows) + (" That of the average follows from those of its tasks." if averaged else ""),
         "*: one plain model answers, with nothing extra at inference.",
     ]
     if any(row.label == baseline for row in rows):
         parts.append(
             f"With a sign: the change against {_title(method)}{mean}. It is noise if its 95 % interval, from "
-            f"{replicates} bootstrap replicates over seeds and rows, contains 0; the average's interval follows from "
-            "those of its tasks."
+            f"{replicates} bootstrap replicates over seeds and rows, contains 0"
+            + ("; the average's interval follows from those of its tasks." if averaged else ".")
         )
     if any(row.tempered for row in rows):
         parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
@@ -313,7 +314,8 @@ def _over_seeds(rows: Sequence[Row]) -> str:
         )
     )
     drawn = f" Methods that draw average the probabilities of {draws} draws." if draws else ""
-    return f"ECE with {bins} bins (lo, hi].{drawn} Means over seeds ({seeds}) with the standard error."
+    over = "One seed." if seeds == "1" else f"Means over seeds ({seeds}) with the standard error."
+    return f"ECE with {bins} bins (lo, hi].{drawn} {over}"
 
 
 # --- Table 2
