@@ -208,6 +208,7 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
         ({"tasks": {"boolq": 3}}, "Expected `tasks.boolq` to be a mapping of settings, but got 3."),
         ({"seed": 5}, "`seed` is set by the plan: name `seeds`. Leave it out."),
         ({"method": {"ess": 5}}, "`method` is set by the plan: name `methods`. Leave it out."),
+        ({"ood": {"boolk": "boolq"}}, "Expected `ood` to name tasks of the plan, but got `boolk`."),
         ({"taus": [-1]}, "Expected `taus` to be 0 or more, but got -1.0."),
         ({"methods": {"ensemble": {"size": "two"}}}, "Expected `methods.ensemble.size` to be a number of members >= 2"),
         ({"methods": {"ensemble": {"of": "ivonn"}}}, "Expected `methods.ensemble.of` to be a method that trains by"),

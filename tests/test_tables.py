@@ -377,6 +377,21 @@ def test_files_that_are_damaged_or_of_another_evaluation_are_noted(scaled):
     assert line(table, 0, "0 (IVON@mean)").cells["boolq"].seeds == 3
 
 
+def test_what_failed_is_marked_in_table_2(scaled):
+    lost = failure(evaluated("boolq", "ivon", 9), "killed"), failure(evaluated("arc_easy", "ivon", 9), "disk full")
+    table = table2(scaled, failed=[*lost, failure(evaluated("arc_easy", "adamw", 9), "not of this table")])
+    assert table.columns == ("arc_easy", "boolq")
+    for block in table.blocks:
+        for row in block.lines:
+            assert "disk full" in row.cells["arc_easy"].failed
+            assert row.cells["arc_easy"].mean is None
+            assert "killed" in row.cells["boolq"].failed
+            assert row.cells["boolq"].mean is not None
+    assert table.notes == ()
+    (note,) = table2([], failed=lost[:1]).notes
+    assert "killed" in note
+
+
 def test_table_2_of_nothing_is_empty():
     assert [block.lines for block in table2(seeds()).blocks] == [(), (), ()]
 

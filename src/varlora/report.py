@@ -26,7 +26,7 @@ from varlora.results import EvaluatedRun, Row, Skipped, Slice, Stat, origin_cell
 from varlora.table import ResultTable
 from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment
-from varlora.typeset import to_latex
+from varlora.typeset import to_latex, to_markdown
 
 __all__ = ["TEMPERED", "Report", "build_report", "paper_tables", "to_table"]
 
@@ -181,6 +181,7 @@ def _markdown(report: Report) -> str:
     templates = environment(autoescape=False)  # the cell filter escapes what Markdown would read
     templates.filters["cell"] = _cell
     return templates.get_template("report.md.jinja").render(
+        table1=to_markdown(report.tables[0]),
         rows=[{"cells": report.cells(row), "several": row.several} for row in report.rows],
         slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
         settings=report.settings_shown,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +86,10 @@ def table1(
     """
     shown = _lines(rows)
     draws = sorted({key.draws for key in shown if key.draws})
-    failures, unplaced = _failures(failed, shown)
+    settings_of = defaultdict(set)
+    for key in shown:
+        settings_of[key.method].add(key.differs)
+    failures, unplaced = _failures(failed, {method for method, found in settings_of.items() if len(found) > 1})
     shown |= {_failed_line(method): {} for _, method in failures if method not in {key.method for key in shown}}
     tasks = _in_order({row.task for row in rows} | {task for task, _ in failures})
 
@@ -191,14 +194,19 @@ def _failed_line(method: str) -> _Key:
     return _Key(False, _place(method), method, "+ " if _on_adamw(method) else "", 0, "", False)
 
 
-def _failures(failed: Sequence[Skipped], lines: Iterable[_Key]) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """Return why runs failed, by task and method, and of those whose cells are not known."""
+def _failures(failed: Sequence[Skipped], several: Collection[str]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Return why runs failed, by task and method, and of those whose cells are not known.
+
+    Args:
+        failed: runs that failed.
+        several: methods that have lines with several settings.
+    """
     found: dict[tuple[str, str], str] = {}
     unplaced = []
     for skip in failed:
         reason = f"{skip.run} failed: {skip.reason}"
         where = skip.task, skip.method
-        if not all(where) or len({key.differs for key in lines if key.method == skip.method}) > 1:
+        if not all(where) or skip.method in several:
             unplaced.append(reason)
         else:
             found[where] = " ".join(filter(None, (found.get(where), reason)))
@@ -335,7 +343,7 @@ def table2(
 
     Args:
         runs: evaluated runs; those of other methods are left out.
-        failed: runs that failed; they are noted.
+        failed: runs that failed; as `table1`, those of other methods are left out.
         method: key in METHODS.
         metrics: a block for each.
         bins: equal-width bins (lo, hi] of the ECE.
@@ -357,13 +365,18 @@ def table2(
 
     title = _title(method)
     names = {0.0: f"0 ({title}@mean)", 1.0: f"1 ({title})"}
-    tasks = _in_order({row.task for row in rows})
+    ours = [skip for skip in failed if skip.method in (method, "")]
+    failures, unplaced = _failures(ours, {method} if len({differs for differs, _ in lines}) != 1 else ())
+    tasks = _in_order({row.task for row in rows} | {task for task, _ in failures})
     blocks = []
     for metric in metrics:
         found = [
             Line(
                 names.get(tau, f"{tau:g}") + (f", {differs}" if differs else ""),
-                {task: _cell(metric.name, of_task.get(task), None, None, "") for task in tasks},
+                {
+                    task: _cell(metric.name, of_task.get(task), None, None, failures.get((task, method), ""))
+                    for task in tasks
+                },
             )
             for (differs, tau), of_task in sorted(lines.items())
         ]
@@ -375,7 +388,7 @@ def table2(
         head="τ",
         columns=tasks,
         blocks=tuple(blocks),
-        notes=(*notes, *(f"{skip.run} failed: {skip.reason}" for skip in failed)),
+        notes=(*notes, *unplaced),
     )
 
 
