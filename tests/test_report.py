@@ -26,6 +26,7 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.report import build_report, to_table
 from varlora.results import Skipped, read_run
+from varlora.typeset import to_markdown
 
 
 def write_run(
@@ -288,7 +289,9 @@ def test_markdown_has_each_number_and_its_rule(built):
     assert "![Reliability diagram](reliability.png)" in text
     assert "| 0123456789ab |" in text
     table = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert table == [10] * 8 + [10] * 14
+    table1 = to_markdown(built.tables[0]).strip()
+    assert table1 in text
+    assert table == [10] * 8 + [line.count("|") for line in table1.splitlines() if line.startswith("|")] + [10] * 14
 
 
 def test_json_carries_the_origin_of_each_number(runs, built):
