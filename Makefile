@@ -17,7 +17,7 @@ help:
 	@echo "make bench-gpu   the overhead at the shape of Llama-2-7B, on a CUDA device"
 	@echo "make pretrain    pretrain the demo's base again, in build/demo, and compare its scores with the committed base's"
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt src/varlora/optim/native.c src/varlora/optim/native_tiles.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	@touch $@

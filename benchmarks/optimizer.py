@@ -29,18 +29,20 @@ RECIPE = {"lr": 0.03, "ess": 1e6, "hess_init": 1e-3, "beta2": 1 - 1e-5, "weight_
 BASE = "AdamW foreach"
 # Numbers of 4 bytes that have to pass between memory and processor for each parameter, if each part reads and writes
 # everything once. AdamW: reads p, gradient and two moments, writes p and the moments. IVON's draw: reads mean and
-# Hessian, writes noise and p. IVON's step: reads gradient, noise, mean, momentum and Hessian, writes the last three
-# and p.
-TRAFFIC = {"AdamW": {"step": 7}, "IVON": {"sample": 4, "step": 9}}
+# Hessian, writes p. IVON's step: reads gradient, mean, momentum and Hessian, writes the last three and p. The noise is
+# made in registers both times.
+TRAFFIC = {"AdamW": {"step": 7}, "IVON": {"sample": 3, "step": 8}}
 NOTES = [
     "AdamW's foreach and plain forms allocate temporaries as large as the parameters, so their time depends on malloc: "
     "glibc may map every temporary anew (page faults) or reuse it, by its thresholds and by what the process freed "
     "before. Page faults a step are listed for this reason.",
     "The traffic limit is at the better of two bandwidths, of copying 64 MB and of adding to 64 MB in place. It counts "
     "a write as one transfer; a processor reads a cache line before it writes one that it has not read, so copying, "
-    "and IVON's draw, which writes noise and parameters unread, move more than that.",
-    "normal_ draws on one thread, whatever torch's number of threads; IVON shares its tensors out to all of them.",
-    "The profiler does not see allocations in IVON's noise threads, which hold a generator and nothing else.",
+    "and IVON's draw, which writes parameters unread, move more than that.",
+    "normal_ draws on one thread, whatever torch's number of threads. IVON makes its noise twice, in the draw and in the "
+    "step, on all of them: a counter-based generator (Philox) in the kernels of native.c.",
+    "IVON torch is IVON without these kernels, as where there was no C compiler: the same noise and arithmetic, operation "
+    "by operation.",
 ]
 
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "ratio_to": {
             base: {name: ratio(seconds[name]["total"], seconds[base]["total"]) for name in optimizers if name != base}
             for base in optimizers
-            if base != "IVON"
+            if not base.startswith("IVON")
         },
         "allocated_bytes": allocated,
         "page_faults": {name: {p: statistics.median(v) for p, v in faults[name].items()} for name in optimizers},
@@ -119,8 +121,10 @@ def _optimizers(shapes: list[tuple[int, int]], device: torch.device, seed: int) 
             made.append(p)
         return made
 
-    ours = IVON(params(), seed=seed, **RECIPE)  # type: ignore[arg-type]
-    found: dict[str, list[Part]] = {"IVON": [("sample", ours.train), ("step", ours.step)]}
+    found: dict[str, list[Part]] = {}
+    for name, fused in (("IVON", None), ("IVON torch", False)):
+        ours = IVON(params(), seed=seed, fused=fused, **RECIPE)  # type: ignore[arg-type]
+        found[name] = [("sample", ours.train), ("step", ours.step)]
     for name, form in (("foreach", {"foreach": True}), ("fused", {"fused": True}), ("plain", {"foreach": False})):
         adamw = torch.optim.AdamW(params(), lr=5e-5, weight_decay=0.0, **form)  # type: ignore[arg-type]
         found[f"AdamW {name}"] = [("step", adamw.step)]

@@ -97,13 +97,17 @@ LEVEL = {name: level for level, names in LAYERS.items() for name in names}
 
 
 def imports(tree: ast.AST, function: str = "", typing_only: bool = False) -> Iterator[tuple[str, str, bool]]:
-    """Yield (module, enclosing function, under TYPE_CHECKING) of each import, `from varlora import x` as varlora.x."""
+    """Yield (module, enclosing function, under TYPE_CHECKING) of each import, `from varlora import x` as varlora.x.
+
+    A relative import begins with its dots.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, function, typing_only) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
-            if node.module == "varlora":
+            if node.level:
+                yield "." * node.level + (node.module or ""), function, typing_only
+            elif node.module == "varlora":
                 yield from ((f"varlora.{alias.name}", function, typing_only) for alias in node.names)
             else:
                 yield node.module or "", function, typing_only
@@ -123,17 +127,20 @@ def problems(name: str, source: str) -> list[str]:
         package, _, target = module.partition(".")
         other, _, other_leaf = target.partition(".")
         where = f"{name} imports {module}"
-        if package != "varlora":
+        if module.startswith("."):
+            if top != "optim" or module.startswith(".."):
+                found.append(f"{where}, which is relative")
+        elif package != "varlora":
             if LEVEL[top] == 0 and package not in TORCH_ONLY:
                 found.append(f"{where}, but layer 0 needs torch alone")
         elif other == "__version__":
             continue
-        elif name == "optim.ivon":
-            if not typing_only and function != "posterior":
-                found.append(f"{where}, but it has to work when copied alone into another project")
+        elif top == "optim":
+            if not typing_only and (name, function) != ("optim.ivon", "posterior"):
+                found.append(f"{where}, but the folder has to work when copied alone into another project")
         elif other not in LEVEL:
             found.append(f"{where}, which is in no layer")
-        elif other == top:  # within tasks/, methods/, optim/
+        elif other == top:  # within tasks/, methods/
             registry = leaf == "base" and not other_leaf and function  # what is in it, looked up when it is needed
             if leaf and not (other_leaf == "base" or registry):
                 found.append(f"{where}, but within a folder only its base module is imported")
@@ -184,6 +191,10 @@ def test_the_package_itself_imports_the_torch_only_layer():
         ("report", "from varlora.workflow import load", "same layer"),
         ("fit", "from varlora.future import x", "no layer"),
         ("optim.ivon", "from varlora.errors import VarloraError", "copied alone"),
+        ("optim.ivon", "from varlora.optim.noise import mix", "copied alone"),
+        ("optim.bucket", "def posterior():\n    from varlora.posterior import Point", "copied alone"),
+        ("optim.ivon", "from ..errors import VarloraError", "relative"),
+        ("metrics", "from .errors import VarloraError", "relative"),
         ("optim.ivon", "import numpy", "torch alone"),
     ],
 )
@@ -199,6 +210,7 @@ def test_a_wrong_import_is_found(name, source, why):
         ("methods", "from varlora.methods.ivon import Ivon"),
         ("optim.ivon", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from varlora.posterior import Point"),
         ("optim.ivon", "class A:\n    def posterior(self):\n        from varlora.posterior import Point"),
+        ("optim.ivon", "from .noise import mix"),
         ("cli", "from varlora import __version__"),
     ],
 )

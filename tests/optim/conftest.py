@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from varlora.optim import ivon
+from varlora.optim import bucket, native
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def _arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds with the compiled kernels and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("the kernels were not built: there was no C compiler")
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some parameters are then larger than a chunk, and one is larger than a bucket."""
-    monkeypatch.setattr(ivon, "_CHUNK", 16)
-    monkeypatch.setattr(ivon, "_BUCKET", 64)
+    monkeypatch.setattr(bucket, "_CHUNK", 16)
+    monkeypatch.setattr(bucket, "_BUCKET", 64)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varlora.optim.bucket import TRAIN
 from varlora.optim.ivon import IVON
+from varlora.optim.noise import fill_normal, mix
 
 SHAPES = ((3, 4), (7,), (), (2, 1, 20), (100,))
 SETTINGS: dict[str, Any] = {"lr": 0.05, "ess": 50.0, "hess_init": 0.7, "beta2": 0.95, "clip_radius": 0.5, "seed": 0}
@@ -76,6 +78,15 @@ WAYS = {"context": by_context, "train": by_train, "closure": by_closure}
 
 def values(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach().clone() for p in parameters]
+
+
+def noise_of(optimizer: IVON) -> list[Tensor]:
+    """The noise of the last training draw, of each parameter."""
+    now = optimizer.param_groups[0]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    noise = [torch.empty(p.shape) for p in parameters]
+    fill_normal(mix(now["seed"], TRAIN, now["draws"] - 1), [(x, i, 0) for i, x in enumerate(noise)])
+    return [x.to(optimizer.state[p]["mean"].dtype) for x, p in zip(noise, parameters)]
 
 
 def snapshot(parameters: Sequence[Tensor], optimizer: IVON) -> list[Tensor]:

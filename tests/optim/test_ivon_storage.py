@@ -193,7 +193,7 @@ def test_a_state_dict_fits_safetensors_and_json(samples: int, in_flight: bool) -
     assert len(storages) == len(tensors)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in tensors.values())
     names = {name.split(".")[1] for name in tensors}
-    transient = {"noise", "grad"} | ({"grad_sum", "hess_sum"} if samples > 1 else set())
+    transient = {"grad"} | ({"grad_sum", "hess_sum"} if samples > 1 else set())
     assert names == {"mean", "momentum", "hess"} | (transient if in_flight else set())
 
 

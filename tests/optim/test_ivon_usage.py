@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from optim.ivon_helpers import SETTINGS, WAYS, make, make_loss, make_parameters, run, same, snapshot, values
+from optim.ivon_helpers import SETTINGS, WAYS, make, make_loss, make_parameters, noise_of, run, same, snapshot, values
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from varlora.optim import noise
 from varlora.optim.ivon import IVON
 
 # --- three ways ---
@@ -224,7 +225,7 @@ def test_bfloat16_parameters_have_a_float32_state_that_moves() -> None:
         moved = 1 - state["mean"]
         torch.testing.assert_close(moved, torch.full_like(moved, step * 3e-5), rtol=1e-2, atol=0)
         assert torch.equal(p, state["mean"].bfloat16())
-    assert all(state[name].dtype == torch.float32 for name in ("mean", "momentum", "hess", "noise"))
+    assert all(state[name].dtype == torch.float32 for name in ("mean", "momentum", "hess"))
     assert (state["hess"] != 1e-2).all()
     assert optimizer.posterior().mean["p"].dtype == torch.float32
     assert torch.equal(p, torch.full_like(p, 0.996))
@@ -233,8 +234,11 @@ def test_bfloat16_parameters_have_a_float32_state_that_moves() -> None:
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("way", ["context", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_a_step_allocates_nothing_that_grows_with_the_parameters(samples: int, way: str, dtype: torch.dtype) -> None:
-    p = nn.Parameter(torch.ones(100_000, dtype=dtype))
+def test_a_step_allocates_nothing_that_grows_with_the_parameters(
+    samples: int, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "_AT_ONCE", 32)  # torch's operations make noise in pieces of a fixed size
+    p = nn.Parameter(torch.ones(20_000, dtype=dtype))
     q = nn.Parameter(torch.ones(1_000, dtype=dtype))
     optimizer = IVON([p, q], lr=0.1, ess=100, hess_init=1.0, weight_decay=0.1, mc_samples=samples, seed=0)
     gradients = [torch.full_like(p, 0.1), torch.full_like(q, 0.1)]
@@ -263,7 +267,7 @@ def test_a_step_allocates_nothing_that_grows_with_the_parameters(samples: int, w
         with optimizer.sampled_params():
             pass
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
-    assert largest < 10_000, [e.name for e in profiler.events() if e.self_cpu_memory_usage > 10_000]
+    assert largest < 20_000, [e.name for e in profiler.events() if e.self_cpu_memory_usage > 20_000]
     assert [p.data_ptr(), q.data_ptr()] == pointers
 
 
@@ -276,8 +280,8 @@ def test_parameters_keep_their_storage_and_the_state_lies_in_optimizer_state() -
     assert [p.data_ptr() for p in parameters] == pointers
     for p in parameters:
         state = optimizer.state[p]
-        assert {"step", "mean", "momentum", "hess", "noise"} <= set(state)
-        assert all(state[name].shape == p.shape for name in ("mean", "momentum", "hess", "noise"))
+        assert {"step", "mean", "momentum", "hess"} <= set(state)
+        assert all(state[name].shape == p.shape for name in ("mean", "momentum", "hess"))
 
 
 def test_the_posterior_is_what_draws_are_from() -> None:
@@ -285,9 +289,9 @@ def test_the_posterior_is_what_draws_are_from() -> None:
     run(optimizer, parameters, range(3))
     posterior, sigma = optimizer.posterior(), optimizer.mean_sigma()
     with optimizer.sampled_params(train=True):
-        for i, p in enumerate(parameters):
+        for i, (p, eps) in enumerate(zip(parameters, noise_of(optimizer))):
             mean, std = posterior.mean[f"p{i}"], posterior.std[f"p{i}"]
-            torch.testing.assert_close(p.detach(), mean + std * optimizer.state[p]["noise"])
+            torch.testing.assert_close(p.detach(), mean + std * eps)
             torch.testing.assert_close(std, 1 / (50.0 * (optimizer.state[p]["hess"] + 0.2)).sqrt())
             assert sigma[f"p{i}"] == pytest.approx(std.mean().item())
     posterior.mean["p0"].zero_()  # a copy

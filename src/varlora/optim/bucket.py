@@ -1,0 +1,442 @@
+"""The state of IVON as flat buffers, and the arithmetic of Algorithm 1 on them.
+
+Parameters of one group, device and type lie side by side, so that a draw or a step is a few operations on long tensors,
+however many parameters there are. On a CPU the kernels of `native.c` do each in one pass over memory, with the noise
+made where it is used. Elsewhere, and where they were not built, torch does it operation by operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .noise import fill_normal, mix
+
+__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "plain"]
+
+# A bucket holds at most this many elements (a larger parameter has its own).
+_BUCKET = 1 << 24
+# On a CPU, torch's operations are worked off in chunks that fit the cache: an update then moves each buffer through
+# memory once instead of once an operation.
+_CHUNK = 1 << 20
+# Streams of random numbers: the noise of training steps and that of evaluation draws.
+TRAIN, EVAL = 0, 1
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Neither a graph nor inference tensors, whatever the caller is in the middle of."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def make_buckets(groups: Sequence[dict[str, Any]], state: Any) -> list[Bucket]:
+    """Distribute the parameters over buckets, in order."""
+    lots: list[tuple[dict[str, Any], list[Tensor], list[int]]] = []
+    position = 0
+    for group in groups:
+        lot_of: dict[tuple[torch.device, torch.dtype], tuple[dict[str, Any], list[Tensor], list[int]]] = {}
+        for p in group["params"]:
+            if p.requires_grad:
+                key = (p.device, p.dtype)
+                lot = lot_of.get(key)
+                if lot is None or sum(q.numel() for q in lot[1]) + p.numel() > _BUCKET:
+                    lot = lot_of[key] = (group, [], [])
+                    lots.append(lot)
+                lot[1].append(p)
+                lot[2].append(position)
+            position += 1
+    return [Bucket(group, parameters, positions, state) for group, parameters, positions in lots]
+
+
+class _Run(NamedTuple):
+    """Neighbouring parameters of a chunk that have a gradient and have made as many steps."""
+
+    chunk: int  # where the chunk starts in the flat buffers
+    lo: int
+    hi: int
+    indices: list[int]
+    t: int  # the number of the step that they are about to make
+
+
+class Bucket:
+    """Parameters of one group, device and type, with their state side by side in flat buffers.
+
+    Memory for each element: mean, momentum and Hessian, 4 bytes each in float32; with several Monte Carlo samples three
+    more. Where torch does the arithmetic also the noise, and three scratch buffers of a chunk's size, which on a GPU is
+    up to the whole bucket; kernels need two of them for parameters of 16 bits, and none for others.
+    """
+
+    @plain()
+    def __init__(self, group: dict[str, Any], parameters: list[Tensor], positions: list[int], state: Any) -> None:
+        self.group, self.parameters, self.positions = group, parameters, positions
+        self.states = [state[p] for p in parameters]
+        ends = list(itertools.accumulate(p.numel() for p in parameters))
+        self.spans = list(zip([0, *ends], ends))
+        # At β₂ = 1 − 1e-5 a 16-bit Hessian never moves, nor does a 16-bit mean by 3e-5.
+        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        self.like: dict[str, Any] = {"device": parameters[0].device, "dtype": dtype}
+        self.mean, self.momentum = torch.zeros(2, ends[-1], **self.like)
+        self.hess = torch.full((ends[-1],), group["hess_init"], **self.like)
+        flats = {"mean": self.mean, "momentum": self.momentum, "hess": self.hess}
+        if group["mc_samples"] > 1:
+            self.grad_sum, self.hess_sum = torch.zeros(2, ends[-1], **self.like)
+            flats |= {"grad_sum": self.grad_sum, "hess_sum": self.hess_sum}
+        for p, state_p, (lo, hi) in zip(parameters, self.states, self.spans):
+            state_p.setdefault("step", 0)
+            state_p.setdefault("mean", p)
+            for name, flat in flats.items():
+                view = flat[lo:hi].view(p.shape)
+                if name in state_p:
+                    view.copy_(state_p[name])
+                state_p[name] = view
+        self.mean_views = [state_p["mean"] for state_p in self.states]
+
+        self.kernels: native.Kernels | None = None
+        wanted = group["fused"] is not False and native.library() is not None
+        if wanted and dtype == torch.float32 and self.mean.device.type == "cpu":
+            self.kernels = native.Kernels(self.mean, self.momentum, self.hess, self.spans, positions)
+        # Whether kernels write to the parameters themselves.
+        self.direct = self.kernels is not None and all(p.dtype == dtype and p.is_contiguous() for p in parameters)
+        self.chunks = self._make_chunks()
+        self.noise_key: int | None = None  # of what `noise` holds
+
+        self.versions = [p._version for p in parameters]
+        self.aside: list[Tensor | None] = [None] * len(parameters)
+        self.hooks = []
+        if group["mc_samples"] > 1:  # under `train`, each micro-batch's own gradient is seen as soon as it is there
+            for i, p in enumerate(parameters):
+                self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, i)))
+
+    def _make_chunks(self) -> list[list[int]]:
+        size = _CHUNK if self.mean.device.type == "cpu" and not self.direct else _BUCKET
+        chunks: list[list[int]] = []
+        for i, (_, hi) in enumerate(self.spans):
+            if not chunks or hi - self.spans[chunks[-1][0]][0] > size:
+                chunks.append([])
+            chunks[-1].append(i)
+        return chunks
+
+    @functools.cached_property
+    def scratch(self) -> Tensor:
+        """Three buffers as long as the longest chunk, for what is in between while one is being worked on."""
+        length = max(self.spans[chunk[-1]][1] - self.spans[chunk[0]][0] for chunk in self.chunks)
+        return torch.empty(3, length, **self.like)
+
+    @functools.cached_property
+    def work_views(self) -> list[list[Tensor]]:
+        """Each parameter's part of each scratch buffer, while its chunk is being worked on."""
+        return [
+            [
+                row[self.spans[i][0] - self.spans[chunk[0]][0] :][: p.numel()].view_as(p)
+                for chunk in self.chunks
+                for i, p in ((i, self.parameters[i]) for i in chunk)
+            ]
+            for row in self.scratch
+        ]
+
+    # --- noise ---
+
+    @functools.cached_property
+    def noise(self) -> Tensor:
+        """ε of a training draw: of the one with `noise_key`."""
+        return torch.empty_like(self.mean)
+
+    def noise_of(self, key: int) -> Tensor:
+        """Return ε of a training draw, for all parameters."""
+        if self.noise_key != key:
+            self._fill(key, range(len(self.parameters)), [self.noise[lo:hi] for lo, hi in self.spans])
+            self.noise_key = key
+        return self.noise
+
+    @property
+    def train_key(self) -> int:
+        """Of the last training draw."""
+        return mix(self.group["seed"], TRAIN, self.group["draws"] - 1)
+
+    def _fill(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
+        if self.kernels is not None:
+            self.kernels.normal(key, indices, out)
+        else:
+            fill_normal(key, [(x, self.positions[i], 0) for x, i in zip(out, indices)])
+
+    # --- parameters ---
+
+    @plain()
+    def to_mean(self, indices: Iterable[int] | None = None) -> None:
+        """Put the mean into all parameters, or into some."""
+        chosen = range(len(self.parameters)) if indices is None else list(indices)
+        if chosen:
+            torch._foreach_copy_([self.parameters[i] for i in chosen], [self.mean_views[i] for i in chosen])
+        self._written(chosen)
+
+    @plain()
+    def to_draw(self, key: int, train: bool = True) -> None:
+        """Put θ = m + σε into the parameters, with the ε of a training draw or another."""
+        for chunk in self.chunks:
+            parameters = [self.parameters[i] for i in chunk]
+            if self.direct and self.kernels is not None:
+                self.kernels.draw(key, chunk, parameters, self._settings())
+                torch.autograd.graph.increment_version(parameters)
+            else:
+                views = [self.work_views[2][i] for i in chunk]
+                self._draw_into(views, key, chunk, train)
+                torch._foreach_copy_(parameters, views)
+            self._written(chunk)
+
+    def _draw_into(self, views: Sequence[Tensor], key: int, chunk: Sequence[int], train: bool) -> None:
+        """Write θ of a chunk into the third scratch buffer, whose views these are."""
+        if self.kernels is not None:
+            self.kernels.draw(key, chunk, views, self._settings())
+            return
+        lo, hi = self.spans[chunk[0]][0], self.spans[chunk[-1]][1]
+        theta = self.scratch[2, : hi - lo]
+        if train:
+            eps = self.noise_of(key)[lo:hi]
+        else:
+            self._fill(key, chunk, views)
+            eps = theta
+        sigma = self._precision(lo, hi, self.scratch[0, : hi - lo]).rsqrt_()
+        torch.addcmul(self.mean[lo:hi], sigma, eps, out=theta)
+
+    def _written(self, indices: Iterable[int]) -> None:
+        for i in indices:
+            self.versions[i] = self.parameters[i]._version
+
+    @plain()
+    def adopt_outside_changes(self) -> None:
+        """Make values that others wrote into the parameters, a loaded checkpoint, the mean."""
+        for i, (p, mean) in enumerate(zip(self.parameters, self.mean_views)):
+            if p._version != self.versions[i]:
+                if not torch.equal(p, mean.to(p)):
+                    mean.copy_(p)
+                self.versions[i] = p._version
+
+    def _precision(self, lo: int, hi: int, out: Tensor) -> Tensor:
+        """1/σ² = λ(h + δ)."""
+        h, ess, delta = self.hess[lo:hi], self.group["ess"], self.group["weight_decay"]
+        return torch.add(h, delta, out=out).mul_(ess) if delta else torch.mul(h, ess, out=out)
+
+    @plain()
+    def moments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return mean (a view) and standard deviation (a new tensor) of each parameter."""
+        return [
+            (state["mean"], self._precision(lo, hi, torch.empty_like(self.hess[lo:hi])).rsqrt_().view_as(state["mean"]))
+            for state, (lo, hi) in zip(self.states, self.spans)
+        ]
+
+    # --- gradients ---
+
+    def runs(self) -> Iterator[_Run]:
+        """Yield what is updated together."""
+        for chunk in self.chunks:
+            start = self.spans[chunk[0]][0]
+            run: _Run | None = None
+            for i in chunk:
+                if self.parameters[i].grad is None:
+                    continue
+                (lo, hi), t = self.spans[i], self.states[i]["step"] + 1
+                if run and (run.hi, run.t) == (lo, t):
+                    run.indices.append(i)
+                    run = run._replace(hi=hi)
+                else:
+                    if run:
+                        yield run
+                    run = _Run(start, lo, hi, [i], t)
+            if run:
+                yield run
+
+    def _gather(self, run: _Run) -> Tensor:
+        """Return ĝ of a run, in the third scratch buffer."""
+        gradients: list[Any] = [self.parameters[i].grad for i in run.indices]
+        torch._foreach_copy_([self.work_views[2][i] for i in run.indices], gradients)
+        return self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a parameter has a gradient."""
+        return any(p.grad is not None for p in self.parameters)
+
+    @plain()
+    def gradients_are_finite(self) -> bool:
+        """Return whether all gradients are finite; true if there is none."""
+        there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        gradients: list[Any] = [self.parameters[i].grad for i in there]
+        if not gradients:
+            return True
+        if self.kernels is not None and all(_readable(gradient) for gradient in gradients):
+            return self.kernels.finite(there, gradients)
+        narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if narrow else None)
+        return bool(torch.stack(norms).isfinite().all().item())
+
+    @plain()
+    def begin_step(self) -> None:
+        """Forget the gradients of several draws."""
+        if self.group["mc_samples"] > 1:
+            self.grad_sum.zero_()
+            self.hess_sum.zero_()
+
+    @plain()
+    def unscale_gradients(self, scale: Tensor) -> None:
+        """Divide the gradients by a GradScaler's scale."""
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.div_(scale.to(p.device))
+
+    @plain()
+    def set_gradients_aside(self) -> None:
+        """Before another of several draws: clear the gradients, and keep them in case that draw has none."""
+        self.aside = [p.grad for p in self.parameters]
+        for gradient in self.aside:
+            if gradient is not None:
+                gradient.zero_()
+
+    @plain()
+    def fold_gradients(self, draws: int) -> None:
+        """After one of several draws: add its gradient and curvature up, and show the average gradient so far."""
+        for run in self.runs():
+            at, ghat = slice(run.lo, run.hi), self._gather(run)
+            self.grad_sum[at] += ghat
+            self.hess_sum[at] += self._to_curvature(ghat, at)
+        for p, gradient in zip(self.parameters, self.aside):
+            if p.grad is None:
+                p.grad = gradient
+        self._show_average(draws)
+
+    @plain()
+    def take_gradients_back(self, draws: int) -> None:
+        """After a draw that failed: show the average gradient of those before it."""
+        for p, gradient in zip(self.parameters, self.aside):
+            p.grad = gradient
+        self._show_average(draws)
+
+    def _show_average(self, draws: int) -> None:
+        self.aside = [None] * len(self.parameters)
+        for run in self.runs():
+            torch.div(
+                self.grad_sum[run.lo : run.hi], draws, out=self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]
+            )
+            gradients: list[Any] = [self.parameters[i].grad for i in run.indices]
+            torch._foreach_copy_(gradients, [self.work_views[2][i] for i in run.indices])
+
+    @plain()
+    def _on_gradient(self, i: int, p: Tensor) -> None:
+        if self.group["perturbed"] and not self.group["averages"] and p.grad is not None:
+            state, (lo, hi) = self.states[i], self.spans[i]
+            ghat = self.work_views[2][i].copy_(p.grad).sub_(state["grad_sum"])
+            state["hess_sum"] += self._to_curvature(ghat.view(-1), slice(lo, hi)).view_as(ghat)
+            state["grad_sum"].copy_(p.grad)
+            self.group["used"] = True
+
+    def release(self) -> None:
+        """Let go of the parameters' hooks."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _to_curvature(self, ghat: Tensor, at: slice) -> Tensor:
+        """Turn ĝ, in place, into what one draw adds to the curvature estimate, before its factor: ĝε or ĝ²."""
+        return ghat.mul_(self.noise_of(self.train_key)[at] if self.group["hess_approx"] == "price" else ghat)
+
+    # --- Algorithm 1 ---
+
+    @plain()
+    def update(self, draws: int) -> None:
+        """Move every parameter that has a gradient, and put the mean into all.
+
+        Args:
+            draws: by what the summed curvature estimates are to be divided.
+        """
+        still = set(range(len(self.parameters)))
+        for run in self.runs():
+            if self.kernels is not None and self.group["mc_samples"] == 1:
+                self._update_by_kernel(run)
+            else:
+                self._update_by_torch(run, draws)
+                self.to_mean(run.indices)
+            still.difference_update(run.indices)
+            for i in run.indices:
+                self.states[i]["step"] = run.t
+        self.to_mean(still)
+
+    def _settings(self, t: int = 1) -> native.Settings:
+        """Return what the kernels need to know, of step t."""
+        group = self.group
+        beta1, beta2, delta = group["beta1"], group["beta2"], group["weight_decay"]
+        bias, lr = self._bias_and_lr(t)
+        return native.Settings(
+            ess=group["ess"],
+            delta=delta,
+            beta1_less=1 - beta1,
+            beta2_less=1 - beta2,
+            half_square=(1 - beta2) ** 2 / 2,
+            lr_over_bias=lr / bias,
+            clip_times_bias=group["clip_radius"] * bias,
+            delta_times_bias=bias * delta,
+            batch_size=group["batch_size"] if group["hess_approx"] == "gradsq" else 0,
+        )
+
+    def _bias_and_lr(self, t: int) -> tuple[float, float]:
+        """Return 1 − β₁ᵗ, or 1 without debiasing, and the learning rate α."""
+        group = self.group
+        lr = group["lr"] * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0)
+        return 1 - group["beta1"] ** t if group["debias"] else 1.0, lr
+
+    def _update_by_kernel(self, run: _Run) -> None:
+        parameters = [self.parameters[i] for i in run.indices]
+        out = parameters if self.direct else [self.work_views[0][i] for i in run.indices]
+        gradients: list[Any] = [p.grad for p in parameters]
+        if not all(_readable(gradient) for gradient in gradients):
+            self._gather(run)
+            gradients = [self.work_views[2][i] for i in run.indices]
+        assert self.kernels is not None
+        self.kernels.update(self.train_key, run.indices, gradients, out, self._settings(run.t))
+        if self.direct:
+            torch.autograd.graph.increment_version(parameters)
+        else:
+            torch._foreach_copy_(parameters, out)
+        self._written(run.indices)
+
+    def _update_by_torch(self, run: _Run, draws: int) -> None:
+        group, at = self.group, slice(run.lo, run.hi)
+        beta1, beta2, delta, clip_radius = group["beta1"], group["beta2"], group["weight_decay"], group["clip_radius"]
+        m, g, h, ghat = self.mean[at], self.momentum[at], self.hess[at], self._gather(run)
+        a, b = self.scratch[:2, : len(m)]
+        price = group["hess_approx"] == "price"
+
+        # ĥ = ĝ(θ − m)/σ² = ĝε/σ, or B ĝ²
+        if group["mc_samples"] == 1:
+            hhat = torch.mul(ghat, self.noise_of(self.train_key)[at] if price else ghat, out=a)
+        else:
+            # The draws' own gradients are gone; what clipping or unscaling did to their sum, it did to each of them.
+            change = torch.div(self.grad_sum[at], draws, out=b)
+            change = torch.div(ghat, change, out=b).nan_to_num_(nan=1.0, posinf=1.0, neginf=1.0)
+            hhat = torch.div(self.hess_sum[at], draws, out=a).mul_(change if price else change.square_())
+        hhat.mul_(self._precision(run.lo, run.hi, b).sqrt_() if price else group["batch_size"])
+
+        # g ← β₁g + (1 − β₁)ĝ
+        g.lerp_(ghat, 1 - beta1)
+
+        # h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h + δ)
+        correction = torch.sub(h, hhat, out=b).square_().div_(torch.add(h, delta, out=ghat) if delta else h)
+        h.lerp_(hhat, 1 - beta2).add_(correction, alpha=(1 - beta2) ** 2 / 2)
+
+        # m ← m − α clip((g/(1 − β₁ᵗ) + δm)/(h + δ), ±ξ), with 1 − β₁ᵗ taken out of the bracket
+        bias, lr = self._bias_and_lr(run.t)
+        if delta:
+            direction = torch.add(g, m, alpha=bias * delta, out=a).div_(torch.add(h, delta, out=b))
+        else:
+            direction = torch.div(g, h, out=a)
+        m.sub_(direction.clamp_(-clip_radius * bias, clip_radius * bias), alpha=lr / bias)
+
+
+def _readable(gradient: Tensor) -> bool:
+    """Whether kernels can read a gradient where it is."""
+    return gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.layout == torch.strided

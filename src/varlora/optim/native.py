@@ -1,0 +1,158 @@
+"""The kernels of `native.c`, which are built when the package is installed, if there is a C compiler."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import itertools
+import os
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["Kernels", "Settings", "library"]
+
+VERSION = 1
+"""Of native.c; a build of another one is not used."""
+TILE = 64
+"""Elements that are worked off together; threads share a parameter out at multiples of it."""
+ALONE = 1 << 16
+"""Elements for which one thread does not wait for others."""
+
+
+class Settings(ctypes.Structure):
+    """What a step needs beside the state, `Settings` of native.c."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_float)
+        for name in (
+            *("ess", "delta", "beta1_less", "beta2_less", "half_square"),
+            *("lr_over_bias", "clip_times_bias", "delta_times_bias", "batch_size"),
+        )
+    )
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (
+        ("key", ctypes.c_uint64),
+        ("segments", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("mean", "momentum", "hess")),
+        ("settings", Settings),
+        ("widest", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the kernels; None where they were not built."""
+    path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    try:
+        found = ctypes.CDLL(str(path))
+        return found if found.ivon_version() == VERSION else None
+    except (OSError, AttributeError):
+        return None
+
+
+class Kernels:
+    """The kernels over the flat float32 state of some parameters.
+
+    Args:
+        mean: (N,) as `momentum` and `hess`.
+        spans: where each parameter lies in the state.
+        positions: the position of each parameter among the optimizer's.
+    """
+
+    widest = 512
+    """Bits of the widest vectors to use; no result depends on it."""
+
+    def __init__(
+        self,
+        mean: Tensor,
+        momentum: Tensor,
+        hess: Tensor,
+        spans: Sequence[tuple[int, int]],
+        positions: Sequence[int],
+    ) -> None:
+        self.state = mean, momentum, hess
+        self.spans, self.positions = spans, positions
+        self.shared: dict[tuple[int, ...], tuple[Tensor, Tensor, list[int]]] = {}
+
+    def normal(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
+        """Write the noise of some parameters to contiguous float32 tensors."""
+        self._run("ivon_normal", key, indices, out, None, Settings())
+
+    def draw(self, key: int, indices: Sequence[int], out: Sequence[Tensor], settings: Settings) -> None:
+        """Write θ = m + σε of some parameters to contiguous float32 tensors."""
+        self._run("ivon_draw", key, indices, out, None, settings)
+
+    def update(
+        self, key: int, indices: Sequence[int], gradients: Sequence[Tensor], out: Sequence[Tensor], settings: Settings
+    ) -> None:
+        """Make a step of some parameters and write their mean; gradients and `out` are contiguous and float32."""
+        self._run("ivon_update", key, indices, out, gradients, settings)
+
+    def finite(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> bool:
+        """Return whether all numbers of contiguous float32 gradients are finite."""
+        return all(self._run("ivon_finite", 0, indices, gradients, gradients, Settings()))
+
+    def _run(
+        self,
+        name: str,
+        key: int,
+        indices: Sequence[int],
+        out: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None,
+        settings: Settings,
+    ) -> list[int]:
+        """Call a kernel for some parameters, shared out to as many threads as torch uses."""
+        segments, of_segment, shares = self._segments(tuple(indices))
+        starts = 4 * segments[:, 3]
+        segments[:, 4] = torch.tensor([x.data_ptr() for x in out])[of_segment] + starts
+        if gradients is not None:
+            segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients])[of_segment] + starts
+        kernel, row, state = getattr(library(), name), 8 * segments.shape[1], [x.data_ptr() for x in self.state]
+
+        def run(share: int) -> int:
+            lo, hi = shares[share], shares[share + 1]
+            work = _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
+            return int(kernel(ctypes.byref(work)))
+
+        if len(shares) == 2:
+            return [run(0)]
+        return list(_threads(len(shares) - 1).map(run, range(len(shares) - 1)))
+
+    def _segments(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the table of `Segment`, which of the indices each is of, and where each thread's share begins."""
+        numel = sum(self.spans[i][1] - self.spans[i][0] for i in indices)
+        threads = torch.get_num_threads() if numel > ALONE else 1
+        found = self.shared.get((threads, *indices))
+        if found is None:
+            cuts = [share * numel // threads for share in range(1, threads)]
+            rows, of_row, starts, before = [], [], [], 0
+            for which, i in enumerate(indices):
+                lo, hi = self.spans[i]
+                inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + hi - lo}
+                for first, end in itertools.pairwise([0, *sorted(inside - {0}), hi - lo]):
+                    first, end = min(first, hi - lo), min(end, hi - lo)
+                    rows.append([lo + first, end - first, self.positions[i], first, 0, 0])
+                    of_row.append(which)
+                    starts.append(before + first)
+                before += hi - lo
+            shares = [0, *(bisect.bisect_left(starts, cut) for cut in cuts), len(rows)]
+            found = self.shared[(threads, *indices)] = torch.tensor(rows), torch.tensor(of_row), shares
+        return found
+
+
+@functools.cache
+def _threads(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="ivon")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)

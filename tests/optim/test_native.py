@@ -1,0 +1,233 @@
+"""The compiled kernels, and the noise that they share with torch's operations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optim.ivon_helpers import make, run, same, snapshot, values
+from torch import Tensor, nn
+
+from varlora.optim import native
+from varlora.optim.ivon import IVON
+from varlora.optim.noise import TILE, fill_normal, philox
+
+SIZES = (1, 63, 64, 65, 5_000, 0, 70_001)
+"""Of parameters: less than a tile, a tile, more; and enough for several threads."""
+
+
+@pytest.fixture
+def _only_with_kernels(_arithmetic: None) -> None:
+    if native.library() is None:
+        pytest.skip("of the kernels alone")
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "words"),
+    [  # of the authors' test suite, kat_vectors of Random123
+        (0, [0] * 4, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (2**64 - 1, [2**32 - 1] * 4, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            0x299F31D0_A4093822,
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_its_authors_numbers(key: int, counter: list[int], words: list[int]) -> None:
+    assert [int(word) for word in philox(key, [torch.tensor(word) for word in counter])] == words
+
+
+def test_noise_is_box_and_muller_of_philox() -> None:
+    """Number by number, with the standard library's logarithm and angles."""
+    x = torch.empty(200)
+    fill_normal(77, [(x, 5, 0)])
+    for i in range(200):
+        counter = [i // 64 * 16 + i % 16, 0, 5, 0]
+        words = [int(word) for word in philox(77, [torch.tensor(word) for word in counter])]
+        a, b = words[2 * (i // 32 % 2) :][:2]
+        r = math.sqrt(-2 * math.log((a // 2 + 0.5) / 2**31))
+        turn, rest = divmod(b, 2**30)
+        rest = (rest + 2**29) % 2**30 - 2**29  # of a quarter turn, in both directions
+        sine, cosine = math.sin(rest / 2**30 * math.pi / 2), math.cos(rest / 2**30 * math.pi / 2)
+        pair = [(cosine, sine), (sine, -cosine), (-cosine, -sine), (-sine, cosine)][turn]
+        assert x[i].item() == pytest.approx(r * pair[i // 16 % 2], rel=1e-5, abs=1e-6)
+
+
+def test_a_part_of_a_parameter_has_its_part_of_the_noise() -> None:
+    whole = torch.empty(3_000)
+    fill_normal(9, [(whole, 4, 0)])
+    for first, count in ((0, 64), (64, 100), (1_037, 1_900), (2_999, 1), (30, 0)):
+        part = torch.empty(count)
+        fill_normal(9, [(torch.empty(5), 0, 0), (part, 4, first), (torch.empty(70), 1, 0)])
+        assert torch.equal(part, whole[first : first + count])
+
+
+def kernels(sizes: tuple[int, ...] = SIZES) -> tuple[native.Kernels, list[Tensor], list[Tensor]]:
+    """Kernels on a random state, with parameters and gradients."""
+    source = torch.Generator().manual_seed(0)
+    n, ends = sum(sizes), torch.tensor(sizes).cumsum(0).tolist()
+    mean, momentum, hess, gradients = torch.randn(4, n, generator=source).unbind()
+    spans = list(zip([0, *ends], ends))
+    made = native.Kernels(mean.clone(), momentum.clone(), hess.square() + 0.1, spans, range(3, 3 + len(sizes)))
+    return made, [torch.empty(size) for size in sizes], [gradients[lo:hi] for lo, hi in spans]
+
+
+SETTINGS = {
+    **{"ess": 50.0, "delta": 0.1, "beta1_less": 0.1, "beta2_less": 0.05, "half_square": 0.00125},
+    **{"lr_over_bias": 0.3, "clip_times_bias": 0.7, "delta_times_bias": 0.05},
+}
+
+
+def all_results(widest: int = 512) -> list[Tensor]:
+    found = []
+    for batch_size in (0.0, 8.0):
+        made, out, gradients = kernels()
+        made.widest = widest
+        every, settings = range(len(SIZES)), native.Settings(batch_size=batch_size, **SETTINGS)
+        made.normal(2**63 + 1, every, out)
+        found += [x.clone() for x in out]
+        made.draw(12, every, out, settings)
+        found += [x.clone() for x in out]
+        made.update(12, every, gradients, out, settings)
+        found += [x.clone() for x in (*out, *made.state)]
+    return found
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+def test_neither_processor_nor_threads_change_a_bit() -> None:
+    wanted = all_results()
+    for widest in (0, 256):
+        assert same(all_results(widest), wanted)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        assert same(all_results(), wanted)
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+def test_the_kernels_noise_is_that_of_torch_to_rounding() -> None:
+    made, out, _ = kernels((100_000,))
+    made.normal(2**64 - 5, [0], out)
+    want = torch.empty(100_000)
+    fill_normal(2**64 - 5, [(want, 3, 0)])
+    torch.testing.assert_close(out[0], want, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(out[0], want)  # or this compares one with itself
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_share_everything_out_once(threads: int) -> None:
+    torch.set_num_threads(threads)
+    made, _, _ = kernels()
+    for indices in (range(len(SIZES)), [6], [1, 4, 6]):
+        segments, of_segment, shares = made._segments(tuple(indices))
+        assert shares[0] == 0
+        assert shares[-1] == len(segments)
+        assert shares == sorted(shares)
+        assert len(shares) == threads + 1
+        got = [(at + k, i) for (at, n, *_), i in zip(segments.tolist(), of_segment.tolist()) for k in range(n)]
+        assert got == [(k, which) for which, i in enumerate(indices) for k in range(*made.spans[i])]
+        for at, _, position, first, *_ in segments.tolist():
+            assert first % TILE == 0
+            assert at == made.spans[position - 3][0] + first
+        sizes = [int(segments[lo:hi, 1].sum()) for lo, hi in itertools.pairwise(shares)]
+        assert max(sizes) - min(sizes) <= 2 * TILE
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_finite_is_found_anywhere(bad: float) -> None:
+    made, _, gradients = kernels()
+    every = range(len(SIZES))
+    assert made.finite(every, [x.clone().fill_(torch.finfo(torch.float32).max) for x in gradients])
+    for at in (0, 63, 69_999, 70_000):
+        found = [x.clone() for x in gradients]
+        found[-1][at] = bad
+        assert not made.finite(every, found)
+        assert made.finite(every[:-1], found[:-1])
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.3, "debias": False}, {"rescale_lr": True}], ids=str)
+@pytest.mark.parametrize("approx", ["price", "gradsq"])
+def test_with_and_without_kernels_agree_to_rounding(approx: str, settings: dict[str, Any]) -> None:
+    found = []
+    for fused in (True, False):
+        parameters, optimizer = make(fused=fused, hess_approx=approx, batch_size=4, **settings)
+        run(optimizer, parameters, range(20), way="train")
+        assert [bucket.kernels is not None for bucket in optimizer._buckets or []] == [fused]
+        with optimizer.sampled_params():
+            drawn = values(parameters)
+        found.append([*snapshot(parameters, optimizer), *drawn])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+def test_gradients_of_any_layout_are_read() -> None:
+    found = []
+    for transposed in (False, True):
+        p = nn.Parameter(torch.ones(30, 50))
+        optimizer = IVON([p], lr=0.1, ess=100.0, hess_init=1.0, seed=0)
+        for key in range(3):
+            optimizer.train()
+            gradient = torch.randn(50, 30, generator=torch.Generator().manual_seed(key)).T
+            p.grad = gradient if transposed else gradient.contiguous()
+            assert p.grad.is_contiguous() != transposed
+            optimizer.step()
+        found.append(snapshot([p], optimizer))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_draw_between_forward_and_backward_is_noticed(fused: bool | None) -> None:
+    """As torch notices any change of what a backward pass needs."""
+    p = nn.Parameter(torch.ones(5))
+    optimizer = IVON([p], lr=0.1, ess=100.0, hess_init=1.0, fused=fused)
+    optimizer.train()
+    loss = p.square().sum()
+    optimizer.eval()
+    optimizer.train()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_fused_is_refused_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(RuntimeError, match="Install a C compiler"):
+        make(fused=True)
+    with pytest.raises(ValueError, match="`fused` to be True, False or None, but got 'yes'"):
+        make(fused="yes")
+    parameters, optimizer = make(fused=None)
+    run(optimizer, parameters, range(1))
+
+
+def test_a_build_that_is_absent_damaged_or_of_another_version_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = native.library.__wrapped__ if hasattr(native.library, "__wrapped__") else None
+    if find is None:
+        pytest.skip("of the search for the kernels")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert find() is None
+    suffix = native.sysconfig.get_config_var("EXT_SUFFIX")
+    (tmp_path / f"_native{suffix}").write_bytes(b"not a library")
+    assert find() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    assert find() is None
+
+
+def test_the_structures_are_those_of_the_source() -> None:
+    text = re.sub(r"/\*.*?\*/", "", (Path(native.__file__).parent / "native.c").read_text(), flags=re.DOTALL)
+    for structure, fields in (("Settings", native.Settings._fields_), ("Work", native._Work._fields_)):
+        body = re.search(rf"typedef struct {{([^}}]*)}} {structure};", text)
+        assert body is not None
+        declared = re.findall(r"(\w+)[,;]", body[1])
+        assert declared == [name for name, _ in fields]
+    assert f"VERSION = {native.VERSION}," in text
