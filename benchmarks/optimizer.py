@@ -39,10 +39,10 @@ NOTES = [
     "The traffic limit is at the better of two bandwidths, of copying 64 MB and of adding to 64 MB in place. It counts "
     "a write as one transfer; a processor reads a cache line before it writes one that it has not read, so copying, "
     "and IVON's draw, which writes parameters unread, move more than that.",
-    "normal_ draws on one thread, whatever torch's number of threads. IVON makes its noise twice, in the draw and in the "
-    "step, on all of them: a counter-based generator (Philox) in the kernels of native.c.",
-    "IVON torch is IVON without these kernels, as where there was no C compiler: the same noise and arithmetic, operation "
-    "by operation.",
+    "normal_ draws on one thread, whatever torch's number of threads. IVON makes its noise twice, in the draw and in "
+    "the step, on all of them: a counter-based generator (Philox) in the kernels of native.c.",
+    "IVON torch is IVON without these kernels, as where there was no C compiler: the same noise and arithmetic, "
+    "operation by operation.",
 ]
 
 
