@@ -228,3 +228,4 @@ def test_hooks_do_not_pile_up() -> None:
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.add_param_group({"params": [(name, nn.Parameter(torch.ones(1)))]})
     assert [len(p._post_accumulate_grad_hooks) for p in parameters] == [1] * len(parameters)
+    assert [len(p._backward_hooks) for p in parameters] == [1] * len(parameters)

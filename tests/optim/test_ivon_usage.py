@@ -245,10 +245,11 @@ def test_a_step_allocates_nothing_that_grows_with_the_parameters(
 
     def backward() -> None:  # as autograd does, but allocating nothing itself
         for parameter, gradient in zip((p, q), gradients):
+            for hook in (parameter._backward_hooks or {}).values():
+                hook(gradient)
             parameter.grad = gradient
-            if (hooks := parameter._post_accumulate_grad_hooks) is not None:  # type: ignore[attr-defined]
-                for hook in hooks.values():
-                    hook(parameter)
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+                hook(parameter)
 
     def step() -> None:
         for _ in range(samples):

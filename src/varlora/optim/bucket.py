@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import native
 from .noise import fill_normal, mix
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "plain"]
+__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "plain", "ranks"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24
@@ -37,7 +38,14 @@ def plain() -> Iterator[None]:
         yield
 
 
-def make_buckets(groups: Sequence[dict[str, Any]], state: Any) -> list[Bucket]:
+def ranks(process_group: Any) -> tuple[int, int]:
+    """Return this process's rank and the number of ranks; 0 and 1 where nothing is distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
+
+
+def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: Any = None) -> list[Bucket]:
     """Distribute the parameters over buckets, in order."""
     lots: list[tuple[dict[str, Any], list[Tensor], list[int]]] = []
     position = 0
@@ -53,7 +61,7 @@ def make_buckets(groups: Sequence[dict[str, Any]], state: Any) -> list[Bucket]:
                 lot[1].append(p)
                 lot[2].append(position)
             position += 1
-    return [Bucket(group, parameters, positions, state) for group, parameters, positions in lots]
+    return [Bucket(group, parameters, positions, state, process_group) for group, parameters, positions in lots]
 
 
 class _Run(NamedTuple):
@@ -69,14 +77,23 @@ class _Run(NamedTuple):
 class Bucket:
     """Parameters of one group, device and type, with their state side by side in flat buffers.
 
-    Memory for each element: mean, momentum and Hessian, 4 bytes each in float32; with several Monte Carlo samples three
-    more. Where torch does the arithmetic also the noise, and three scratch buffers of a chunk's size, which on a GPU is
-    up to the whole bucket; kernels need two of them for parameters of 16 bits, and none for others.
+    Memory for each element: mean, momentum and Hessian, 4 bytes each in float32; with several Monte Carlo samples or
+    noise of each rank three more. Where torch does the arithmetic also the noise, and three scratch buffers of a
+    chunk's size, which on a GPU is up to the whole bucket; kernels need two of them for parameters of 16 bits, and none
+    for others.
     """
 
     @plain()
-    def __init__(self, group: dict[str, Any], parameters: list[Tensor], positions: list[int], state: Any) -> None:
+    def __init__(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        positions: list[int],
+        state: Any,
+        process_group: Any = None,
+    ) -> None:
         self.group, self.parameters, self.positions = group, parameters, positions
+        self.process_group = process_group
         self.states = [state[p] for p in parameters]
         ends = list(itertools.accumulate(p.numel() for p in parameters))
         self.spans = list(zip([0, *ends], ends))
@@ -86,8 +103,11 @@ class Bucket:
         self.mean, self.momentum = torch.zeros(2, ends[-1], **self.like)
         self.hess = torch.full((ends[-1],), group["hess_init"], **self.like)
         flats = {"mean": self.mean, "momentum": self.momentum, "hess": self.hess}
-        if group["mc_samples"] > 1:
-            self.grad_sum, self.hess_sum = torch.zeros(2, ends[-1], **self.like)
+        # Whether gradients are looked at as they arrive, before they are added up, averaged over ranks or clipped.
+        self.watches = group["mc_samples"] > 1 or group["noise_per_rank"]
+        if self.watches:
+            self.sums = torch.zeros(2, ends[-1], **self.like)
+            self.grad_sum, self.hess_sum = self.sums
             flats |= {"grad_sum": self.grad_sum, "hess_sum": self.hess_sum}
         for p, state_p, (lo, hi) in zip(parameters, self.states, self.spans):
             state_p.setdefault("step", 0)
@@ -110,10 +130,12 @@ class Bucket:
 
         self.versions = [p._version for p in parameters]
         self.aside: list[Tensor | None] = [None] * len(parameters)
-        self.hooks = []
-        if group["mc_samples"] > 1:  # under `train`, each micro-batch's own gradient is seen as soon as it is there
+        self.arriving: list[Tensor | None] = [None] * len(parameters)
+        self.hooks: list[Any] = []
+        if self.watches:
             for i, p in enumerate(parameters):
-                self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, i)))
+                self.hooks.append(p.register_hook(functools.partial(self._arrives, i)))
+                self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._has_arrived, i)))
 
     def _make_chunks(self) -> list[list[int]]:
         size = _CHUNK if self.mean.device.type == "cpu" and not self.direct else _BUCKET
@@ -159,7 +181,8 @@ class Bucket:
     @property
     def train_key(self) -> int:
         """Of the last training draw."""
-        return mix(self.group["seed"], TRAIN, self.group["draws"] - 1)
+        own = [ranks(self.process_group)[0]] if self.group["noise_per_rank"] else []
+        return mix(self.group["seed"], TRAIN, self.group["draws"] - 1, *own)
 
     def _fill(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
         if self.kernels is not None:
@@ -279,10 +302,9 @@ class Bucket:
 
     @plain()
     def begin_step(self) -> None:
-        """Forget the gradients of several draws."""
-        if self.group["mc_samples"] > 1:
-            self.grad_sum.zero_()
-            self.hess_sum.zero_()
+        """Forget the gradients of earlier draws."""
+        if self.watches:
+            self.sums.zero_()
 
     @plain()
     def unscale_gradients(self, scale: Tensor) -> None:
@@ -305,7 +327,8 @@ class Bucket:
         for run in self.runs():
             at, ghat = slice(run.lo, run.hi), self._gather(run)
             self.grad_sum[at] += ghat
-            self.hess_sum[at] += self._to_curvature(ghat, at)
+            if not self.group["noise_per_rank"]:  # whose share was added up when it arrived
+                self.hess_sum[at] += self._to_curvature(ghat, at)
         for p, gradient in zip(self.parameters, self.aside):
             if p.grad is None:
                 p.grad = gradient
@@ -327,14 +350,37 @@ class Bucket:
             gradients: list[Any] = [self.parameters[i].grad for i in run.indices]
             torch._foreach_copy_(gradients, [self.work_views[2][i] for i in run.indices])
 
+    def _arrives(self, i: int, gradient: Tensor) -> None:
+        self.arriving[i] = gradient.detach()
+
     @plain()
-    def _on_gradient(self, i: int, p: Tensor) -> None:
-        if self.group["perturbed"] and not self.group["averages"] and p.grad is not None:
-            state, (lo, hi) = self.states[i], self.spans[i]
-            ghat = self.work_views[2][i].copy_(p.grad).sub_(state["grad_sum"])
-            state["hess_sum"] += self._to_curvature(ghat.view(-1), slice(lo, hi)).view_as(ghat)
-            state["grad_sum"].copy_(p.grad)
-            self.group["used"] = True
+    def _has_arrived(self, i: int, p: Tensor) -> None:
+        """Add up a micro-batch's own gradient and curvature, now that it is sure to count.
+
+        A gradient that is only looked at (`torch.autograd.grad`) arrives, but is not accumulated.
+        """
+        gradient, self.arriving[i] = self.arriving[i], None
+        folded = self.group["averages"] and self.group["mc_samples"] > 1  # the whole draw's, when its context ends
+        if gradient is None or not self.group["perturbed"] or (folded and not self.group["noise_per_rank"]):
+            return
+        (lo, hi), ghat = self.spans[i], self.work_views[2][i].copy_(gradient).view(-1)
+        if not folded:
+            self.grad_sum[lo:hi] += ghat
+        self.hess_sum[lo:hi] += self._to_curvature(ghat, slice(lo, hi))
+        self.group["used"] = True
+
+    @plain()
+    def reduce(self) -> None:
+        """Average over ranks what was added up on each, as their gradients were."""
+        count = ranks(self.process_group)[1]
+        folded = self.group["averages"] and self.group["mc_samples"] > 1
+        if not self.watches or count == 1 or (folded and not self.group["noise_per_rank"]):
+            return
+        sums = self.hess_sum if folded else self.sums
+        dist.all_reduce(sums, group=self.process_group)
+        sums /= count
+        if self.group["hess_approx"] == "gradsq":  # a rank's gradient is of so much fewer examples
+            self.hess_sum /= count
 
     def release(self) -> None:
         """Let go of the parameters' hooks."""
@@ -356,7 +402,7 @@ class Bucket:
         """
         still = set(range(len(self.parameters)))
         for run in self.runs():
-            if self.kernels is not None and self.group["mc_samples"] == 1:
+            if self.kernels is not None and not self.watches:
                 self._update_by_kernel(run)
             else:
                 self._update_by_torch(run, draws)
@@ -412,10 +458,10 @@ class Bucket:
         price = group["hess_approx"] == "price"
 
         # ĥ = ĝ(θ − m)/σ² = ĝε/σ, or B ĝ²
-        if group["mc_samples"] == 1:
+        if not self.watches:
             hhat = torch.mul(ghat, self.noise_of(self.train_key)[at] if price else ghat, out=a)
         else:
-            # The draws' own gradients are gone; what clipping or unscaling did to their sum, it did to each of them.
+            # The gradients of each draw and rank are gone; what clipping or unscaling did to their sum, it did to each.
             change = torch.div(self.grad_sum[at], draws, out=b)
             change = torch.div(ghat, change, out=b).nan_to_num_(nan=1.0, posinf=1.0, neginf=1.0)
             hhat = torch.div(self.hess_sum[at], draws, out=a).mul_(change if price else change.square_())

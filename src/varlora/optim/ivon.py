@@ -25,10 +25,11 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import native
-from .bucket import EVAL, Bucket, make_buckets
+from .bucket import EVAL, Bucket, make_buckets, plain, ranks
 from .noise import mix
 
 if TYPE_CHECKING:
@@ -52,11 +53,12 @@ class IVON(torch.optim.Optimizer):
 
     After `step()` the parameters hold the mean m.
 
-    Gradients accumulate as with any optimizer: all micro-batches between two steps share one draw, and the loss of
-    each is scaled by its share. With `mc_samples = S > 1`, a closure or a context is run S times and the S gradients
-    are averaged; under `train()`, each of the first S micro-batches has a draw of its own and their (scaled) gradients
-    add up. The gradient is read from `p.grad` when `step` is called, so clipping and unscaling act on the mean's and
-    on the Hessian's update alike. A step whose gradient is not finite is skipped and counted in `skipped_steps`.
+    Gradients accumulate as with any optimizer: all micro-batches between two steps share one draw, and the loss of each
+    is scaled by its share; under data parallelism ranks share the draw as well. With `mc_samples = S > 1`, a closure or
+    a context is run S times and the S gradients are averaged; under `train()`, each of the first S micro-batches has a
+    draw of its own and their (scaled) gradients add up. The gradient is read from `p.grad` when `step` is called, so
+    clipping and unscaling act on the mean's and on the Hessian's update alike. A step whose gradient is not finite is
+    skipped and counted in `skipped_steps`.
 
     Noise is a function of the seed, the number of the draw, the parameter's position and the element's, and of nothing
     else: not of device, threads or neighbours.
@@ -85,6 +87,11 @@ class IVON(torch.optim.Optimizer):
         fused: whether sampling and step are one compiled kernel each. None: for parameters on a CPU, where the kernels
             were built (which takes a C compiler when the package is installed). Off, torch does both operation by
             operation; results agree to float32 rounding.
+        noise_per_rank: under data parallelism, whether each rank draws noise of its own, which divides the variance of
+            the curvature estimate by their number. Each rank's ĝε (or ĝ²) is then averaged over ranks beside the
+            gradient, which costs a second reduction of the parameters' size and twice their memory. Off, all ranks draw
+            the same.
+        process_group: the ranks that average their gradients; all by default. Their seed becomes the first one's.
         generator: where the seed is drawn from when `seed` is not given; the global generator by default.
         seed: the seed of all noise.
 
@@ -117,6 +124,9 @@ class IVON(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Key of the evaluation draw that the parameters hold, if they hold one.
     _eval_key: int | None = None
+    # The ranks that average their gradients, and whether they have the same seed for sure. A copy begins anew.
+    _process_group: Any = None
+    _agreed = False
 
     def __init__(
         self,
@@ -134,6 +144,8 @@ class IVON(torch.optim.Optimizer):
         rescale_lr: bool = False,
         debias: bool = True,
         fused: bool | None = None,
+        noise_per_rank: bool = False,
+        process_group: Any = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:
@@ -141,6 +153,7 @@ class IVON(torch.optim.Optimizer):
             device = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
         self._buckets: list[Bucket] | None = None
+        self._process_group = process_group
         settings = {
             "lr": lr,
             "ess": ess,
@@ -155,6 +168,7 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "debias": debias,
             "fused": fused,
+            "noise_per_rank": noise_per_rank,
         }
         # Counters lie in the groups, so that whatever saves an optimizer's groups saves them. All but `used` are the
         # same in each.
@@ -176,11 +190,12 @@ class IVON(torch.optim.Optimizer):
         first, group = self.param_groups[0], self.param_groups[-1]
         try:
             _check_settings(group)
-            if group["mc_samples"] != first["mc_samples"]:
-                raise ValueError(
-                    f"Expected `mc_samples` to be the same in all groups, but got {group['mc_samples']} after "
-                    f"{first['mc_samples']}. Pass it to the optimizer, not to a group."
-                )
+            for name in ("mc_samples", "noise_per_rank"):
+                if group[name] != first[name]:
+                    raise ValueError(
+                        f"Expected `{name}` to be the same in all groups, but got {group[name]} after {first[name]}. "
+                        "Pass it to the optimizer, not to a group."
+                    )
         except ValueError:
             self.param_groups.pop()
             raise
@@ -282,6 +297,7 @@ class IVON(torch.optim.Optimizer):
         """θ = m + σε, with new noise or that of the current draw."""
         buckets, now = self._ready(), self.param_groups[0]
         if new:
+            self._agree()
             self._set(draws=now["draws"] + 1, drawn=now["drawn"] + 1, used=False)
             if now["drawn"] == 1:
                 for bucket in buckets:
@@ -289,6 +305,20 @@ class IVON(torch.optim.Optimizer):
         self._set(perturbed=True)  # before it is so: if this is interrupted, `eval` still has something to do
         for bucket in buckets:
             bucket.to_draw(bucket.train_key)
+
+    @plain()
+    def _agree(self) -> None:
+        """Take the first rank's seed, once, before anything is drawn with it.
+
+        Ranks seldom seed their global generators alike, and noise that differs without `noise_per_rank` would shrink
+        the curvature estimate and let the ranks' posteriors drift apart.
+        """
+        if not self._agreed and ranks(self._process_group)[1] > 1:
+            device = next(p.device for group in self.param_groups for p in group["params"])
+            seed = torch.tensor(self.param_groups[0]["seed"] & (1 << 63) - 1, device=device)
+            dist.broadcast(seed, group=self._process_group, group_src=0)
+            self._set(seed=int(seed.item()))
+            self._agreed = True
 
     def _show(self, perturbed: bool) -> None:
         """Put into the parameters what belongs there: an evaluation draw, else the training draw, else the mean."""
@@ -335,6 +365,7 @@ class IVON(torch.optim.Optimizer):
                 )
             if all(bucket.gradients_are_finite() for bucket in buckets):
                 for bucket in buckets:
+                    bucket.reduce()
                     bucket.update(draws=now["drawn"] if now["averages"] else 1)
                 self._set(perturbed=False)
             else:
@@ -421,7 +452,7 @@ class IVON(torch.optim.Optimizer):
         if self._buckets is None or {(id(p), d) for p, d in wanted} != {(id(p), d) for p, d in have}:
             perturbed = self.param_groups[0]["perturbed"]
             self._release()
-            self._buckets = make_buckets(self.param_groups, self.state)
+            self._buckets = make_buckets(self.param_groups, self.state, self._process_group)
             if perturbed:
                 for bucket in self._buckets:
                     bucket.to_draw(bucket.train_key)

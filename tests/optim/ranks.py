@@ -1,0 +1,85 @@
+"""One rank of a data-parallel run, started by test_ivon_ranks.py: python ranks.py RANK WORLD FOLDER CASE...
+
+The loss of a row x is Σ c (p − x)² / 2 with a curvature c that is known, so the Hessian is c whatever is drawn. Each
+case writes what its rank ended with to FOLDER/CASE-RANK.safetensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from varlora import IVON
+
+ROWS = 8
+"""Of each rank, each step."""
+CURVATURE = {"price": 3.0, "gradsq": 1.0}
+"""For the squared gradient to be the Hessian, c has to be the rows' precision."""
+SPREAD = {"price": 0.1, "gradsq": 1.0}
+
+
+class Weights(nn.Module):
+    """Two parameters, of several types and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(60, 50)), nn.Parameter(torch.zeros(1000))
+
+    def forward(self, x: torch.Tensor, curvature: float) -> torch.Tensor:
+        p = torch.cat([self.a.view(-1), self.b])
+        return (curvature * (p - x).square() / 2).sum(-1).mean()
+
+
+def run(case: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """A case is estimator, noise (`shared` or `own`), way of use and number of draws, such as price-own-train-1."""
+    approx, noise, way, samples = case.split("-")
+    torch.manual_seed(rank)  # as users seldom seed all alike
+    model = nn.parallel.DistributedDataParallel(Weights())
+    optimizer = IVON(
+        model.named_parameters(),
+        lr=0.02,
+        ess=1.0 if approx == "price" else 1e4,  # σ² = 1/3, or so small that the gradient's variance is the rows'
+        hess_init=CURVATURE[approx],  # 100 steps forget two thirds of it
+        beta2=0.99,
+        clip_radius=1.0,
+        mc_samples=int(samples),
+        hess_approx=approx,
+        batch_size=world * ROWS * (1 if way == "context" else int(samples)),
+        noise_per_rank=noise == "own",
+    )
+    source = torch.Generator().manual_seed(rank)
+    for step in range(100):
+        optimizer.zero_grad()
+        for _ in range(int(samples)):
+            x = SPREAD[approx] * torch.randn(ROWS, 4000, generator=source)
+            if way == "context":
+                with optimizer.sampled_params(train=True):
+                    model(x, CURVATURE[approx]).backward()
+            else:
+                optimizer.train()
+                (model(x, CURVATURE[approx]) / int(samples)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e3 if step else 20.0)
+        optimizer.step()
+    return {
+        f"{name}.{key}": optimizer.state[p][key].clone()
+        for name, p in model.named_parameters()
+        for key in ("mean", "momentum", "hess")
+    }
+
+
+def main() -> None:
+    rank, world, folder, *cases = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for case in cases:
+        save_file(run(case, rank, world), folder / f"{case}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
