@@ -1,13 +1,15 @@
 """The evidence: every method on equal terms, on the demo's tasks, SST-2 and the paper's six tasks, with error bars.
 
 Two tables: `tuned`, each method with the same number of candidates on held-out rows (learning rate and number of steps,
-so that each may stop early), and `long`, all at the end of one long training as in the paper. The plans are the YAML
-files beside this one. Hours on two cores; stopped at any point, the same command goes on. `document.py` writes what
-came out into docs/evidence.md and the README.
+so that each may stop early), and `long`, all at the end of one long training as in the paper. A third, `why`, has all
+of a plan's values side by side: what the length of training and the scale of the noise do. The plans are the YAML files
+beside this one. Hours on two cores; stopped at any point, the same command goes on. `document.py` writes what came out
+into docs/evidence.md and the README.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import replace
@@ -29,11 +31,14 @@ from varlora.run import origin, read_json, write_json
 from varlora.typeset import to_json
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("demo-long", "demo-tuned", "sst2-long", "sst2-tuned", "reasoning")
+PARTS = ("demo-long", "demo-tuned", "sst2-long", "sst2-tuned", "sst2-why", "reasoning")
 
 
-def plan_of(part: str, work: Path) -> Plan:
-    """Return the plan of a part: what is tuned searches, what is long takes the last value of each list."""
+def plans_of(part: str, work: Path) -> list[Plan]:
+    """Return the plans of a part.
+
+    What is tuned searches, what is long takes the last value of each list, and why takes each combination of them.
+    """
     name, _, table = part.partition("-")
     options = {}
     if name != "demo":
@@ -41,13 +46,23 @@ def plan_of(part: str, work: Path) -> Plan:
         options = {"model": str(shared_folder() / "models" / "tinyllama-3m"), "data_dir": str(data)}
         if name == "reasoning":
             options["data_dir"] = str(first_rows(data, work / "data"))
-    plan = plan_from(HERE / f"{name}.yaml", work / name, options)
+    plan = plan_from(HERE / f"{part.replace('-', '_') if table == 'why' else name}.yaml", work / name, options)
+    if table == "why":
+        return [
+            replace(
+                plan,
+                methods={method: plan.methods[method]},
+                search={method: {setting: [value] for setting, value in zip(space, values)}},
+            )
+            for method, space in plan.search.items()
+            for values in itertools.product(*space.values())
+        ]
     if table != "long":
-        return plan
+        return [plan]
     last = {
         method: {setting: values[-1:] for setting, values in space.items()} for method, space in plan.search.items()
     }
-    return replace(plan, search=last, taus=TAUS if name == "demo" else ())
+    return [replace(plan, search=last, taus=TAUS if name == "demo" else ())]
 
 
 def first_rows(data: Path, target: Path, rows: int = 200) -> Path:
@@ -60,18 +75,18 @@ def first_rows(data: Path, target: Path, rows: int = 200) -> Path:
     return target
 
 
-def results_of(plan: Plan, workers: int) -> dict[str, Any]:
-    """Run what is missing of a plan, and return its tables, what was chosen and what failed."""
-    ended = reproduce(plan, partial(Processes, workers, 1), partial(print, flush=True))
-    runs, skipped = read_runs(ended.runs)
-    failed = [*ended.failed, *skipped]
+def results_of(plans: list[Plan], workers: int) -> dict[str, Any]:
+    """Run what is missing of some plans, and return their tables, what was chosen and what failed."""
+    ended = [reproduce(plan, partial(Processes, workers, 1), partial(print, flush=True)) for plan in plans]
+    runs, skipped = read_runs([run for each in ended for run in each.runs])
+    failed = [*(skip for each in ended for skip in each.failed), *skipped]
     rows, _, notes = rows_of_runs(runs)
     return {
-        "model": Path(plan.model).name,
-        "seeds": plan.seeds,
+        "model": Path(plans[0].model).name,
+        "seeds": plans[0].seeds,
         "runs": len(runs),
         "commits": sorted({str(run.config.get("commit")) for run in runs}),
-        "chosen": ended.chosen,
+        "chosen": {task: of_method for each in ended for task, of_method in each.chosen.items()},
         "failed": [skip.reason for skip in failed],
         "notes": notes,
         "tables": {table.name: to_json(table) for table in paper_tables(rows, failed)},
@@ -86,7 +101,7 @@ def main() -> None:
     args = made.parse_args()
     os.chdir(ROOT)
     for part in args.parts:
-        found = results_of(plan_of(part, args.work), args.workers)
+        found = results_of(plans_of(part, args.work), args.workers)
         where = origin()
         where["machine"] |= machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         before = read_json(args.out)["parts"] if args.out.is_file() else {}
