@@ -65,7 +65,7 @@ def plans_of(part: str, work: Path) -> list[Plan]:
     return [replace(plan, search=last, taus=TAUS if name == "demo" else ())]
 
 
-def first_rows(data: Path, target: Path, rows: int = 200) -> Path:
+def first_rows(data: Path, target: Path, rows: int = 100) -> Path:
     """Copy the reasoning tasks' files with the first rows of what is evaluated: a pass over all would take hours."""
     for source in sorted(data.glob("*/*.jsonl")):
         copy = target / source.relative_to(data)
