@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -74,6 +76,18 @@ def by_closure(optimizer: IVON, losses: Sequence[Loss]) -> Any:
 
 
 WAYS = {"context": by_context, "train": by_train, "closure": by_closure}
+
+
+def start_ranks(script: str, world: int, *arguments: object) -> None:
+    """Run a script in a process for each rank, as `script RANK WORLD ARGUMENTS...`, and wait for all."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, *map(str, (rank, world, *arguments))], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=300)[1][-1000:] for process in processes]
+    assert not any(process.returncode for process in processes), errors
 
 
 def values(parameters: Sequence[Tensor]) -> list[Tensor]:

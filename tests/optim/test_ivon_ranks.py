@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from optim import ranks
-from optim.ivon_helpers import make
+from optim.ivon_helpers import make, start_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,13 +28,7 @@ def _once(request: pytest.FixtureRequest) -> None:
 
 def start(folder: Path, world: int, cases: list[str]) -> dict[str, list[dict[str, Tensor]]]:
     """Run cases on so many processes, and return what each rank ended with."""
-    command = [sys.executable, ranks.__file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(world), str(folder), *cases], stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert not any(process.returncode for process in processes), errors
+    start_ranks(ranks.__file__, world, folder, *cases)
     return {case: [load_file(folder / f"{case}-{rank}.safetensors") for rank in range(world)] for case in cases}
 
 

@@ -74,7 +74,8 @@ def kernels(sizes: tuple[int, ...] = SIZES) -> tuple[native.Kernels, list[Tensor
     n, ends = sum(sizes), torch.tensor(sizes).cumsum(0).tolist()
     mean, momentum, hess, gradients = torch.randn(4, n, generator=source).unbind()
     spans = list(zip([0, *ends], ends))
-    made = native.Kernels(mean.clone(), momentum.clone(), hess.square() + 0.1, spans, range(3, 3 + len(sizes)))
+    pieces = [[(lo, hi - lo, 0)] for lo, hi in spans]
+    made = native.Kernels(mean.clone(), momentum.clone(), hess.square() + 0.1, pieces, range(3, 3 + len(sizes)))
     return made, [torch.empty(size) for size in sizes], [gradients[lo:hi] for lo, hi in spans]
 
 
@@ -125,18 +126,35 @@ def test_threads_share_everything_out_once(threads: int) -> None:
     torch.set_num_threads(threads)
     made, _, _ = kernels()
     for indices in (range(len(SIZES)), [6], [1, 4, 6]):
-        segments, of_segment, shares = made._segments(tuple(indices))
+        segments, of_segment, starts, shares = made._segments(tuple(indices))
         assert shares[0] == 0
         assert shares[-1] == len(segments)
         assert shares == sorted(shares)
         assert len(shares) == threads + 1
         got = [(at + k, i) for (at, n, *_), i in zip(segments.tolist(), of_segment.tolist()) for k in range(n)]
-        assert got == [(k, which) for which, i in enumerate(indices) for k in range(*made.spans[i])]
-        for at, _, position, first, *_ in segments.tolist():
+        spans = [(at, at + count) for ((at, count, _),) in made.pieces]
+        assert got == [(k, which) for which, i in enumerate(indices) for k in range(*spans[i])]
+        for (at, _, position, first, *_), start in zip(segments.tolist(), starts.tolist()):
             assert first % TILE == 0
-            assert at == made.spans[position - 3][0] + first
+            assert start == 4 * first
+            assert at == spans[position - 3][0] + first
         sizes = [int(segments[lo:hi, 1].sum()) for lo, hi in itertools.pairwise(shares)]
         assert max(sizes) - min(sizes) <= 2 * TILE
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_parameter_in_pieces_is_worked_off_as_a_whole_one_is(threads: int) -> None:
+    """Columns 10 to 60 of a matrix of 900 rows: a run of neighbours for each row."""
+    torch.set_num_threads(threads)
+    whole, out, _ = kernels((90_000,))
+    settings = native.Settings(**SETTINGS)
+    whole.draw(5, [0], out, settings)
+    matrix = [x.view(900, 100)[:, 10:60].contiguous().view(-1) for x in (*whole.state, out[0])]
+    pieces = [(50 * row, 50, 100 * row + 10) for row in range(900)]
+    part, found = native.Kernels(*matrix[:3], [pieces], [3]), torch.empty(45_000)
+    part.draw(5, [0], [found], settings)
+    assert torch.equal(found, matrix[3])
 
 
 @pytest.mark.usefixtures("_only_with_kernels")

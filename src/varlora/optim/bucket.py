@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from torch import Tensor
 from . import native
 from .noise import fill_normal, mix
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "plain", "ranks"]
+__all__ = ["EVAL", "TRAIN", "Bucket", "is_sharded", "local", "make_buckets", "plain", "ranks"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24
@@ -45,6 +47,17 @@ def ranks(process_group: Any) -> tuple[int, int]:
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor: shards on several ranks, as FSDP2 and tensor parallelism have."""
+    module = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any) -> Any:
+    """Return this rank's shard of a tensor: all of it, where it is not sharded."""
+    return x.to_local() if is_sharded(x) else x
+
+
 def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: Any = None) -> list[Bucket]:
     """Distribute the parameters over buckets, in order."""
     lots: list[tuple[dict[str, Any], list[Tensor], list[int]]] = []
@@ -55,7 +68,7 @@ def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: An
             if p.requires_grad:
                 key = (p.device, p.dtype)
                 lot = lot_of.get(key)
-                if lot is None or sum(q.numel() for q in lot[1]) + p.numel() > _BUCKET:
+                if lot is None or sum(local(q).numel() for q in lot[1]) + local(p).numel() > _BUCKET:
                     lot = lot_of[key] = (group, [], [])
                     lots.append(lot)
                 lot[1].append(p)
@@ -94,8 +107,15 @@ class Bucket:
     ) -> None:
         self.group, self.parameters, self.positions = group, parameters, positions
         self.process_group = process_group
+        self.sharded = any(map(is_sharded, parameters))
+        if self.sharded and group["noise_per_rank"]:
+            raise ValueError(
+                "Expected `noise_per_rank` with parameters that each rank has whole, but some are sharded, and their "
+                "ranks never see a gradient of their own. Leave it out."
+            )
         self.states = [state[p] for p in parameters]
-        ends = list(itertools.accumulate(p.numel() for p in parameters))
+        shards = self.shards
+        ends = list(itertools.accumulate(p.numel() for p in shards))
         self.spans = list(zip([0, *ends], ends))
         # At β₂ = 1 − 1e-5 a 16-bit Hessian never moves, nor does a 16-bit mean by 3e-5.
         dtype = torch.promote_types(parameters[0].dtype, torch.float32)
@@ -109,26 +129,28 @@ class Bucket:
             self.sums = torch.zeros(2, ends[-1], **self.like)
             self.grad_sum, self.hess_sum = self.sums
             flats |= {"grad_sum": self.grad_sum, "hess_sum": self.hess_sum}
-        for p, state_p, (lo, hi) in zip(parameters, self.states, self.spans):
+        self.views: dict[str, list[Tensor]] = {name: [] for name in flats}
+        for p, shard, state_p, (lo, hi) in zip(parameters, shards, self.states, self.spans):
             state_p.setdefault("step", 0)
             state_p.setdefault("mean", p)
             for name, flat in flats.items():
-                view = flat[lo:hi].view(p.shape)
+                view = flat[lo:hi].view(shard.shape)
                 if name in state_p:
-                    view.copy_(state_p[name])
-                state_p[name] = view
-        self.mean_views = [state_p["mean"] for state_p in self.states]
+                    view.copy_(local(state_p[name]))
+                self.views[name].append(view)
+                state_p[name] = _as_sharded(view, p)
 
         self.kernels: native.Kernels | None = None
+        self.pieces = [_pieces(p, lo) for p, (lo, _) in zip(parameters, self.spans)]
         wanted = group["fused"] is not False and native.library() is not None
         if wanted and dtype == torch.float32 and self.mean.device.type == "cpu":
-            self.kernels = native.Kernels(self.mean, self.momentum, self.hess, self.spans, positions)
+            self.kernels = native.Kernels(self.mean, self.momentum, self.hess, self.pieces, positions)
         # Whether kernels write to the parameters themselves.
-        self.direct = self.kernels is not None and all(p.dtype == dtype and p.is_contiguous() for p in parameters)
+        self.direct = self.kernels is not None and all(p.dtype == dtype and p.is_contiguous() for p in shards)
         self.chunks = self._make_chunks()
         self.noise_key: int | None = None  # of what `noise` holds
 
-        self.versions = [p._version for p in parameters]
+        self.versions = [p._version for p in shards]
         self.aside: list[Tensor | None] = [None] * len(parameters)
         self.arriving: list[Tensor | None] = [None] * len(parameters)
         self.hooks: list[Any] = []
@@ -136,6 +158,18 @@ class Bucket:
             for i, p in enumerate(parameters):
                 self.hooks.append(p.register_hook(functools.partial(self._arrives, i)))
                 self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._has_arrived, i)))
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """This rank's part of each parameter: the parameter, where it is not sharded."""
+        return list(map(local, self.parameters)) if self.sharded else self.parameters
+
+    def gradients(self, indices: Iterable[int]) -> list[Any]:
+        """Return this rank's part of the gradients of some parameters, as they are sharded."""
+        found = [self.parameters[i].grad for i in indices]
+        return (
+            [_shard_as(gradient, self.parameters[i]) for gradient, i in zip(found, indices)] if self.sharded else found
+        )
 
     def _make_chunks(self) -> list[list[int]]:
         size = _CHUNK if self.mean.device.type == "cpu" and not self.direct else _BUCKET
@@ -157,9 +191,11 @@ class Bucket:
         """Each parameter's part of each scratch buffer, while its chunk is being worked on."""
         return [
             [
-                row[self.spans[i][0] - self.spans[chunk[0]][0] :][: p.numel()].view_as(p)
+                row[self.spans[i][0] - self.spans[chunk[0]][0] :][: self.views["mean"][i].numel()].view_as(
+                    self.views["mean"][i]
+                )
                 for chunk in self.chunks
-                for i, p in ((i, self.parameters[i]) for i in chunk)
+                for i in chunk
             ]
             for row in self.scratch
         ]
@@ -188,7 +224,12 @@ class Bucket:
         if self.kernels is not None:
             self.kernels.normal(key, indices, out)
         else:
-            fill_normal(key, [(x, self.positions[i], 0) for x, i in zip(out, indices)])
+            jobs = [
+                (x.view(-1)[at - self.spans[i][0] :][:count], self.positions[i], first)
+                for x, i in zip(out, indices)
+                for at, count, first in self.pieces[i]
+            ]
+            fill_normal(key, jobs)
 
     # --- parameters ---
 
@@ -197,21 +238,23 @@ class Bucket:
         """Put the mean into all parameters, or into some."""
         chosen = range(len(self.parameters)) if indices is None else list(indices)
         if chosen:
-            torch._foreach_copy_([self.parameters[i] for i in chosen], [self.mean_views[i] for i in chosen])
+            shards = self.shards
+            torch._foreach_copy_([shards[i] for i in chosen], [self.views["mean"][i] for i in chosen])
         self._written(chosen)
 
     @plain()
     def to_draw(self, key: int, train: bool = True) -> None:
         """Put θ = m + σε into the parameters, with the ε of a training draw or another."""
+        shards = self.shards
         for chunk in self.chunks:
-            parameters = [self.parameters[i] for i in chunk]
+            targets = [shards[i] for i in chunk]
             if self.direct and self.kernels is not None:
-                self.kernels.draw(key, chunk, parameters, self._settings())
-                torch.autograd.graph.increment_version(parameters)
+                self.kernels.draw(key, chunk, targets, self._settings())
+                torch.autograd.graph.increment_version(targets)
             else:
                 views = [self.work_views[2][i] for i in chunk]
                 self._draw_into(views, key, chunk, train)
-                torch._foreach_copy_(parameters, views)
+                torch._foreach_copy_(targets, views)
             self._written(chunk)
 
     def _draw_into(self, views: Sequence[Tensor], key: int, chunk: Sequence[int], train: bool) -> None:
@@ -230,13 +273,14 @@ class Bucket:
         torch.addcmul(self.mean[lo:hi], sigma, eps, out=theta)
 
     def _written(self, indices: Iterable[int]) -> None:
+        shards = self.shards
         for i in indices:
-            self.versions[i] = self.parameters[i]._version
+            self.versions[i] = shards[i]._version
 
     @plain()
     def adopt_outside_changes(self) -> None:
         """Make values that others wrote into the parameters, a loaded checkpoint, the mean."""
-        for i, (p, mean) in enumerate(zip(self.parameters, self.mean_views)):
+        for i, (p, mean) in enumerate(zip(self.shards, self.views["mean"])):
             if p._version != self.versions[i]:
                 if not torch.equal(p, mean.to(p)):
                     mean.copy_(p)
@@ -249,11 +293,12 @@ class Bucket:
 
     @plain()
     def moments(self) -> list[tuple[Tensor, Tensor]]:
-        """Return mean (a view) and standard deviation (a new tensor) of each parameter."""
-        return [
-            (state["mean"], self._precision(lo, hi, torch.empty_like(self.hess[lo:hi])).rsqrt_().view_as(state["mean"]))
-            for state, (lo, hi) in zip(self.states, self.spans)
-        ]
+        """Return mean (a view) and standard deviation (a new tensor) of each parameter, sharded as it is."""
+        found = []
+        for p, state, mean, (lo, hi) in zip(self.parameters, self.states, self.views["mean"], self.spans):
+            std = self._precision(lo, hi, torch.empty_like(self.hess[lo:hi])).rsqrt_().view_as(mean)
+            found.append((state["mean"], _as_sharded(std, p)))
+        return found
 
     # --- gradients ---
 
@@ -278,8 +323,7 @@ class Bucket:
 
     def _gather(self, run: _Run) -> Tensor:
         """Return ĝ of a run, in the third scratch buffer."""
-        gradients: list[Any] = [self.parameters[i].grad for i in run.indices]
-        torch._foreach_copy_([self.work_views[2][i] for i in run.indices], gradients)
+        torch._foreach_copy_([self.work_views[2][i] for i in run.indices], self.gradients(run.indices))
         return self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]
 
     @property
@@ -291,7 +335,7 @@ class Bucket:
     def gradients_are_finite(self) -> bool:
         """Return whether all gradients are finite; true if there is none."""
         there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        gradients: list[Any] = [self.parameters[i].grad for i in there]
+        gradients = self.gradients(there)
         if not gradients:
             return True
         if self.kernels is not None and all(_readable(gradient) for gradient in gradients):
@@ -347,8 +391,7 @@ class Bucket:
             torch.div(
                 self.grad_sum[run.lo : run.hi], draws, out=self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]
             )
-            gradients: list[Any] = [self.parameters[i].grad for i in run.indices]
-            torch._foreach_copy_(gradients, [self.work_views[2][i] for i in run.indices])
+            torch._foreach_copy_(self.gradients(run.indices), [self.work_views[2][i] for i in run.indices])
 
     def _arrives(self, i: int, gradient: Tensor) -> None:
         self.arriving[i] = gradient.detach()
@@ -363,7 +406,8 @@ class Bucket:
         folded = self.group["averages"] and self.group["mc_samples"] > 1  # the whole draw's, when its context ends
         if gradient is None or not self.group["perturbed"] or (folded and not self.group["noise_per_rank"]):
             return
-        (lo, hi), ghat = self.spans[i], self.work_views[2][i].copy_(gradient).view(-1)
+        ghat = self.work_views[2][i].copy_(_shard_as(gradient, p)).view(-1)
+        lo, hi = self.spans[i]
         if not folded:
             self.grad_sum[lo:hi] += ghat
         self.hess_sum[lo:hi] += self._to_curvature(ghat, slice(lo, hi))
@@ -436,18 +480,19 @@ class Bucket:
         return 1 - group["beta1"] ** t if group["debias"] else 1.0, lr
 
     def _update_by_kernel(self, run: _Run) -> None:
-        parameters = [self.parameters[i] for i in run.indices]
-        out = parameters if self.direct else [self.work_views[0][i] for i in run.indices]
-        gradients: list[Any] = [p.grad for p in parameters]
+        shards = self.shards
+        targets = [shards[i] for i in run.indices]
+        out = targets if self.direct else [self.work_views[0][i] for i in run.indices]
+        gradients = self.gradients(run.indices)
         if not all(_readable(gradient) for gradient in gradients):
             self._gather(run)
             gradients = [self.work_views[2][i] for i in run.indices]
         assert self.kernels is not None
         self.kernels.update(self.train_key, run.indices, gradients, out, self._settings(run.t))
         if self.direct:
-            torch.autograd.graph.increment_version(parameters)
+            torch.autograd.graph.increment_version(targets)
         else:
-            torch._foreach_copy_(parameters, out)
+            torch._foreach_copy_(targets, out)
         self._written(run.indices)
 
     def _update_by_torch(self, run: _Run, draws: int) -> None:
@@ -481,6 +526,49 @@ class Bucket:
         else:
             direction = torch.div(g, h, out=a)
         m.sub_(direction.clamp_(-clip_radius * bias, clip_radius * bias), alpha=lr / bias)
+
+
+def _as_sharded(x: Tensor, p: Any) -> Tensor:
+    """Return this rank's shard of what is sharded like a parameter as a tensor of the whole."""
+    if not is_sharded(p):
+        return x
+    layout = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+    return sys.modules["torch.distributed.tensor"].DTensor.from_local(x, p.device_mesh, p.placements, **layout)
+
+
+def _shard_as(x: Any, p: Any) -> Tensor:
+    """Return this rank's shard of a gradient, sharded like its parameter."""
+    if is_sharded(x) and x.placements != p.placements:  # a sum that is still to be made over ranks, perhaps
+        x = x.redistribute(placements=p.placements)
+    return local(x)
+
+
+def _pieces(p: Any, lo: int) -> list[tuple[int, int, int]]:
+    """Return where runs of elements that are neighbours in the whole parameter lie, as (at, count, first).
+
+    Args:
+        p: a parameter.
+        lo: where this rank's shard of it starts in the flat state.
+
+    Returns:
+        Where a run starts in the flat state, its length, and its first element's index within the whole parameter.
+    """
+    if not is_sharded(p):
+        return [(lo, p.numel(), 0)]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    inner = len(p.shape)  # dimensions from here on are whole, and so neighbours
+    while inner and shape[inner - 1] == p.shape[inner - 1]:
+        inner -= 1
+    rows = shape[: max(inner - 1, 0)]
+    count = math.prod(shape[max(inner - 1, 0) :])
+    strides = [math.prod(p.shape[d + 1 :]) for d in range(len(p.shape))]
+    start = sum(o * stride for o, stride in zip(offset, strides))
+    return [
+        (lo + n * count, count, start + sum(i * stride for i, stride in zip(index, strides)))
+        for n, index in enumerate(itertools.product(*map(range, rows)))
+    ]
 
 
 def _readable(gradient: Tensor) -> bool:

@@ -19,7 +19,7 @@ the one method that then goes without its return type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import native
-from .bucket import EVAL, Bucket, make_buckets, plain, ranks
+from .bucket import EVAL, Bucket, is_sharded, make_buckets, plain, ranks
 from .noise import mix
 
 if TYPE_CHECKING:
@@ -207,12 +207,14 @@ class IVON(torch.optim.Optimizer):
     def posterior(self) -> DiagonalGaussian:
         """Return N(m, diag(σ²)) with σ = 1/√(λ(h + δ)), by parameter name, as copies.
 
+        Parameters that are sharded over ranks are put together: call it on all of them.
+
         Raises:
             ValueError: the optimizer was made without names.
         """
         from varlora.posterior import DiagonalGaussian  # the one import that this file can do without
 
-        moments = self._by_name(lambda bucket: [(m.clone(), std) for m, std in bucket.moments()])
+        moments = self._by_name(lambda bucket: [(_whole(m.clone()), _whole(std)) for m, std in bucket.moments()])
         return DiagonalGaussian({n: m for n, (m, _) in moments.items()}, {n: std for n, (_, std) in moments.items()})
 
     def mean_sigma(self) -> dict[str, float]:
@@ -221,7 +223,7 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: the optimizer was made without names.
         """
-        return self._by_name(lambda bucket: [std.mean().item() for _, std in bucket.moments()])
+        return self._by_name(lambda bucket: [_whole(std.mean()).item() for _, std in bucket.moments()])
 
     @property
     def skipped_steps(self) -> int:
@@ -233,6 +235,11 @@ class IVON(torch.optim.Optimizer):
     def train(self) -> None:
         """Put a draw from the posterior into the parameters: call it before the forward pass of each micro-batch."""
         buckets, now = self._ready(), self.param_groups[0]
+        if now["mc_samples"] > 1 and any(bucket.sharded for bucket in buckets):
+            raise RuntimeError(
+                "Expected `mc_samples=1` under `train()` with sharded parameters, whose gradients nobody sees arrive, "
+                f"but got {now['mc_samples']}. Use `with optimizer.sampled_params(train=True):` for each draw."
+            )
         used = any(group["used"] for group in self.param_groups)
         if used and not any(bucket.has_gradients for bucket in buckets):  # `zero_grad` threw them away: begin again
             self._set(drawn=0)
@@ -357,13 +364,15 @@ class IVON(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.unscale_gradients(scale)
         if any(bucket.has_gradients for bucket in buckets):
+            if not now["drawn"] and self._makes_state():
+                return None
             if not now["drawn"]:
                 raise RuntimeError(
                     "Expected gradients taken at a draw from the posterior, but nothing was drawn since the last step. "
                     "Call `optimizer.train()` before the forward pass, or use "
                     "`with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
                 )
-            if all(bucket.gradients_are_finite() for bucket in buckets):
+            if self._gradients_are_finite(buckets):
                 for bucket in buckets:
                     bucket.reduce()
                     bucket.update(draws=now["drawn"] if now["averages"] else 1)
@@ -373,6 +382,25 @@ class IVON(torch.optim.Optimizer):
         self.eval()
         self._set(drawn=0)
         return sum(losses) / len(losses) if losses else None
+
+    @plain()
+    def _makes_state(self) -> bool:
+        """Whether this is no step: a checkpoint's reader makes one with gradients of zero, so that there is a state."""
+        groups = self.param_groups
+        first = not any(self.state[p]["step"] for group in groups for p in group["params"] if p in self.state)
+        return first and not any(
+            _whole(p.grad.any()).item() for group in groups for p in group["params"] if p.grad is not None
+        )
+
+    @plain()
+    def _gradients_are_finite(self, buckets: Sequence[Bucket]) -> bool:
+        """Return whether all gradients are finite, those of other ranks' shards included."""
+        finite = all(bucket.gradients_are_finite() for bucket in buckets)
+        if any(bucket.sharded for bucket in buckets):
+            everywhere = torch.tensor(int(finite), device=buckets[0].mean.device)
+            dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=self._process_group)
+            finite = bool(everywhere.item())
+        return finite
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
@@ -470,6 +498,11 @@ class IVON(torch.optim.Optimizer):
                 bucket.adopt_outside_changes()
             bucket.release()
         self._buckets = None
+
+
+def _whole(x: Any) -> Tensor:
+    """Return a tensor that is sharded over ranks as one that each has whole."""
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def _check_settings(group: dict[str, Any]) -> None:

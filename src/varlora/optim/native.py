@@ -64,7 +64,8 @@ class Kernels:
 
     Args:
         mean: (N,) as `momentum` and `hess`.
-        spans: where each parameter lies in the state.
+        pieces: of each parameter, where runs of neighbouring elements lie: their place in the state, their number, and
+            the first one's index within the parameter.
         positions: the position of each parameter among the optimizer's.
     """
 
@@ -76,12 +77,12 @@ class Kernels:
         mean: Tensor,
         momentum: Tensor,
         hess: Tensor,
-        spans: Sequence[tuple[int, int]],
+        pieces: Sequence[Sequence[tuple[int, int, int]]],
         positions: Sequence[int],
     ) -> None:
         self.state = mean, momentum, hess
-        self.spans, self.positions = spans, positions
-        self.shared: dict[tuple[int, ...], tuple[Tensor, Tensor, list[int]]] = {}
+        self.pieces, self.positions = pieces, positions
+        self.shared: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, list[int]]] = {}
 
     def normal(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
         """Write the noise of some parameters to contiguous float32 tensors."""
@@ -111,8 +112,7 @@ class Kernels:
         settings: Settings,
     ) -> list[int]:
         """Call a kernel for some parameters, shared out to as many threads as torch uses."""
-        segments, of_segment, shares = self._segments(tuple(indices))
-        starts = 4 * segments[:, 3]
+        segments, of_segment, starts, shares = self._segments(tuple(indices))
         segments[:, 4] = torch.tensor([x.data_ptr() for x in out])[of_segment] + starts
         if gradients is not None:
             segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients])[of_segment] + starts
@@ -127,25 +127,35 @@ class Kernels:
             return [run(0)]
         return list(_threads(len(shares) - 1).map(run, range(len(shares) - 1)))
 
-    def _segments(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
-        """Return the table of `Segment`, which of the indices each is of, and where each thread's share begins."""
-        numel = sum(self.spans[i][1] - self.spans[i][0] for i in indices)
+    def _segments(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Share some parameters out to threads.
+
+        Returns:
+            The table of `Segment`, which of the indices each is of, by how many bytes it starts after that one's first
+            element, and where each thread's share of the table begins and ends.
+        """
+        numel = sum(count for i in indices for _, count, _ in self.pieces[i])
         threads = torch.get_num_threads() if numel > ALONE else 1
         found = self.shared.get((threads, *indices))
         if found is None:
             cuts = [share * numel // threads for share in range(1, threads)]
-            rows, of_row, starts, before = [], [], [], 0
+            rows, of_row, before = [], [], 0
             for which, i in enumerate(indices):
-                lo, hi = self.spans[i]
-                inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + hi - lo}
-                for first, end in itertools.pairwise([0, *sorted(inside - {0}), hi - lo]):
-                    first, end = min(first, hi - lo), min(end, hi - lo)
-                    rows.append([lo + first, end - first, self.positions[i], first, 0, 0])
-                    of_row.append(which)
-                    starts.append(before + first)
-                before += hi - lo
-            shares = [0, *(bisect.bisect_left(starts, cut) for cut in cuts), len(rows)]
-            found = self.shared[(threads, *indices)] = torch.tensor(rows), torch.tensor(of_row), shares
+                lo = before
+                for at, count, first in self.pieces[i]:
+                    inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + count}
+                    for begin, end in itertools.pairwise([0, *sorted(x for x in inside if x < count), count]):
+                        rows.append([at + begin, end - begin, self.positions[i], first + begin, 0, 0])
+                        of_row.append((which, before - lo + begin, before + begin))
+                    before += count
+            of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64).view(-1, 3).T.contiguous()
+            shares = [0, *(bisect.bisect_left(starts.tolist(), cut) for cut in cuts), len(rows)]
+            found = self.shared[(threads, *indices)] = (
+                torch.tensor(rows, dtype=torch.int64).view(-1, 6),
+                of_segment,
+                4 * within,
+                shares,
+            )
         return found
 
 

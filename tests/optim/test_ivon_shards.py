@@ -1,0 +1,81 @@
+"""IVON with sharded parameters, by FSDP2 and tensor parallelism: the run of one process, to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from optim import shards
+from optim.ivon_helpers import start_ranks
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from varlora.optim.bucket import Bucket
+from varlora.optim.ivon import IVON
+
+
+@pytest.fixture(autouse=True)
+def _once(request: pytest.FixtureRequest) -> None:
+    """Ranks are processes of their own, with the kernels if there are any."""
+    if request.node.callspec.params["_arithmetic"] == "kernels":
+        pytest.skip("run once")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    """What a process that has all ends with."""
+    model = shards.make_model()
+    optimizer = shards.make_optimizer(model)
+    shards.steps(model, optimizer, range(6))
+    return shards.results(model, optimizer, shards.steps(model, optimizer, range(6, 9)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints after six steps, of four ranks by FSDP2 and of two by tensor parallelism."""
+    folder = tmp_path_factory.mktemp("shards")
+    start_ranks(shards.__file__, 4, folder, "fsdp-save")
+    start_ranks(shards.__file__, 2, folder, "tensor-save")
+    return folder
+
+
+@pytest.mark.parametrize("run", ["fsdp-save-4", "tensor-save-2"])
+def test_shards_draw_and_step_as_the_whole(run: str, folder: Path, alone: dict[str, Tensor]) -> None:
+    check(load_file(folder / f"{run}.safetensors"), alone)
+
+
+@pytest.mark.parametrize(("how", "world"), [("fsdp", 2), ("tensor", 4)])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(
+    how: str, world: int, folder: Path, alone: dict[str, Tensor]
+) -> None:
+    start_ranks(shards.__file__, world, folder, f"{how}-load")
+    check(load_file(folder / f"{how}-load-{world}.safetensors"), alone)
+
+
+def check(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6)
+
+
+def test_a_step_with_gradients_of_zero_makes_the_state_and_nothing_else() -> None:
+    """As torch.distributed.checkpoint does before it reads."""
+    p = nn.Parameter(torch.ones(5))
+    optimizer = IVON([("p", p)], lr=0.1, ess=10.0, hess_init=1.0, seed=0)
+    p.grad = torch.zeros(5)
+    assert optimizer.step() is None
+    assert torch.equal(optimizer.state[p]["mean"], torch.ones(5))
+    assert optimizer.state[p]["step"] == 0
+    p.grad = torch.ones(5)
+    with pytest.raises(RuntimeError, match="nothing was drawn"):
+        optimizer.step()
+
+
+def test_what_sharded_parameters_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(5))
+    monkeypatch.setattr(Bucket, "sharded", True, raising=False)
+    monkeypatch.setattr("varlora.optim.bucket.is_sharded", lambda x: x is p)
+    monkeypatch.setattr("varlora.optim.bucket.local", lambda x: x.detach())
+    with pytest.raises(ValueError, match="never see a gradient of their own"):
+        IVON([p], lr=0.1, ess=10.0, hess_init=1.0, noise_per_rank=True).train()
