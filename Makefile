@@ -4,13 +4,14 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-gpu lint format benchmarks bench-gpu pretrain clean
+.PHONY: help demo test test-slow test-gpu works lint format benchmarks bench-gpu pretrain clean
 
 help:
 	@echo "make demo        fine-tune, evaluate and report with AdamW and IVON on a small pretrained base"
 	@echo "make test        the default test suite (no network, no GPU)"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make works       the table of docs/works_everywhere.md again, from the tests that it stands for"
 	@echo "make lint        ruff and the type checker"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make benchmarks  all benchmarks; results go to benchmarks/results"
@@ -34,6 +35,9 @@ test-slow: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu
+
+works: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/everywhere/test_cells.py --works-table docs/works_everywhere.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -117,6 +117,7 @@ class Bucket:
         shards = self.shards
         ends = list(itertools.accumulate(p.numel() for p in shards))
         self.spans = list(zip([0, *ends], ends))
+        self.dtype = parameters[0].dtype
         # At β₂ = 1 − 1e-5 a 16-bit Hessian never moves, nor does a 16-bit mean by 3e-5.
         dtype = torch.promote_types(parameters[0].dtype, torch.float32)
         self.like: dict[str, Any] = {"device": parameters[0].device, "dtype": dtype}

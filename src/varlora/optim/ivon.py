@@ -152,7 +152,7 @@ class IVON(torch.optim.Optimizer):
         if seed is None:
             device = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
-        self._buckets: list[Bucket] | None = None
+        self._buckets: list[Bucket] = []  # changed in place: wrappers like Lightning's copy no more than the reference
         self._process_group = process_group
         settings = {
             "lr": lr,
@@ -345,20 +345,30 @@ class IVON(torch.optim.Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, runs backward and returns the loss; called once for each
-                Monte Carlo sample, at a draw.
+                Monte Carlo sample, at a draw of its own. Where something was drawn since the last step, by `train()` or
+                contexts, it is called once as things are, and may do nothing: Lightning gives every step a closure.
 
         Returns:
             The closure's loss, averaged over the samples; None without a closure.
 
         Raises:
-            RuntimeError: there are gradients, but none was taken at a draw.
+            RuntimeError: there are gradients, but none was taken at a draw, or the closure adds to such ones.
         """
         now, losses = self.param_groups[0], []
-        if closure is not None:
-            self._set(drawn=0)  # of an earlier call, should its closure have failed
-            for _ in range(now["mc_samples"]):
-                with torch.enable_grad(), self.sampled_params(train=True):
-                    losses.append(closure())
+        if closure is not None and now["drawn"]:  # after `train` or contexts: Lightning passes a closure all the same
+            with torch.enable_grad():
+                losses.append(closure())
+        elif closure is not None:
+            before = self._gradients()
+            try:
+                for sample in range(now["mc_samples"]):
+                    with torch.enable_grad(), self.sampled_params(train=True):
+                        losses.append(closure())
+                        if sample == 0:
+                            _check_cleared(before)
+            except BaseException:
+                self._set(drawn=0)
+                raise
         buckets = self._ready()
         if (scale := getattr(self, "grad_scale", None)) is not None:  # of a GradScaler
             for bucket in buckets:
@@ -381,7 +391,7 @@ class IVON(torch.optim.Optimizer):
                 self._set(skipped=now["skipped"] + 1)
         self.eval()
         self._set(drawn=0)
-        return sum(losses) / len(losses) if losses else None
+        return sum(losses) / len(losses) if losses and losses[0] is not None else None
 
     @plain()
     def _makes_state(self) -> bool:
@@ -448,7 +458,7 @@ class IVON(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = None
+        self._buckets = []
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
 
@@ -457,6 +467,13 @@ class IVON(torch.optim.Optimizer):
     def _set(self, **counters: Any) -> None:
         for group in self.param_groups:
             group.update(counters)
+
+    def _gradients(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Return the parameters that have a gradient, with it and its version; none if they were set to zero."""
+        parameters = (p for group in self.param_groups for p in group["params"])
+        found = [(p, p.grad, p.grad._version) for p in parameters if p.grad is not None]
+        smallest = min((gradient for _, gradient, _ in found), key=Tensor.numel, default=None)
+        return found if smallest is not None and smallest.any() else []
 
     def _by_name(self, values: Callable[[Bucket], list[Any]]) -> dict[str, Any]:
         """Return one value for each parameter by name, in the order in which the parameters were given."""
@@ -475,12 +492,12 @@ class IVON(torch.optim.Optimizer):
         With `adopt`, values that others put into the parameters since our last write (a loaded checkpoint) become the
         mean.
         """
-        wanted = [(p, p.device) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        have = [(p, bucket.mean.device) for bucket in self._buckets or [] for p in bucket.parameters]
-        if self._buckets is None or {(id(p), d) for p, d in wanted} != {(id(p), d) for p, d in have}:
+        wanted = {(id(p), p.device, p.dtype) for group in self.param_groups for p in group["params"] if p.requires_grad}
+        have = {(id(p), bucket.mean.device, bucket.dtype) for bucket in self._buckets for p in bucket.parameters}
+        if wanted != have:
             perturbed = self.param_groups[0]["perturbed"]
             self._release()
-            self._buckets = make_buckets(self.param_groups, self.state, self._process_group)
+            self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
             if perturbed:
                 for bucket in self._buckets:
                     bucket.to_draw(bucket.train_key)
@@ -491,18 +508,28 @@ class IVON(torch.optim.Optimizer):
 
     def _release(self) -> None:
         """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""
-        for bucket in self._buckets or []:
+        for bucket in self._buckets:
             if self.param_groups[0]["perturbed"]:
                 bucket.to_mean()
             else:
                 bucket.adopt_outside_changes()
             bucket.release()
-        self._buckets = None
+        self._buckets.clear()
 
 
 def _whole(x: Any) -> Tensor:
     """Return a tensor that is sharded over ranks as one that each has whole."""
     return x.full_tensor() if is_sharded(x) else x
+
+
+def _check_cleared(before: list[tuple[Tensor, Tensor, int]]) -> None:
+    """Raise if a closure added to gradients from before it, which were taken without a draw."""
+    # Clearing in place and adding would be two changes.
+    if any(p.grad is gradient and gradient._version == version + 1 for p, gradient, version in before):
+        raise RuntimeError(
+            "Expected the closure to clear the gradients, but it added to some for which nothing was drawn since the "
+            "last step. When gradients accumulate, call `optimizer.train()` before each forward pass."
+        )
 
 
 def _check_settings(group: dict[str, Any]) -> None:

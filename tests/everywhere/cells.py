@@ -1,0 +1,48 @@
+"""What makes a test a column of the table, and what is known not to work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from everywhere.rows import ROWS
+
+COLUMNS = (
+    "float32",
+    "bfloat16 autocast",
+    "bfloat16 weights",
+    "float16, GradScaler",
+    "gradient accumulation",
+    "gradient clipping",
+    "gradient checkpointing",
+    "several samples",
+    "learning-rate schedule",
+    "EMA of the mean",
+    "checkpoint and resume",
+    "no gradient",
+    "model moved",
+    "two devices",
+)
+ON_A_GPU = "tested on a GPU only (`make test-gpu`), not run for this table"
+
+
+def column(name: str, instead: Mapping[str, Any] | None = None, gpu: str | None = None) -> Callable[[Any], Any]:
+    """Make a test, which takes a `row`, one of a column: a cell is ticked if all of the column's tests pass on its row.
+
+    Args:
+        name: one of COLUMNS.
+        instead: by the row's name, the mark of a cell that cannot apply or does not work.
+        gpu: the test needs a GPU; the note of the cell where there is none.
+    """
+    assert name in COLUMNS
+    rows = [pytest.param(row, id=row.name.replace("`", ""), marks=(instead or {}).get(row.name, ())) for row in ROWS]
+
+    def decorate(test: Any) -> Any:
+        test = pytest.mark.column(name, gpu)(pytest.mark.parametrize("row", rows)(test))
+        if gpu:
+            test = pytest.mark.skipif(not torch.cuda.is_available(), reason=gpu)(pytest.mark.gpu(test))
+        return test
+
+    return decorate
