@@ -1,7 +1,7 @@
 """Write the tables of benchmarks/results/evidence.json into docs/evidence.md and the README, between their markers.
 
 A marker names a part and a table, `<!-- evidence: demo-long table1 -->`. With a column and labels as well,
-`<!-- evidence: demo-long table1 | Average | AdamW, IVON x10 -->`, it is a short table of that column, with the metrics
+`<!-- evidence: demo-long table1 | Average | AdamW; IVON x10 -->`, it is a short table of that column, with the metrics
 side by side. What follows up to `<!-- end -->` is made.
 """
 
@@ -34,7 +34,7 @@ def documented(text: str, evidence: dict[str, Any]) -> str:
         table = from_json(evidence["parts"][part]["tables"][name])
         if kept:
             column, labels = kept
-            table = short(table, column, [label.strip() for label in labels.split(",")])
+            table = short(table, column, [label.strip() for label in labels.split(";")])
         return f"{found[1]}\n{to_markdown(table)}\n{found[3]}"
 
     return MARKER.sub(made, text)
