@@ -2,7 +2,8 @@
 
 A marker names a part and a table, `<!-- evidence: demo-long table1 -->`. With a column and labels as well,
 `<!-- evidence: demo-long table1 | Average | AdamW; IVON x10 -->`, it is a short table of that column, with the metrics
-side by side. What follows up to `<!-- end -->` is made.
+side by side. ` without ` and a metric after the table's name leaves that metric out. What follows up to `<!-- end -->`
+is made.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ def documented(text: str, evidence: dict[str, Any]) -> str:
 
     def made(found: re.Match[str]) -> str:
         what, *kept = (part.strip() for part in found[2].split("|"))
+        what, _, without = what.partition(" without ")
         part, name = what.split()
         table = from_json(evidence["parts"][part]["tables"][name])
+        table = replace(table, blocks=tuple(block for block in table.blocks if block.title != without))
         if kept:
             column, labels = kept
             table = short(table, column, [label.strip() for label in labels.split(";")])
