@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +104,36 @@ def all_results(widest: int = 512) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("_only_with_kernels")
-def test_neither_processor_nor_threads_change_a_bit() -> None:
+def test_neither_processor_nor_threads_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = all_results()
     for widest in (0, 256):
         assert same(all_results(widest), wanted)
-    for threads in (2, 3, 7):
+    for threads, openmp in itertools.product((2, 3, 7), (native._openmp, lambda: None)):
         torch.set_num_threads(threads)
+        monkeypatch.setattr(native, "_openmp", openmp)
         assert same(all_results(), wanted)
+
+
+FORK = """
+import os, torch
+from varlora import IVON
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.zeros(1 << 18))
+optimizer = IVON([p], lr=0.1, ess=1.0, hess_init=1.0, seed=0)
+optimizer.train()
+p.grad = torch.ones_like(p.detach())
+child = os.fork()
+if child == 0:  # where torch's own parallel operations would wait for ever, so there are none
+    optimizer.step()
+    os._exit(0 if p[-1].item() != 0 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
 
 
 @pytest.mark.usefixtures("_only_with_kernels")

@@ -25,7 +25,7 @@
 #define INLINE static inline
 #endif
 
-enum { VERSION = 1, LANES = 16, TILE = 4 * LANES };
+enum { VERSION = 2, LANES = 16, TILE = 4 * LANES };
 
 /* Some of a parameter's elements, in order. */
 typedef struct {
@@ -183,17 +183,24 @@ typedef uint64_t u64x8 __attribute__((vector_size(64)));
 EXPORT int ivon_version(void) { return VERSION; }
 
 /* Write ε to where `theta` points. */
-EXPORT void ivon_normal(const Work *work) { RUN(normal, work); }
+EXPORT int ivon_normal(const Work *work) {
+    RUN(normal, work);
+    return 1;
+}
 
 /* Write θ = m + σε to where `theta` points. */
-EXPORT void ivon_draw(const Work *work) { RUN(draw, work); }
+EXPORT int ivon_draw(const Work *work) {
+    RUN(draw, work);
+    return 1;
+}
 
 /* Make a step on mean, momentum and Hessian, and write the mean to where `theta` points. */
-EXPORT void ivon_update(const Work *work) {
+EXPORT int ivon_update(const Work *work) {
     if (work->settings.batch_size > 0)
         RUN(gradsq, work);
     else
         RUN(price, work);
+    return 1;
 }
 
 /* Return whether all gradients are finite. */
@@ -205,6 +212,22 @@ EXPORT int ivon_finite(const Work *work) {
     }
     return 1;
 }
+
+#if defined(__GNUC__)
+/* What a team of threads is to work off: a kernel on some works. */
+typedef struct {
+    int (*kernel)(const Work *);
+    const Work *works;
+    int32_t *results;
+    int32_t count, next;
+} Team;
+
+/* Take one work after the other, as each thread of a team does. */
+EXPORT void ivon_join(Team *team) {
+    for (int32_t i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->count;)
+        team->results[i] = team->kernel(team->works + i);
+}
+#endif
 
 /* An extension module has to have this; it is never imported. */
 EXPORT void *PyInit__native(void) { return 0; }

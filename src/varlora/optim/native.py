@@ -8,16 +8,17 @@ import functools
 import itertools
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["Kernels", "Settings", "library"]
 
-VERSION = 1
+VERSION = 2
 """Of native.c; a build of another one is not used."""
 TILE = 64
 """Elements that are worked off together; threads share a parameter out at multiples of it."""
@@ -45,6 +46,14 @@ class _Work(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("mean", "momentum", "hess")),
         ("settings", Settings),
         ("widest", ctypes.c_int32),
+    )
+
+
+class _Team(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("kernel", "works", "results")),
+        ("count", ctypes.c_int32),
+        ("next", ctypes.c_int32),
     )
 
 
@@ -116,16 +125,12 @@ class Kernels:
         segments[:, 4] = torch.tensor([x.data_ptr() for x in out])[of_segment] + starts
         if gradients is not None:
             segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients])[of_segment] + starts
-        kernel, row, state = getattr(library(), name), 8 * segments.shape[1], [x.data_ptr() for x in self.state]
-
-        def run(share: int) -> int:
-            lo, hi = shares[share], shares[share + 1]
-            work = _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
-            return int(kernel(ctypes.byref(work)))
-
-        if len(shares) == 2:
-            return [run(0)]
-        return list(_threads(len(shares) - 1).map(run, range(len(shares) - 1)))
+        row, state = 8 * segments.shape[1], [x.data_ptr() for x in self.state]
+        works = [
+            _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
+            for lo, hi in itertools.pairwise(shares)
+        ]
+        return _run_all(name, works)
 
     def _segments(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Share some parameters out to threads.
@@ -159,10 +164,47 @@ class Kernels:
         return found
 
 
+# --- threads
+
+
+def _run_all(name: str, works: Sequence[_Work]) -> list[int]:
+    """Call a kernel for each work, each on a thread of its own."""
+    kernel = getattr(library(), name)
+    if len(works) == 1:
+        return [kernel(ctypes.byref(works[0]))]
+    parallel = _openmp()
+    if parallel is None:
+        others = [_threads(len(works) - 1).submit(kernel, ctypes.byref(work)) for work in works[1:]]
+        return [kernel(ctypes.byref(works[0])), *(other.result() for other in others)]
+    array, results = (_Work * len(works))(*works), (ctypes.c_int32 * len(works))()
+    pointers = [ctypes.cast(x, ctypes.c_void_p) for x in (kernel, array, results)]
+    parallel(library().ivon_join, ctypes.byref(_Team(*pointers, len(works), 0)), len(works), 0)  # type: ignore[union-attr]
+    return list(results)
+
+
+@functools.cache
+def _openmp() -> Callable[..., Any] | None:
+    """Return how to run a function on the threads that torch's own operations use, if these are GNU OpenMP's.
+
+    After each operation those wait actively, for milliseconds, and other threads would have to share their cores.
+    """
+    try:
+        return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+
+
 @functools.cache
 def _threads(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="ivon")
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has the pool, but not its threads
-    os.register_at_fork(after_in_child=_threads.cache_clear)
+def _after_fork() -> None:
+    """A forked child has the pools, but not their threads; GNU OpenMP would wait for them for ever."""
+    global _openmp
+    _threads.cache_clear()
+    _openmp = functools.cache(lambda: None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
