@@ -13,7 +13,14 @@ import pytest
 
 import varlora
 
-MODULES = ["varlora", *(found.name for found in pkgutil.walk_packages(varlora.__path__, "varlora."))]
+MODULES = [
+    "varlora",
+    *(
+        found.name
+        for found in pkgutil.walk_packages(varlora.__path__, "varlora.")
+        if found.name != "varlora.optim._native"  # IVON's kernels, in C
+    ),
+]
 NO_EXAMPLE = {
     "LoRA": "settings: `load_model` shows them",
     "METHODS": "a dictionary",

@@ -229,5 +229,10 @@ EXPORT void ivon_join(Team *team) {
 }
 #endif
 
-/* An extension module has to have this; it is never imported. */
-EXPORT void *PyInit__native(void) { return 0; }
+/* What is built as an extension has to have this. It is no module, and says so to those who import it. */
+extern void *PyExc_ImportError;
+extern void PyErr_SetString(void *exception, const char *text);
+EXPORT void *PyInit__native(void) {
+    PyErr_SetString(PyExc_ImportError, "_native holds kernels and is no module: native.py loads it");
+    return 0;
+}
