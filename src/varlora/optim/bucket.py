@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,8 +19,9 @@ from torch import Tensor
 
 from . import native
 from .noise import fill_normal, mix
+from .shards import as_sharded, is_sharded, local, pieces, ranks, shard_as
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "is_sharded", "local", "make_buckets", "plain", "ranks"]
+__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "plain"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24
@@ -38,24 +37,6 @@ def plain() -> Iterator[None]:
     """Neither a graph nor inference tensors, whatever the caller is in the middle of."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def ranks(process_group: Any) -> tuple[int, int]:
-    """Return this process's rank and the number of ranks; 0 and 1 where nothing is distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor: shards on several ranks, as FSDP2 and tensor parallelism have."""
-    module = sys.modules.get("torch.distributed.tensor")  # without which there are none
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def local(x: Any) -> Any:
-    """Return this rank's shard of a tensor: all of it, where it is not sharded."""
-    return x.to_local() if is_sharded(x) else x
 
 
 def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: Any = None) -> list[Bucket]:
@@ -139,10 +120,10 @@ class Bucket:
                 if name in state_p:
                     view.copy_(local(state_p[name]))
                 self.views[name].append(view)
-                state_p[name] = _as_sharded(view, p)
+                state_p[name] = as_sharded(view, p)
 
         self.kernels: native.Kernels | None = None
-        self.pieces = [_pieces(p, lo) for p, (lo, _) in zip(parameters, self.spans)]
+        self.pieces = [pieces(p, lo) for p, (lo, _) in zip(parameters, self.spans)]
         wanted = group["fused"] is not False and native.library() is not None
         if wanted and dtype == torch.float32 and self.mean.device.type == "cpu":
             self.kernels = native.Kernels(self.mean, self.momentum, self.hess, self.pieces, positions)
@@ -169,7 +150,7 @@ class Bucket:
         """Return this rank's part of the gradients of some parameters, as they are sharded."""
         found = [self.parameters[i].grad for i in indices]
         return (
-            [_shard_as(gradient, self.parameters[i]) for gradient, i in zip(found, indices)] if self.sharded else found
+            [shard_as(gradient, self.parameters[i]) for gradient, i in zip(found, indices)] if self.sharded else found
         )
 
     def _make_chunks(self) -> list[list[int]]:
@@ -298,7 +279,7 @@ class Bucket:
         found = []
         for p, state, mean, (lo, hi) in zip(self.parameters, self.states, self.views["mean"], self.spans):
             std = self._precision(lo, hi, torch.empty_like(self.hess[lo:hi])).rsqrt_().view_as(mean)
-            found.append((state["mean"], _as_sharded(std, p)))
+            found.append((state["mean"], as_sharded(std, p)))
         return found
 
     # --- gradients ---
@@ -407,7 +388,7 @@ class Bucket:
         folded = self.group["averages"] and self.group["mc_samples"] > 1  # the whole draw's, when its context ends
         if gradient is None or not self.group["perturbed"] or (folded and not self.group["noise_per_rank"]):
             return
-        ghat = self.work_views[2][i].copy_(_shard_as(gradient, p)).view(-1)
+        ghat = self.work_views[2][i].copy_(shard_as(gradient, p)).view(-1)
         lo, hi = self.spans[i]
         if not folded:
             self.grad_sum[lo:hi] += ghat
@@ -527,49 +508,6 @@ class Bucket:
         else:
             direction = torch.div(g, h, out=a)
         m.sub_(direction.clamp_(-clip_radius * bias, clip_radius * bias), alpha=lr / bias)
-
-
-def _as_sharded(x: Tensor, p: Any) -> Tensor:
-    """Return this rank's shard of what is sharded like a parameter as a tensor of the whole."""
-    if not is_sharded(p):
-        return x
-    layout = {"shape": p.shape, "stride": p.stride(), "run_check": False}
-    return sys.modules["torch.distributed.tensor"].DTensor.from_local(x, p.device_mesh, p.placements, **layout)
-
-
-def _shard_as(x: Any, p: Any) -> Tensor:
-    """Return this rank's shard of a gradient, sharded like its parameter."""
-    if is_sharded(x) and x.placements != p.placements:  # a sum that is still to be made over ranks, perhaps
-        x = x.redistribute(placements=p.placements)
-    return local(x)
-
-
-def _pieces(p: Any, lo: int) -> list[tuple[int, int, int]]:
-    """Return where runs of elements that are neighbours in the whole parameter lie, as (at, count, first).
-
-    Args:
-        p: a parameter.
-        lo: where this rank's shard of it starts in the flat state.
-
-    Returns:
-        Where a run starts in the flat state, its length, and its first element's index within the whole parameter.
-    """
-    if not is_sharded(p):
-        return [(lo, p.numel(), 0)]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    inner = len(p.shape)  # dimensions from here on are whole, and so neighbours
-    while inner and shape[inner - 1] == p.shape[inner - 1]:
-        inner -= 1
-    rows = shape[: max(inner - 1, 0)]
-    count = math.prod(shape[max(inner - 1, 0) :])
-    strides = [math.prod(p.shape[d + 1 :]) for d in range(len(p.shape))]
-    start = sum(o * stride for o, stride in zip(offset, strides))
-    return [
-        (lo + n * count, count, start + sum(i * stride for i, stride in zip(index, strides)))
-        for n, index in enumerate(itertools.product(*map(range, rows)))
-    ]
 
 
 def _readable(gradient: Tensor) -> bool:

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import native
-from .bucket import EVAL, Bucket, is_sharded, make_buckets, plain, ranks
+from .bucket import EVAL, Bucket, make_buckets, plain
 from .noise import mix
+from .shards import ranks, whole
 
 if TYPE_CHECKING:
     from varlora.posterior import DiagonalGaussian
@@ -214,7 +215,7 @@ class IVON(torch.optim.Optimizer):
         """
         from varlora.posterior import DiagonalGaussian  # the one import that this file can do without
 
-        moments = self._by_name(lambda bucket: [(_whole(m.clone()), _whole(std)) for m, std in bucket.moments()])
+        moments = self._by_name(lambda bucket: [(whole(m.clone()), whole(std)) for m, std in bucket.moments()])
         return DiagonalGaussian({n: m for n, (m, _) in moments.items()}, {n: std for n, (_, std) in moments.items()})
 
     def mean_sigma(self) -> dict[str, float]:
@@ -223,7 +224,7 @@ class IVON(torch.optim.Optimizer):
         Raises:
             ValueError: the optimizer was made without names.
         """
-        return self._by_name(lambda bucket: [_whole(std.mean()).item() for _, std in bucket.moments()])
+        return self._by_name(lambda bucket: [whole(std.mean()).item() for _, std in bucket.moments()])
 
     @property
     def skipped_steps(self) -> int:
@@ -399,7 +400,7 @@ class IVON(torch.optim.Optimizer):
         groups = self.param_groups
         first = not any(self.state[p]["step"] for group in groups for p in group["params"] if p in self.state)
         return first and not any(
-            _whole(p.grad.any()).item() for group in groups for p in group["params"] if p.grad is not None
+            whole(p.grad.any()).item() for group in groups for p in group["params"] if p.grad is not None
         )
 
     @plain()
@@ -515,11 +516,6 @@ class IVON(torch.optim.Optimizer):
                 bucket.adopt_outside_changes()
             bucket.release()
         self._buckets.clear()
-
-
-def _whole(x: Any) -> Tensor:
-    """Return a tensor that is sharded over ranks as one that each has whole."""
-    return x.full_tensor() if is_sharded(x) else x
 
 
 def _check_cleared(before: list[tuple[Tensor, Tensor, int]]) -> None:
