@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from optim import shards
 from optim.ivon_helpers import start_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from varlora.optim.bucket import Bucket
 from varlora.optim.ivon import IVON
 
 
@@ -72,10 +76,24 @@ def test_a_step_with_gradients_of_zero_makes_the_state_and_nothing_else() -> Non
         optimizer.step()
 
 
-def test_what_sharded_parameters_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = nn.Parameter(torch.ones(5))
-    monkeypatch.setattr(Bucket, "sharded", True, raising=False)
-    monkeypatch.setattr("varlora.optim.bucket.is_sharded", lambda x: x is p)
-    monkeypatch.setattr("varlora.optim.bucket.local", lambda x: x.detach())
+@pytest.fixture
+def sharded(tmp_path: Path) -> Iterator[nn.Parameter]:
+    """A parameter that is sharded over one rank, this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield nn.Parameter(distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
+    dist.destroy_process_group()
+
+
+def test_what_sharded_parameters_cannot_have_is_refused(sharded: nn.Parameter) -> None:
+    settings: dict[str, Any] = {"lr": 0.1, "ess": 10.0, "hess_init": 1.0}
     with pytest.raises(ValueError, match="never see a gradient of their own"):
-        IVON([p], lr=0.1, ess=10.0, hess_init=1.0, noise_per_rank=True).train()
+        IVON([sharded], noise_per_rank=True, **settings).train()
+    several = IVON([sharded], mc_samples=2, **settings)
+    with pytest.raises(RuntimeError, match="Expected `mc_samples=1` under `train\\(\\)`"):
+        several.train()
+    for _ in range(2):  # but by contexts
+        with several.sampled_params(train=True):
+            several.zero_grad()
+            (sharded * 3).sum().backward()
+    several.step()
+    assert (several.state[sharded]["hess"].full_tensor() != 1).all()
