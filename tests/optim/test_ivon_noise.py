@@ -6,15 +6,17 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from optim.ivon_helpers import make, run
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlora.optim import native
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import mix
+from varlora.optim.noise import fill_normal, mix
 
 SIZES = (5, 30_000, 100_000, 70_000)
 
@@ -99,3 +101,28 @@ def test_training_leaves_the_global_generator_alone() -> None:
     with optimizer.sampled_params():
         pass
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.count = device, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        self.count += isinstance(found, Tensor) and found.device.type == self.device
+        return found
+
+
+def test_off_the_cpu_all_parameters_noise_is_made_at_once() -> None:
+    """Of 4 parameters or of 100: so many operations, and a few for each parameter to take its own."""
+    counts = []
+    for parameters in (4, 100):
+        jobs = [(torch.empty(50, 70, device="meta"), position, 0) for position in range(parameters)]
+        with Operations("meta") as operations:
+            fill_normal(0, jobs)
+        counts.append(operations.count)
+    assert counts[1] - counts[0] <= 96 * 5
+    assert counts[1] < 1_000

@@ -101,9 +101,10 @@ def fill_normal(key: int, jobs: Sequence[tuple[Tensor, int, int]]) -> None:
     """
     batch: list[tuple[Tensor, int, int, int]] = []  # a tensor's part, its position, its first tile, and where in that
     held = 0
+    on_cpu = all(out.device.type == "cpu" for out, _, _ in jobs)
+    room = _AT_ONCE * TILE if on_cpu else max(sum(out.numel() for out, _, _ in jobs), 1)  # launches are what takes long
     for out, position, first in jobs:
         flat = out.view(-1)
-        room = _AT_ONCE * TILE if flat.device.type == "cpu" else max(flat.numel(), 1)
         for lo in range(0, flat.numel(), room):
             part, (tile, within) = flat[lo : lo + room], divmod(first + lo, TILE)
             batch.append((part, position, tile, within))
