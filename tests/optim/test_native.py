@@ -149,10 +149,9 @@ def test_the_kernels_noise_is_that_of_torch_to_rounding() -> None:
 @pytest.mark.usefixtures("_only_with_kernels")
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_share_everything_out_once(threads: int) -> None:
-    torch.set_num_threads(threads)
     made, _, _ = kernels()
     for indices in (range(len(SIZES)), [6], [1, 4, 6]):
-        segments, of_segment, starts, shares = made._segments(tuple(indices))
+        segments, of_segment, starts, shares = made.segments(tuple(indices), threads)
         assert shares[0] == 0
         assert shares[-1] == len(segments)
         assert shares == sorted(shares)
@@ -166,6 +165,14 @@ def test_threads_share_everything_out_once(threads: int) -> None:
             assert at == spans[position - 3][0] + first
         sizes = [int(segments[lo:hi, 1].sum()) for lo, hi in itertools.pairwise(shares)]
         assert max(sizes) - min(sizes) <= 2 * TILE
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+def test_what_is_kept_of_gradients_that_come_and_go_is_bounded() -> None:
+    made, _, gradients = kernels(tuple(range(1, 10)))
+    for chosen in itertools.islice(itertools.combinations(range(9), 4), 100):
+        assert made.finite(chosen, [gradients[i] for i in chosen])
+    assert made.segments.cache_info().currsize < 100
 
 
 @pytest.mark.usefixtures("_only_with_kernels")

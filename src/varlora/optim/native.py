@@ -91,7 +91,8 @@ class Kernels:
     ) -> None:
         self.state = mean, momentum, hess
         self.pieces, self.positions = pieces, positions
-        self.shared: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, list[int]]] = {}
+        # Nearly always all parameters; where others have a gradient each step, not all their tables are kept.
+        self.segments = functools.lru_cache(maxsize=64)(self._segments)
 
     def normal(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
         """Write the noise of some parameters to contiguous float32 tensors."""
@@ -121,7 +122,7 @@ class Kernels:
         settings: Settings,
     ) -> list[int]:
         """Call a kernel for some parameters, shared out to as many threads as torch uses."""
-        segments, of_segment, starts, shares = self._segments(tuple(indices))
+        segments, of_segment, starts, shares = self.segments(tuple(indices), torch.get_num_threads())
         segments[:, 4] = torch.tensor([x.data_ptr() for x in out])[of_segment] + starts
         if gradients is not None:
             segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients])[of_segment] + starts
@@ -132,36 +133,28 @@ class Kernels:
         ]
         return _run_all(name, works)
 
-    def _segments(self, indices: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Share some parameters out to threads.
+    def _segments(self, indices: tuple[int, ...], threads: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Share some parameters out to threads; to one if they are small.
 
         Returns:
             The table of `Segment`, which of the indices each is of, by how many bytes it starts after that one's first
             element, and where each thread's share of the table begins and ends.
         """
         numel = sum(count for i in indices for _, count, _ in self.pieces[i])
-        threads = torch.get_num_threads() if numel > ALONE else 1
-        found = self.shared.get((threads, *indices))
-        if found is None:
-            cuts = [share * numel // threads for share in range(1, threads)]
-            rows, of_row, before = [], [], 0
-            for which, i in enumerate(indices):
-                lo = before
-                for at, count, first in self.pieces[i]:
-                    inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + count}
-                    for begin, end in itertools.pairwise([0, *sorted(x for x in inside if x < count), count]):
-                        rows.append([at + begin, end - begin, self.positions[i], first + begin, 0, 0])
-                        of_row.append((which, before - lo + begin, before + begin))
-                    before += count
-            of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64).view(-1, 3).T.contiguous()
-            shares = [0, *(bisect.bisect_left(starts.tolist(), cut) for cut in cuts), len(rows)]
-            found = self.shared[(threads, *indices)] = (
-                torch.tensor(rows, dtype=torch.int64).view(-1, 6),
-                of_segment,
-                4 * within,
-                shares,
-            )
-        return found
+        threads = threads if numel > ALONE else 1
+        cuts = [share * numel // threads for share in range(1, threads)]
+        rows, of_row, before = [], [], 0
+        for which, i in enumerate(indices):
+            lo = before
+            for at, count, first in self.pieces[i]:
+                inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + count}
+                for begin, end in itertools.pairwise([0, *sorted(x for x in inside if x < count), count]):
+                    rows.append([at + begin, end - begin, self.positions[i], first + begin, 0, 0])
+                    of_row.append((which, before - lo + begin, before + begin))
+                before += count
+        of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64).view(-1, 3).T.contiguous()
+        shares = [0, *(bisect.bisect_left(starts.tolist(), cut) for cut in cuts), len(rows)]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 6), of_segment, 4 * within, shares
 
 
 # --- threads
