@@ -364,6 +364,29 @@ def test_weights_loaded_before_a_group_is_added_become_the_mean() -> None:
     assert (parameters[0] == 0.3).all()
 
 
+@pytest.mark.parametrize("when", ["between steps", "during a draw"])
+def test_a_parameter_that_is_laid_out_anew_is_written_to_as_it_lies(when: str) -> None:
+    """Every other number of a memory that has others in between."""
+    found = []
+    for spread in (False, True):
+        p = nn.Parameter(torch.arange(200.0))
+        optimizer = IVON([p], lr=0.1, ess=10.0, hess_init=1.0, seed=0)
+        memory = torch.full((400,), 7.0)
+        for step in range(3):
+            if when == "during a draw":
+                optimizer.train()
+            if step == 1 and spread:
+                memory[::2] = p.detach()
+                p.data = memory[::2]
+            optimizer.train()
+            p.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (memory[1::2] == 7).all()
+        found.append(snapshot([p], optimizer))
+    assert same(*found)
+
+
 # --- the folder alone ---
 
 ALONE = """

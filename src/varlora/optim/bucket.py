@@ -21,7 +21,7 @@ from . import native
 from .noise import fill_normal, mix
 from .shards import as_sharded, is_sharded, local, pieces, ranks, shard_as
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "plain"]
+__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "place_of", "plain"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24
@@ -37,6 +37,11 @@ def plain() -> Iterator[None]:
     """Neither a graph nor inference tensors, whatever the caller is in the middle of."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def place_of(p: Tensor) -> tuple[Any, ...]:
+    """Return what must not change about a parameter while a bucket writes to its memory."""
+    return id(p), p.device, p.dtype, p.shape, p.is_contiguous()
 
 
 def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: Any = None) -> list[Bucket]:
@@ -98,7 +103,7 @@ class Bucket:
         shards = self.shards
         ends = list(itertools.accumulate(p.numel() for p in shards))
         self.spans = list(zip([0, *ends], ends))
-        self.dtype = parameters[0].dtype
+        self.places = [place_of(p) for p in parameters]
         # At β₂ = 1 − 1e-5 a 16-bit Hessian never moves, nor does a 16-bit mean by 3e-5.
         dtype = torch.promote_types(parameters[0].dtype, torch.float32)
         self.like: dict[str, Any] = {"device": parameters[0].device, "dtype": dtype}

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import native
-from .bucket import EVAL, Bucket, make_buckets, plain
+from .bucket import EVAL, Bucket, make_buckets, place_of, plain
 from .noise import mix
 from .shards import ranks, whole
 
@@ -488,14 +488,13 @@ class IVON(torch.optim.Optimizer):
         return {name: found[at] for at, name in enumerate(names) if at in found}
 
     def _ready(self, adopt: bool = True) -> list[Bucket]:
-        """Return the buckets, made anew where parameters were added, moved or unfrozen.
+        """Return the buckets, made anew where parameters were added, unfrozen, moved or laid out anew.
 
         With `adopt`, values that others put into the parameters since our last write (a loaded checkpoint) become the
         mean.
         """
-        wanted = {(id(p), p.device, p.dtype) for group in self.param_groups for p in group["params"] if p.requires_grad}
-        have = {(id(p), bucket.mean.device, bucket.dtype) for bucket in self._buckets for p in bucket.parameters}
-        if wanted != have:
+        wanted = {place_of(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
+        if wanted != {place for bucket in self._buckets for place in bucket.places}:
             perturbed = self.param_groups[0]["perturbed"]
             self._release()
             self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
