@@ -459,7 +459,10 @@ class IVON(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = []
+        for group in self.param_groups:  # of a state that was saved before these were there
+            group.setdefault("fused", None)
+            group.setdefault("noise_per_rank", False)
+        self.__dict__.setdefault("_buckets", []).clear()
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
 
