@@ -123,10 +123,10 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
     """
     values = {"methods": list(PAPER_METHODS), **(read_recipe(recipe) if recipe else {})}
     problems: list[str] = []
-    planned_tasks: set[str] = set()
+    known: dict[str, set[str]] = {}
     for name in ("tasks", "methods"):
         values[name] = _by_name(name, values.get(name), problems)
-        planned_tasks |= values[name].keys() if name == "tasks" else set()
+        known[name] = {*values[name]}
         if options.get(name) is not None:
             values[name] = {key: values[name].get(key, {}) for key in _by_name(name, options[name], problems)}
     values |= {name: value for name, value in options.items() if value is not None and name not in ("tasks", "methods")}
@@ -150,11 +150,11 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
         )
         if value < least
     ]
-    planned_tasks |= fields.get("tasks", {}).keys()  # `--tasks` may leave out what `ood` has rows for
+    known_tasks = known["tasks"] | {*fields.get("tasks", {})}  # `--tasks` may leave out what `ood` has rows for
     problems += [
-        f"Expected `ood` to name tasks of the plan, but got `{name}`. {did_you_mean(name, planned_tasks)}"
+        f"Expected `ood` to name tasks of the plan, but got `{name}`. {did_you_mean(name, known_tasks)}"
         for name in fields.get("ood", {})
-        if name not in planned_tasks
+        if name not in known_tasks
     ]
     if len(set(seeds := fields.get("seeds", ()))) < len(seeds):
         problems.append(f"Expected different `seeds`, but got {', '.join(map(str, seeds))}. Name each once.")
