@@ -20,10 +20,8 @@ from varlora.optim.ivon import IVON
 
 
 @pytest.fixture(autouse=True)
-def _once(request: pytest.FixtureRequest) -> None:
-    """Ranks are processes of their own, with the kernels if there are any."""
-    if request.node.callspec.params["_arithmetic"] == "kernels":
-        pytest.skip("run once")
+def _arithmetic() -> None:
+    """Ranks are processes of their own, with the kernels if there are any: nothing here runs twice."""
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,15 @@ SIZES = (1, 63, 64, 65, 5_000, 0, 70_001)
 """Of parameters: less than a tile, a tile, more; and enough for several threads."""
 
 
+@pytest.fixture(autouse=True)
+def _arithmetic() -> None:
+    """Each test says itself what it is about: nothing here runs twice."""
+
+
 @pytest.fixture
-def _only_with_kernels(_arithmetic: None) -> None:
+def _only_with_kernels() -> None:
     if native.library() is None:
-        pytest.skip("of the kernels alone")
+        pytest.skip("the kernels were not built: there was no C compiler")
 
 
 @pytest.mark.parametrize(
@@ -258,12 +263,12 @@ def test_fused_is_refused_where_there_are_no_kernels(monkeypatch: pytest.MonkeyP
     run(optimizer, parameters, range(1))
 
 
+@pytest.mark.usefixtures("_only_with_kernels")
 def test_a_build_that_is_absent_damaged_or_of_another_version_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find = native.library.__wrapped__ if hasattr(native.library, "__wrapped__") else None
-    if find is None:
-        pytest.skip("of the search for the kernels")
+    find = native.library.__wrapped__
+    assert find() is not None
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     assert find() is None
     suffix = native.sysconfig.get_config_var("EXT_SUFFIX")
