@@ -1,4 +1,4 @@
-"""What makes a test a column of the table, and what is known not to work."""
+"""What makes a test a column of the table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def column(name: str, instead: Mapping[str, Any] | None = None, gpu: str | None 
 
     Args:
         name: one of COLUMNS.
-        instead: by the row's name, the mark of a cell that cannot apply or does not work.
+        instead: by the row's name, the mark of a cell that cannot apply.
         gpu: the test needs a GPU; the note of the cell where there is none.
     """
     assert name in COLUMNS

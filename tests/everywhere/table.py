@@ -35,7 +35,7 @@ class Cell:
         return FAILS if self.failed else WORKS if self.passed else OPEN
 
     def add(self, outcome: str, note: str | None = None) -> None:
-        """Add what a test has come to: passed, failed (as expected or not) or anything else, which leaves it open."""
+        """Add what a test has come to: passed, failed or anything else, which leaves it open."""
         self.passed |= outcome == "passed"
         self.failed |= outcome == "failed"
         if note and note not in self.notes:
@@ -107,10 +107,7 @@ class TableWriter:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
         report = yield
         if (cell := cell_of(item)) and (report.when == "call" or report.outcome != "passed"):
-            expected = getattr(report, "wasxfail", None)
-            if expected is not None:
-                self.cells[cell].add("failed", expected.removeprefix("[NOTRUN] "))
-            elif report.skipped:
+            if report.skipped:
                 self.cells[cell].add("open", report.longrepr[2].removeprefix("Skipped: "))
             else:
                 self.cells[cell].add(report.outcome)

@@ -237,7 +237,7 @@ def test_bfloat16_parameters_have_a_float32_state_that_moves() -> None:
 def test_a_step_allocates_nothing_that_grows_with_the_parameters(
     samples: int, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(noise, "_AT_ONCE", 32)  # torch's operations make noise in pieces of a fixed size
+    monkeypatch.setattr(noise, "_AT_ONCE", 24)  # torch's operations make noise in pieces of a fixed size
     p = nn.Parameter(torch.ones(20_000, dtype=dtype))
     q = nn.Parameter(torch.ones(1_000, dtype=dtype))
     optimizer = IVON([p, q], lr=0.1, ess=100, hess_init=1.0, weight_decay=0.1, mc_samples=samples, seed=0)
@@ -268,7 +268,7 @@ def test_a_step_allocates_nothing_that_grows_with_the_parameters(
         with optimizer.sampled_params():
             pass
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
-    assert largest < 20_000, [e.name for e in profiler.events() if e.self_cpu_memory_usage > 20_000]
+    assert largest < 10_000, [e.name for e in profiler.events() if e.self_cpu_memory_usage > 10_000]
     assert [p.data_ptr(), q.data_ptr()] == pointers
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,12 @@ def test_fused_is_refused_where_there_are_no_kernels(monkeypatch: pytest.MonkeyP
         make(fused="yes")
     parameters, optimizer = make(fused=None)
     run(optimizer, parameters, range(1))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_where_there_is_a_compiler_there_are_kernels() -> None:
+    """The installation goes on without them, and would not say so."""
+    assert native.library() is not None, "install the package again: pip install -e ."
 
 
 @pytest.mark.usefixtures("_only_with_kernels")
