@@ -9,16 +9,19 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from varlora.checkpoint import load_adapter, load_posterior
+from varlora.demo.run import one_thread
 from varlora.fit import fit
 from varlora.methods import Method, Plan
 from varlora.model import LoRA, class_logits, load_model
@@ -132,6 +135,17 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         for name in ("adapter_model.safetensors", "posterior.safetensors")
     }
     return {**files, "log": logged(run_dir)}
+
+
+@contextmanager
+def trainers_afresh() -> Iterator[None]:
+    """Inside, trainers find no state of accelerate's that an earlier one left, and train on one thread."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with one_thread():
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:

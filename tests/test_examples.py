@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from helpers import trainers_afresh
 
 import varlora
-from varlora.demo.run import one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -28,12 +27,8 @@ every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which Lightning sets, and here it is unset again
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    with one_thread():
+    with trainers_afresh():
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

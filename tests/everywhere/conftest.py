@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from everywhere.table import TableWriter
-
-from varlora.demo.run import one_thread
+from helpers import trainers_afresh
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,9 +22,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    with one_thread():
+    with trainers_afresh():
         yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

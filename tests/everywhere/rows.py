@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,13 +177,14 @@ class Outcome:
         return {**{f"weight {name}": value for name, value in self.watch.weights().items()}, **state}
 
 
-class Row:
+class Row(ABC):
     """A way to train."""
 
     name: str
     eager = True
     """Whether the model's layers are called one by one."""
 
+    @abstractmethod
     def fit(self, model: Any, optimizer: IVON, task: Task, watch: Watch, folder: Path, resume: bool = False) -> None:
         """Train as this row does.
 
@@ -194,7 +196,6 @@ class Row:
             folder: for checkpoints.
             resume: go on from the checkpoint in the folder.
         """
-        raise NotImplementedError
 
     def run(
         self,
