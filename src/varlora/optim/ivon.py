@@ -90,8 +90,8 @@ class IVON(torch.optim.Optimizer):
             operation; results agree to float32 rounding.
         noise_per_rank: under data parallelism, whether each rank draws noise of its own, which divides the variance of
             the curvature estimate by their number. Each rank's ĝε (or ĝ²) is then averaged over ranks beside the
-            gradient, which costs a second reduction of the parameters' size and twice their memory. Off, all ranks draw
-            the same.
+            gradient, which costs a second reduction, twice as large as the parameters, and three more buffers of their
+            size. Off, all ranks draw the same.
         process_group: the ranks that average their gradients; all by default. Their seed becomes the first one's.
         generator: where the seed is drawn from when `seed` is not given; the global generator by default.
         seed: the seed of all noise.
