@@ -15,7 +15,7 @@ help:
 	@echo "make lint        ruff and the type checker"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make benchmarks  all benchmarks; results go to benchmarks/results"
-	@echo "make bench-gpu   the overhead at the shape of Llama-2-7B, on a CUDA device"
+	@echo "make bench-gpu   the optimizer and its overhead at the shape of Llama-2-7B, on a CUDA device"
 	@echo "make pretrain    pretrain the demo's base again, in build/demo, and compare its scores with the committed base's"
 
 $(VENV)/.installed: pyproject.toml constraints.txt src/varlora/optim/native.c src/varlora/optim/native_tiles.h
@@ -34,7 +34,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 works: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/everywhere/test_cells.py --works-table docs/works_everywhere.md
@@ -60,6 +60,7 @@ benchmarks: $(VENV)/.installed
 
 # Needs a CUDA device that holds Llama-2-7B in 16 bit.
 bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/optimizer.py --device cuda --rounds 300 --out benchmarks/results/optimizer_gpu.json
 	$(BIN)/python benchmarks/gpu/llama2_7b_shape.py
 
 # Goes on where it was stopped; `pretraining/pretrain.py` without options replaces the committed base.

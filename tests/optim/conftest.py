@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -19,11 +20,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
+@pytest.fixture(params=["kernels", pytest.param("triton", marks=pytest.mark.slow), "torch"], autouse=True)
 def _arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds with the compiled kernels and without."""
+    """Everything holds with the compiled kernels, with those for a GPU in Triton's interpreter, and without."""
     if request.param == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
+    elif request.param == "triton":
+        pytest.importorskip("triton")
+        if re.search("bf16|bfloat16|rounded", request.node.name):
+            pytest.skip("Triton's interpreter cuts bfloat16 off instead of rounding it")
+        monkeypatch.setattr(bucket, "kernels_for", lambda device: "triton")
     elif native.library() is None:
         pytest.skip("the kernels were not built: there was no C compiler")
 

@@ -109,7 +109,7 @@ def snapshot(parameters: Sequence[Tensor], optimizer: IVON) -> list[Tensor]:
     return (
         values(parameters)
         + [state[name].clone() for state in states for name in STATE]
-        + [torch.tensor(state["step"]) for state in states]
+        + [torch.tensor(int(state["step"])) for state in states]
     )
 
 

@@ -263,7 +263,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(way: str, samples:
     # the step is what it would have been with the same noise and nothing wrong before it
     expected, reference = make(mc_samples=samples)
     run(reference, expected, range(2), samples, way)
-    reference.param_groups[0]["draws"] += samples
+    state = reference.state_dict()
+    state["param_groups"][0]["draws"] += samples
+    reference.load_state_dict(state)
     run(reference, expected, [7], samples, way)
     assert same(after, snapshot(expected, reference))
 
@@ -384,7 +386,7 @@ def test_a_parameter_that_is_laid_out_anew_is_written_to_as_it_lies(when: str) -
             optimizer.zero_grad()
         assert (memory[1::2] == 7).all()
         found.append(snapshot([p], optimizer))
-    assert same(*found)
+    torch.testing.assert_close(*found)  # not the same bits: a GPU's kernels leave such a parameter to torch
 
 
 # --- the folder alone ---

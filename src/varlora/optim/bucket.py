@@ -1,17 +1,18 @@
 """The state of IVON as flat buffers, and the arithmetic of Algorithm 1 on them.
 
 Parameters of one group, device and type lie side by side, so that a draw or a step is a few operations on long tensors,
-however many parameters there are. On a CPU the kernels of `native.c` do each in one pass over memory, with the noise
-made where it is used. Elsewhere, and where they were not built, torch does it operation by operation.
+however many parameters there are. The kernels of `native.c` on a CPU and of `gpu.py` on a GPU do each in one pass over
+memory, with the noise made where it is used. Elsewhere, or without kernels, torch does it operation by operation.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,10 @@ from . import native
 from .noise import fill_normal, mix
 from .shards import as_sharded, is_sharded, local, pieces, ranks, shard_as
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "make_buckets", "place_of", "plain"]
+if TYPE_CHECKING:
+    from . import gpu
+
+__all__ = ["EVAL", "TRAIN", "Bucket", "kernels_for", "make_buckets", "place_of", "plain"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24
@@ -37,6 +41,18 @@ def plain() -> Iterator[None]:
     """Neither a graph nor inference tensors, whatever the caller is in the middle of."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def kernels_for(device: torch.device) -> str | None:
+    """Return which compiled kernels there are for a device: `"native"`, `"triton"` or none."""
+    if device.type == "cpu" and native.library() is not None:
+        return "native"
+    return "triton" if device.type == "cuda" and _triton_is_installed() else None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def place_of(p: Tensor) -> tuple[Any, ...]:
@@ -78,8 +94,8 @@ class Bucket:
 
     Memory for each element: mean, momentum and Hessian, 4 bytes each in float32; with several Monte Carlo samples or
     noise of each rank three more. Where torch does the arithmetic also the noise, and three scratch buffers of a
-    chunk's size, which on a GPU is up to the whole bucket; kernels need two of them for parameters of 16 bits, and none
-    for others.
+    chunk's size, which on a GPU is up to the whole bucket; a CPU's kernels need two of them for parameters of 16 bits,
+    and none for others.
     """
 
     @plain()
@@ -127,16 +143,32 @@ class Bucket:
                 self.views[name].append(view)
                 state_p[name] = as_sharded(view, p)
 
-        self.kernels: native.Kernels | None = None
         self.pieces = [pieces(p, lo) for p, (lo, _) in zip(parameters, self.spans)]
-        wanted = group["fused"] is not False and native.library() is not None
-        if wanted and dtype == torch.float32 and self.mean.device.type == "cpu":
-            self.kernels = native.Kernels(self.mean, self.momentum, self.hess, self.pieces, positions)
-        # Whether kernels write to the parameters themselves.
-        self.direct = self.kernels is not None and all(p.dtype == dtype and p.is_contiguous() for p in shards)
+        self.kernels: native.Kernels | None = None
+        self.gpu: gpu.Kernels | None = None
+        contiguous = all(p.is_contiguous() for p in shards)
+        wanted = group["fused"] is not False and dtype == torch.float32
+        kind = kernels_for(self.mean.device) if wanted else None
+        of_all = self.mean, self.momentum, self.hess, self.pieces, positions
+        if kind == "native":
+            self.kernels = native.Kernels(*of_all)
+        elif kind == "triton" and contiguous:
+            from . import gpu  # which needs triton
+
+            steps = [int(state_p["step"]) for state_p in self.states]
+            self.gpu = gpu.Kernels(*of_all, shards, steps, group["draws"], group["skipped"])
+            self.gpu.set_key(self.train_key)
+        # On a GPU, the step too, where gradients are not watched. All that it depends on is then known on the device.
+        self.gpu_step = None if self.watches else self.gpu
+        if self.gpu_step is not None:
+            for state_p, step in zip(self.states, self.gpu_step.steps):
+                state_p["step"] = step
+        # Whether a CPU's kernels write to the parameters themselves.
+        self.direct = self.kernels is not None and contiguous and parameters[0].dtype == dtype
         self.chunks = self._make_chunks()
         self.noise_key: int | None = None  # of what `noise` holds
 
+        self.looked_at: list[Tensor | None] = []
         self.versions = [p._version for p in shards]
         self.aside: list[Tensor | None] = [None] * len(parameters)
         self.arriving: list[Tensor | None] = [None] * len(parameters)
@@ -155,7 +187,12 @@ class Bucket:
         """Return this rank's part of the gradients of some parameters, as they are sharded."""
         found = [self.parameters[i].grad for i in indices]
         return (
-            [shard_as(gradient, self.parameters[i]) for gradient, i in zip(found, indices)] if self.sharded else found
+            [
+                None if gradient is None else shard_as(gradient, self.parameters[i])
+                for gradient, i in zip(found, indices)
+            ]
+            if self.sharded
+            else found
         )
 
     def _make_chunks(self) -> list[list[int]]:
@@ -197,7 +234,11 @@ class Bucket:
     def noise_of(self, key: int) -> Tensor:
         """Return ε of a training draw, for all parameters."""
         if self.noise_key != key:
-            self._fill(key, range(len(self.parameters)), [self.noise[lo:hi] for lo, hi in self.spans])
+            out = [self.noise[lo:hi] for lo, hi in self.spans]
+            if self.gpu is not None:
+                self.gpu.normal(key, out)
+            else:
+                self._fill(key, range(len(self.parameters)), out)
             self.noise_key = key
         return self.noise
 
@@ -206,6 +247,14 @@ class Bucket:
         """Of the last training draw."""
         own = [ranks(self.process_group)[0]] if self.group["noise_per_rank"] else []
         return mix(self.group["seed"], TRAIN, self.group["draws"] - 1, *own)
+
+    @plain()
+    def next_draw(self) -> None:
+        """Go on to the next training draw, which the group has counted."""
+        if self.gpu_step is not None:  # counts for itself, in a CUDA graph as well
+            self.gpu_step.next_draw(self.group["seed"], TRAIN)
+        elif self.gpu is not None:
+            self.gpu.set_key(self.train_key)
 
     def _fill(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
         if self.kernels is not None:
@@ -230,29 +279,34 @@ class Bucket:
         self._written(chosen)
 
     @plain()
-    def to_draw(self, key: int, train: bool = True) -> None:
-        """Put θ = m + σε into the parameters, with the ε of a training draw or another."""
+    def to_draw(self, key: int | None = None) -> None:
+        """Put θ = m + σε into the parameters, with the ε of the training draw or of a key."""
         shards = self.shards
+        if self.gpu is not None:
+            self.gpu.draw(shards, self.group["ess"], self.group["weight_decay"], key)
+            torch.autograd.graph.increment_version(shards)
+            self._written(range(len(shards)))
+            return
         for chunk in self.chunks:
             targets = [shards[i] for i in chunk]
             if self.direct and self.kernels is not None:
-                self.kernels.draw(key, chunk, targets, self._settings())
+                self.kernels.draw(self.train_key if key is None else key, chunk, targets, self._settings())
                 torch.autograd.graph.increment_version(targets)
             else:
                 views = [self.work_views[2][i] for i in chunk]
-                self._draw_into(views, key, chunk, train)
+                self._draw_into(views, key, chunk)
                 torch._foreach_copy_(targets, views)
             self._written(chunk)
 
-    def _draw_into(self, views: Sequence[Tensor], key: int, chunk: Sequence[int], train: bool) -> None:
+    def _draw_into(self, views: Sequence[Tensor], key: int | None, chunk: Sequence[int]) -> None:
         """Write θ of a chunk into the third scratch buffer, whose views these are."""
         if self.kernels is not None:
-            self.kernels.draw(key, chunk, views, self._settings())
+            self.kernels.draw(self.train_key if key is None else key, chunk, views, self._settings())
             return
         lo, hi = self.spans[chunk[0]][0], self.spans[chunk[-1]][1]
         theta = self.scratch[2, : hi - lo]
-        if train:
-            eps = self.noise_of(key)[lo:hi]
+        if key is None:
+            eps = self.noise_of(self.train_key)[lo:hi]
         else:
             self._fill(key, chunk, views)
             eps = theta
@@ -330,6 +384,35 @@ class Bucket:
         narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if narrow else None)
         return bool(torch.stack(norms).isfinite().all().item())
+
+    def check_capturable(self) -> None:
+        """Raise if a step could not be captured in a CUDA graph."""
+        if self.gpu_step is None:
+            raise RuntimeError(
+                "Expected steps that can be captured in a CUDA graph, which takes contiguous parameters of at most 32 "
+                "bits on a GPU, Triton, `mc_samples=1` and neither `fused=False` nor `noise_per_rank`, but got "
+                f"{self.parameters[0].dtype} parameters on {self.mean.device}, mc_samples={self.group['mc_samples']}, "
+                f"fused={self.group['fused']} and noise_per_rank={self.group['noise_per_rank']}. Change that, or leave "
+                "`capturable` and the graph out."
+            )
+
+    @plain()
+    def look_at_gradients(self) -> Tensor:
+        """Return, on the device, whether a gradient is not finite: what `update` will ask."""
+        assert self.gpu_step is not None
+        # Of a gradient that kernels cannot read, a copy that they can; in use until the step.
+        self.looked_at = [
+            None if x is None else x.to(p.dtype).contiguous()
+            for x, p in zip(self.gradients(range(len(self.parameters))), self.parameters)
+        ]
+        self.gpu_step.look(self.looked_at)
+        return self.gpu_step.bad
+
+    @plain()
+    def read_back(self) -> None:
+        """Wait for the device, and note here how many draws it has made and how many steps it has left out."""
+        if self.gpu_step is not None:
+            self.group["draws"], self.group["skipped"] = self.gpu_step.counters.tolist()
 
     @plain()
     def begin_step(self) -> None:
@@ -414,7 +497,10 @@ class Bucket:
             self.hess_sum /= count
 
     def release(self) -> None:
-        """Let go of the parameters' hooks."""
+        """Let go of the parameters' hooks, and of what is on the device alone."""
+        self.read_back()
+        for state in self.states:
+            state["step"] = int(state["step"])
         for hook in self.hooks:
             hook.remove()
 
@@ -431,6 +517,13 @@ class Bucket:
         Args:
             draws: by what the summed curvature estimates are to be divided.
         """
+        if self.gpu_step is not None:
+            shards = self.shards
+            self.gpu_step.update(shards, self.group)
+            self.looked_at = []
+            torch.autograd.graph.increment_version(shards)
+            self._written(range(len(shards)))
+            return
         still = set(range(len(self.parameters)))
         for run in self.runs():
             if self.kernels is not None and not self.watches:
@@ -463,7 +556,7 @@ class Bucket:
     def _bias_and_lr(self, t: int) -> tuple[float, float]:
         """Return 1 − β₁ᵗ, or 1 without debiasing, and the learning rate α."""
         group = self.group
-        lr = group["lr"] * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0)
+        lr = float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0)
         return 1 - group["beta1"] ** t if group["debias"] else 1.0, lr
 
     def _update_by_kernel(self, run: _Run) -> None:

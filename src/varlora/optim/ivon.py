@@ -28,8 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import native
-from .bucket import EVAL, Bucket, make_buckets, place_of, plain
+from .bucket import EVAL, Bucket, kernels_for, make_buckets, place_of, plain
 from .noise import mix
 from .shards import ranks, whole
 
@@ -40,6 +39,8 @@ __all__ = ["IVON"]
 
 # What is saved only between a draw and the step that uses it.
 _TRANSIENT = ("grad_sum", "hess_sum")
+
+_Gradients = tuple[list[tuple[Tensor, Tensor, int]], Tensor | None]
 
 
 class IVON(torch.optim.Optimizer):
@@ -67,7 +68,7 @@ class IVON(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters (`model.named_parameters()`, needed for a posterior by name) or groups.
             Those that do not require a gradient are left alone.
-        lr: learning rate α; a weight moves by at most `lr * clip_radius` a step.
+        lr: learning rate α, a number or a tensor of one; a weight moves by at most `lr * clip_radius` a step.
         ess: effective sample size λ, in training examples; the number of examples approximates Bayes' posterior, a
             larger one gives a colder (narrower) posterior.
         hess_init: initial Hessian h₀ > 0; the initial posterior standard deviation is 1/√(λ(h₀ + δ)).
@@ -85,9 +86,12 @@ class IVON(torch.optim.Optimizer):
             by closure or contexts, all of one draw); only for `"gradsq"`.
         rescale_lr: multiply `lr` by h₀ + δ, as Shen et al. do; the paper's LoRA recipe does not.
         debias: divide the momentum by 1 − β₁ᵗ.
-        fused: whether sampling and step are one compiled kernel each. None: for parameters on a CPU, where the kernels
-            were built (which takes a C compiler when the package is installed). Off, torch does both operation by
-            operation; results agree to float32 rounding.
+        fused: whether sampling and step are one compiled kernel each. None: where there are such kernels, which is on a
+            CPU if there was a C compiler when the package was installed, and on a GPU of CUDA or ROCm with Triton. Off,
+            torch does both operation by operation; results agree to float32 rounding.
+        capturable: whether `train` and `step` shall work in a CUDA graph. With the kernels for a GPU and one draw a
+            step they do in any case, as nothing is read back, and with `lr` a tensor on the device a schedule acts on
+            what is captured; true raises where they do not. Make one step before the capture.
         noise_per_rank: under data parallelism, whether each rank draws noise of its own, which divides the variance of
             the curvature estimate by their number. Each rank's ĝε (or ĝ²) is then averaged over ranks beside the
             gradient, which costs a second reduction, twice as large as the parameters, and three more buffers of their
@@ -98,7 +102,7 @@ class IVON(torch.optim.Optimizer):
 
     Raises:
         ValueError: an argument is out of its range; the message says what was expected.
-        RuntimeError: `fused` is true and the kernels were not built.
+        RuntimeError: `fused` is true and there are no kernels.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -132,7 +136,7 @@ class IVON(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
+        lr: float | Tensor,
         ess: float,
         hess_init: float,
         beta1: float = 0.9,
@@ -145,6 +149,7 @@ class IVON(torch.optim.Optimizer):
         rescale_lr: bool = False,
         debias: bool = True,
         fused: bool | None = None,
+        capturable: bool = False,
         noise_per_rank: bool = False,
         process_group: Any = None,
         generator: torch.Generator | None = None,
@@ -169,6 +174,7 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "debias": debias,
             "fused": fused,
+            "capturable": capturable,
             "noise_per_rank": noise_per_rank,
         }
         # Counters lie in the groups, so that whatever saves an optimizer's groups saves them. All but `used` are the
@@ -228,7 +234,8 @@ class IVON(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out so far because a gradient was not finite."""
+        """Steps left out so far because a gradient was not finite; to ask waits for the device."""
+        self._read_back()
         return self.param_groups[0]["skipped"]
 
     # --- draws -------------------------------------------------------------------------------------------------------
@@ -290,6 +297,11 @@ class IVON(torch.optim.Optimizer):
 
     @contextmanager
     def _eval_draw(self) -> Iterator[None]:
+        if _capturing():
+            raise RuntimeError(
+                "Expected draws for an evaluation outside of the CUDA graph, which would repeat one draw for ever, but "
+                "its capture is under way. Capture the forward pass alone and replay it within `sampled_params()`."
+            )
         self._ready()
         outer, now = self._eval_key, self.param_groups[0]
         self._set(eval_draws=now["eval_draws"] + 1)
@@ -310,9 +322,11 @@ class IVON(torch.optim.Optimizer):
             if now["drawn"] == 1:
                 for bucket in buckets:
                     bucket.begin_step()
+            for bucket in buckets:
+                bucket.next_draw()
         self._set(perturbed=True)  # before it is so: if this is interrupted, `eval` still has something to do
         for bucket in buckets:
-            bucket.to_draw(bucket.train_key)
+            bucket.to_draw()
 
     @plain()
     def _agree(self) -> None:
@@ -332,9 +346,9 @@ class IVON(torch.optim.Optimizer):
         """Put into the parameters what belongs there: an evaluation draw, else the training draw, else the mean."""
         for bucket in self._ready(adopt=False):
             if self._eval_key is not None:
-                bucket.to_draw(self._eval_key, train=False)
+                bucket.to_draw(self._eval_key)
             elif perturbed:
-                bucket.to_draw(bucket.train_key)
+                bucket.to_draw()
             else:
                 bucket.to_mean()
         self._set(perturbed=perturbed)
@@ -383,13 +397,12 @@ class IVON(torch.optim.Optimizer):
                     "Call `optimizer.train()` before the forward pass, or use "
                     "`with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
                 )
-            if self._gradients_are_finite(buckets):
-                for bucket in buckets:
+            finite = self._gradients_are_finite(buckets)
+            for bucket in buckets:
+                if finite or bucket.gpu_step is not None:
                     bucket.reduce()
                     bucket.update(draws=now["drawn"] if now["averages"] else 1)
-                self._set(perturbed=False)
-            else:
-                self._set(skipped=now["skipped"] + 1)
+            self._set(perturbed=now["perturbed"] and not finite, skipped=now["skipped"] + (not finite))
         self.eval()
         self._set(drawn=0)
         return sum(losses) / len(losses) if losses and losses[0] is not None else None
@@ -405,18 +418,29 @@ class IVON(torch.optim.Optimizer):
 
     @plain()
     def _gradients_are_finite(self, buckets: Sequence[Bucket]) -> bool:
-        """Return whether all gradients are finite, those of other ranks' shards included."""
-        finite = all(bucket.gradients_are_finite() for bucket in buckets)
+        """Return whether all gradients are finite, those of other ranks' shards included.
+
+        Where kernels of a GPU make all of the step, they know it, and the answer is yes without waiting for theirs.
+        """
+        notes = [bucket.look_at_gradients() for bucket in buckets if bucket.gpu_step is not None]
+        others = [bucket for bucket in buckets if bucket.gpu_step is None]
+        if others:
+            finite = all(bucket.gradients_are_finite() for bucket in others)
+            notes.append(torch.tensor([int(not finite)], dtype=torch.int32, device=others[0].mean.device))
+        for note in notes[1:]:
+            notes[0].add_(note.to(notes[0].device, non_blocking=True))
         if any(bucket.sharded for bucket in buckets):
-            everywhere = torch.tensor(int(finite), device=buckets[0].mean.device)
-            dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=self._process_group)
-            finite = bool(everywhere.item())
-        return finite
+            dist.all_reduce(notes[0], group=self._process_group)
+        notes[0].clamp_(max=1)
+        for note in notes[1:]:
+            note.copy_(notes[0], non_blocking=True)
+        return not others or not notes[0].item()
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that an exact continuation needs; between a draw and its step, of the draw as well."""
+        self._read_back()
         saved = super().state_dict()
         in_flight = self.param_groups[0]["drawn"] > 0
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -425,6 +449,7 @@ class IVON(torch.optim.Optimizer):
             if in_flight and parameters[index].grad is not None:
                 kept["grad"] = parameters[index].grad
             saved["state"][index] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
+            saved["state"][index]["step"] = int(state["step"])  # of which a GPU's kernels keep count on the device
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -457,10 +482,15 @@ class IVON(torch.optim.Optimizer):
         if self.state:
             self._show(now["perturbed"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._read_back()
+        return super().__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # of a state that was saved before these were there
             group.setdefault("fused", None)
+            group.setdefault("capturable", False)
             group.setdefault("noise_per_rank", False)
         self.__dict__.setdefault("_buckets", []).clear()
         if self.state and self.param_groups[0]["perturbed"]:
@@ -472,12 +502,22 @@ class IVON(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update(counters)
 
-    def _gradients(self) -> list[tuple[Tensor, Tensor, int]]:
-        """Return the parameters that have a gradient, with it and its version; none if they were set to zero."""
+    def _read_back(self) -> None:
+        """Note here what is known on a device alone."""
+        for bucket in self._buckets:
+            bucket.read_back()
+        for counter in ("draws", "skipped"):
+            self._set(**{counter: max(group[counter] for group in self.param_groups)})
+
+    def _gradients(self) -> _Gradients:
+        """Return the parameters that have a gradient, with it and its version, and whether it is not zero.
+
+        That is looked at in the smallest gradient, and stays on its device.
+        """
         parameters = (p for group in self.param_groups for p in group["params"])
         found = [(p, p.grad, p.grad._version) for p in parameters if p.grad is not None]
         smallest = min((gradient for _, gradient, _ in found), key=Tensor.numel, default=None)
-        return found if smallest is not None and smallest.any() else []
+        return found, None if smallest is None else smallest.any()
 
     def _by_name(self, values: Callable[[Bucket], list[Any]]) -> dict[str, Any]:
         """Return one value for each parameter by name, in the order in which the parameters were given."""
@@ -500,17 +540,26 @@ class IVON(torch.optim.Optimizer):
         if wanted != {place for bucket in self._buckets for place in bucket.places}:
             perturbed = self.param_groups[0]["perturbed"]
             self._release()
+            if _capturing():
+                raise RuntimeError(
+                    "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
+                    "Make one step before the capture."
+                )
             self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
             if perturbed:
                 for bucket in self._buckets:
-                    bucket.to_draw(bucket.train_key)
+                    bucket.to_draw()
         elif adopt and not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
+        if self.param_groups[0]["capturable"] or _capturing():
+            for bucket in self._buckets:
+                bucket.check_capturable()
         return self._buckets
 
     def _release(self) -> None:
         """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""
+        self._read_back()
         for bucket in self._buckets:
             if self.param_groups[0]["perturbed"]:
                 bucket.to_mean()
@@ -520,10 +569,16 @@ class IVON(torch.optim.Optimizer):
         self._buckets.clear()
 
 
-def _check_cleared(before: list[tuple[Tensor, Tensor, int]]) -> None:
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_cleared(before: _Gradients) -> None:
     """Raise if a closure added to gradients from before it, which were taken without a draw."""
+    found, not_zero = before
     # Clearing in place and adding would be two changes.
-    if any(p.grad is gradient and gradient._version == version + 1 for p, gradient, version in before):
+    added = any(p.grad is gradient and gradient._version == version + 1 for p, gradient, version in found)
+    if added and not_zero is not None and whole(not_zero):
         raise RuntimeError(
             "Expected the closure to clear the gradients, but it added to some for which nothing was drawn since the "
             "last step. When gradients accumulate, call `optimizer.train()` before each forward pass."
@@ -547,15 +602,19 @@ def _check_settings(group: dict[str, Any]) -> None:
         value = group[name]
         if name == "batch_size" and value is None:
             continue
+        if name == "lr" and isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else value
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not (math.isfinite(value) or name == "clip_radius") or not in_range(value):
             raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}.")
     if group["fused"] not in (True, False, None):
         raise ValueError(f"Expected `fused` to be True, False or None, but got {group['fused']!r}.")
-    if group["fused"] and native.library() is None:
+    without = next((p.device for p in group["params"] if kernels_for(p.device) is None), None)
+    if group["fused"] and without is not None:
+        remedy = "Install a C compiler and then varlora again" if without.type == "cpu" else "Install triton"
         raise RuntimeError(
-            "Expected compiled kernels with `fused=True`, but they were not built. Install a C compiler and then "
-            "varlora again, or leave `fused` out."
+            f"Expected compiled kernels with `fused=True`, but there are none for {without}. {remedy}, or leave "
+            "`fused` out."
         )
     if group["hess_approx"] not in ("price", "gradsq"):
         raise ValueError(f"Expected `hess_approx` to be 'price' or 'gradsq', but got {group['hess_approx']!r}.")
