@@ -1,8 +1,10 @@
 """A process of its own for `test_fit.py`: trains in forked children, kills some with SIGKILL, and resumes them.
 
     python kill_and_resume.py FOLDER SEED
+    python kill_and_resume.py FOLDER SEED --random RANKS
 
 For each method, FOLDER then holds the run `<method>/whole` and, for each way to die, a run that died and was resumed.
+With `--random` it holds one run with IVON, `whole`, and the same one, `killed`, which died 20 times at random moments.
 The children share no state but the imports, which are what takes long.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,11 +23,13 @@ from typing import Any
 import helpers
 import torch
 
+import varlora.run
 from varlora import checkpoint, fit
 from varlora.methods import AdamW, Ivon
 from varlora.predictions import save_predictions
 
 STEPS, ACCUMULATION, EVERY = 8, 2, 2
+LONG, MOMENTS = 60, (200, 25)  # of the first rank, which writes, and of another
 METHODS = {"adamw": AdamW(lr=2e-2), "ivon": Ivon(lr=1.0, clip_radius=2e-2)}
 DEATHS = ("in a forward pass", "while a checkpoint is written", "while the adapter is written")
 
@@ -49,14 +54,39 @@ def prepare(death: str, source: random.Random) -> None:
         die_in(fit, "class_logits", lambda model, batch: next(forwards) == 0)
     elif death == "while a checkpoint is written":
         step = source.randrange(2 * EVERY, STEPS + 1, EVERY)
-        die_in(checkpoint, "write_manifest", lambda folder: folder.name == f"checkpoint-{step}")
+        die_in(varlora.run, "write_manifest", lambda folder: folder.name == f"checkpoint-{step}")
     else:
         die_in(checkpoint, "write_json", lambda path, value: path.name == "posterior_config.json")
 
 
-def run(run_dir: Path, method: str, resume: bool) -> None:
+def die_at(moment: int) -> None:
+    """Die at one of the moments that are numbered from now on: forward passes, and what is done with files."""
+    left = iter(range(moment, -1, -1))
+
+    def count(what: str) -> None:
+        if next(left) == 0:
+            print(f"died {what}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.mkdir"):
+            names = [os.fspath(name) for name in arguments[:2] if isinstance(name, (str, os.PathLike))]
+            if any("killed" in name for name in names):
+                count("while writing" if any(".checkpoint.tmp" in name for name in names) else "at a file")
+
+    class_logits = fit.class_logits
+
+    def forward(*arguments: Any) -> Any:
+        count("in a forward pass")
+        return class_logits(*arguments)
+
+    fit.class_logits = forward
+    sys.addaudithook(audit)
+
+
+def run(run_dir: Path, method: str, resume: bool, steps: int = STEPS) -> None:
     model = helpers.tiny_model(dropout=0.1)
-    settings: dict[str, Any] = {"steps": STEPS, "batch_size": 2, "accumulation": ACCUMULATION}
+    settings: dict[str, Any] = {"steps": steps, "batch_size": 2, "accumulation": ACCUMULATION}
     settings |= {"checkpoint_every": EVERY, "training_arguments": {"logging_steps": 1}}
     posterior = helpers.run_fit(model, METHODS[method], run_dir, resume=resume, **settings)
     save_predictions(helpers.run_predict(model, posterior), run_dir / "predictions.safetensors")
@@ -78,6 +108,50 @@ def in_a_child(run_dir: Path, method: str, resume: bool = False, death: str | No
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def start(rank: int, ranks: int, port: int, run_dir: Path, moment: int | None) -> int:
+    """Go on with a run in a child, which dies at a moment, as one of several ranks; return its process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            if ranks > 1:
+                of_all = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in of_all.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            if moment is not None:
+                die_at(moment)
+            run(run_dir, "ivon", resume=True, steps=LONG)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def go_on(run_dir: Path, ranks: int, victim: int = 0, moment: int | None = None) -> int:
+    """Go on with a run; return how the victim ended, and kill the others with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [start(r, ranks, port, run_dir, moment if r == victim else None) for r in range(ranks)]
+    ended = os.waitstatus_to_exitcode(os.waitpid(children.pop(victim), 0)[1])
+    for child in children:
+        if moment is not None:
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return ended
+
+
+def kill_at_random(folder: Path, seed: int, ranks: int) -> None:
+    source = random.Random(seed)
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+    assert go_on(folder / "whole", ranks) == 0
+    for _ in range(20):
+        victim = source.randrange(ranks)
+        assert go_on(folder / "killed", ranks, victim, source.randrange(MOMENTS[victim])) == -signal.SIGKILL
+    assert go_on(folder / "killed", ranks) == 0
+
+
 def main(folder: Path, seed: int) -> None:
     helpers.base_folder()
     for method in METHODS:
@@ -91,4 +165,8 @@ def main(folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    if "--random" in sys.argv:
+        helpers.base_folder()
+        kill_at_random(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4]))
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -4,11 +4,14 @@ import copy
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import full_disk
 import helpers
 import kill_and_resume
 import pytest
@@ -220,6 +223,36 @@ def test_killed_and_resumed_ends_in_the_bits_of_one_left_alone(killed, method, d
     assert other == meta
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_at_20_random_moments_ends_in_the_bits_of_one_left_alone(ranks, tmp_path):
+    """Any line may be the last one; of two ranks, either may die, and the other is then killed."""
+    seed = random.randrange(10**6)
+    script = Path(kill_and_resume.__file__)
+    command = [sys.executable, script, tmp_path, str(seed), "--random", str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"seed {seed}: {done.stdout}\n{done.stderr}"
+    assert helpers.outcome(tmp_path / "killed") == helpers.outcome(tmp_path / "whole"), f"seed {seed}"
+    assert done.stdout.count("while writing") >= 2, f"seed {seed}: {done.stdout}"
+    assert done.stdout.count("died") == 20
+
+
+SMALL = 'mount -t tmpfs -o size=4m tmpfs "$1" && exec "$2" "$3" "$1" "$4"'
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    """A tmpfs of 4 MB, in a mount namespace of the process's own."""
+    (tmp_path / "small").mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, SMALL, "", tmp_path / "small", "true"]).returncode:
+        pytest.skip("needs `unshare` and the right to mount in it")
+    script = Path(full_disk.__file__)
+    command = [*unshare, SMALL, "", tmp_path / "small", sys.executable, script, tmp_path / "whole"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"checkpoint-4 could not be written: .*[Nn]o space left .* Make room", done.stdout)
+
+
 @both_methods
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_writes_a_checkpoint_and_resumes_to_the_same_bits(method, number, tmp_path):
@@ -308,14 +341,14 @@ def test_checkpoints_rotate_and_hold_no_pickles(method, limit, tmp_path):
 def test_rotation_never_leaves_fewer_complete_ones(tmp_path, monkeypatch):
     """The old checkpoint is there until the new one is complete."""
     seen = []
-    original = varlora.checkpoint.write_manifest
+    original = varlora.run.write_manifest
 
     def watched(folder):
         if folder.name.startswith("checkpoint"):
             seen.append([path.name for path in tmp_path.glob("checkpoint-*") if (path / "manifest.json").is_file()])
         original(folder)
 
-    monkeypatch.setattr(varlora.checkpoint, "write_manifest", watched)
+    monkeypatch.setattr(varlora.run, "write_manifest", watched)
     arguments = {"save_total_limit": 1}
     helpers.run_fit(
         helpers.tiny_model(), METHODS[1], tmp_path, steps=3, checkpoint_every=1, training_arguments=arguments

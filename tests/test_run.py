@@ -249,7 +249,7 @@ def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(type(path), "rename", crash)
-    with pytest.raises(OSError, match="no space"), atomic_folder(path) as folder:
+    with pytest.raises(VarloraError, match="could not be written: no space"), atomic_folder(path) as folder:
         write_text(folder / "x.txt", "new")
     assert (path / "x.txt").read_text() == "old"
     assert entries(tmp_path) == ["adapter"]

@@ -1,8 +1,8 @@
 """Save and load: the adapter with its posterior, and training checkpoints, as safetensors and JSON with checksums.
 
 `adapter/` is a plain PEFT checkpoint of the posterior mean; `posterior.safetensors` and `posterior_config.json` lie
-beside it. A training checkpoint is `transformers.Trainer`'s, except that nothing in it has to be unpickled, and that a
-manifest, written last, tells a complete one from one that was cut short.
+beside it. A training checkpoint is `transformers.Trainer`'s, except that nothing in it has to be unpickled, and that it
+is written aside, flushed to the disk with its checksums, and then renamed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
 from varlora.run import (
     MANIFEST,
     atomic_folder,
+    complete,
     load_tensors,
     read_json,
     save_tensors,
+    told_if_unwritten,
     verify_manifest,
     write_json,
-    write_manifest,
 )
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STEP = re.compile(r"checkpoint-\d+")
+WRITING = ".checkpoint.tmp"
+"""Where in a run directory a checkpoint is written, by all ranks, before it is renamed."""
 
 
 # --- the adapter and its posterior ---
@@ -251,6 +254,8 @@ class CheckpointTrainer(Trainer):
         method_state: what the method collects while training; a checkpoint's is put into it on resuming.
     """
 
+    _is_writing = False
+
     def __init__(self, *args: Any, method_state: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method_state = {} if method_state is None else method_state
@@ -316,17 +321,27 @@ class CheckpointTrainer(Trainer):
         loss, self._globalstep_last_logged = state["loss"]
         self._tr_loss.copy_(loss)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = Path(super()._get_output_dir(trial))
+        return str(folder / WRITING if self._is_writing else folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         # The Trainer would delete older checkpoints before this one is known to be complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        try:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, cut short
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
         if self.args.should_save:
-            write_manifest(folder)
-            if limit is not None:
-                _rotate(folder, limit)
+            shutil.rmtree(run_dir / WRITING, ignore_errors=True)  # of an attempt that was cut short
+        self.accelerator.wait_for_everyone()
+        self._is_writing = True
+        try:
+            with told_if_unwritten(run_dir / name):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each rank writes its random state
+                if self.args.should_save:
+                    complete(run_dir / WRITING / name, run_dir / name)
+        finally:
+            self._is_writing, self.args.save_total_limit = False, limit
+            if self.args.should_save:
+                shutil.rmtree(run_dir / WRITING, ignore_errors=True)
+        if self.args.should_save and limit is not None:
+            _rotate(run_dir / name, limit)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
@@ -38,6 +39,7 @@ from varlora.data import Batch, collate
 from varlora.errors import ConfigError, Interrupted, VarloraError, did_you_mean
 from varlora.methods import Method, Plan, Trained
 from varlora.model import class_logits
+from varlora.optim.shards import ranks
 from varlora.params import trainable
 from varlora.posterior import Posterior
 from varlora.predict import predict
@@ -310,7 +312,10 @@ def conclude(
             say=warn,
         )
     )
-    save_adapter(model, posterior, run_dir / "adapter")
+    if ranks()[0] == 0:
+        save_adapter(model, posterior, run_dir / "adapter")
+    if ranks()[1] > 1:
+        dist.barrier()
     load_adapter(model, run_dir / "adapter")
     return posterior
 
@@ -399,7 +404,7 @@ class _Trainer(CheckpointTrainer):
         rows = sum(len(batch["labels"]) for batch in batches)
         for group in self.varlora_optimizer.param_groups:
             if group.get("batch_size"):  # IVON's squared gradient scales with it; an epoch's last batch may be smaller
-                group["batch_size"] = rows
+                group["batch_size"] = rows * ranks()[1]
         return batches, rows
 
     def compute_loss(
@@ -415,6 +420,8 @@ class _Trainer(CheckpointTrainer):
         if self.varlora_watch.not_finite:
             logs["not_finite_steps"] = self.varlora_watch.not_finite
         super().log(logs, start_time)
+        if not self.is_world_process_zero():
+            return
         # The first time, what a resumed run had logged before its checkpoint is written again, and no more than that.
         with (self.varlora_run_dir / "training.jsonl").open("w" if self.varlora_logged == 0 else "a") as file:
             for entry in self.state.log_history[self.varlora_logged :]:
@@ -440,7 +447,10 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
         norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else []
-        finite = math.isfinite(torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum().item())
+        total = torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum()
+        if ranks()[1] > 1:  # which have losses of their own, and leave a step out together
+            dist.all_reduce(total)
+        finite = math.isfinite(total.item())
         self.losses.clear()
         if not finite:
             if not args.fp16:  # with loss scaling, the scaler has to see the overflow; it leaves the step out itself

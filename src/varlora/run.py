@@ -38,6 +38,7 @@ from varlora.errors import DamagedFileError, VarloraError
 
 __all__ = [
     "atomic_folder",
+    "complete",
     "file_digest",
     "is_run",
     "load_tensors",
@@ -45,6 +46,7 @@ __all__ = [
     "prepare_run_dir",
     "read_json",
     "save_tensors",
+    "told_if_unwritten",
     "verify_manifest",
     "write_json",
     "write_manifest",
@@ -163,8 +165,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write down the size and SHA-256 of each file of a folder; its presence says that the folder is complete."""
+    """Write down the SHA-256 of each file of a folder; its presence says that all of them are on the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in files:
+        _flush(path)
     write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): file_digest(path) for path in files})
 
 
@@ -201,22 +205,54 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        yield temporary
-        write_manifest(temporary)
-        temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        try:
-            temporary.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        with told_if_unwritten(path):
+            yield temporary
+            temporary.chmod(0o755)
+            complete(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def complete(temporary: Path, path: Path) -> None:
+    """Give a folder its manifest, flush all of it to the disk, and rename it to `path`, which it replaces."""
+    write_manifest(temporary)
+    for folder in (temporary, *(found for found in temporary.rglob("*") if found.is_dir())):
+        _flush(folder)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    _flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def told_if_unwritten(path: Path) -> Iterator[None]:
+    """Say in words that what is being written to `path` cannot be: the disk is full, say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise VarloraError(
+            f"{path} could not be written: {error}. What was there before is whole. Make room or give access, and go "
+            "on with `resume`."
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # where folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def origin() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["as_sharded", "is_sharded", "local", "pieces", "ranks", "shard_as", "whole"]
 
 
-def ranks(process_group: Any) -> tuple[int, int]:
+def ranks(process_group: Any = None) -> tuple[int, int]:
     """Return this process's rank and the number of ranks; 0 and 1 where nothing is distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
