@@ -8,11 +8,11 @@ FOLDER is a small file system; WHOLE, elsewhere, gets the same run left alone. P
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import helpers
-import pytest
 from transformers import TrainerCallback
 
 from varlora.errors import VarloraError
@@ -30,7 +30,7 @@ class FillUp(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
-            with pytest.raises(OSError, match="No space left"), self.ballast.open("wb", buffering=0) as file:
+            with suppress(OSError), self.ballast.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
             with self.ballast.open("r+b") as file:

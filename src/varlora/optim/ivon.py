@@ -242,6 +242,7 @@ class IVON(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Put a draw from the posterior into the parameters: call it before the forward pass of each micro-batch."""
+        self._check_no_evaluation("train()")
         buckets, now = self._ready(), self.param_groups[0]
         if now["mc_samples"] > 1 and any(bucket.sharded for bucket in buckets):
             raise RuntimeError(
@@ -274,6 +275,7 @@ class IVON(torch.optim.Optimizer):
 
     @contextmanager
     def _train_draw(self) -> Iterator[None]:
+        self._check_no_evaluation("sampled_params(train=True)")
         buckets, now = self._ready(), self.param_groups[0]
         drawn, several = now["drawn"], now["mc_samples"] > 1
         self._set(averages=True)
@@ -312,6 +314,13 @@ class IVON(torch.optim.Optimizer):
         finally:
             self._eval_key = outer
             self._show(now["perturbed"])
+
+    def _check_no_evaluation(self, call: str) -> None:
+        if self._eval_key is not None:
+            raise RuntimeError(
+                f"Expected `optimizer.{call}` outside of draws for an evaluation, but one is under way. Leave "
+                "`with optimizer.sampled_params():` first."
+            )
 
     def _perturb(self, new: bool) -> None:
         """θ = m + σε, with new noise or that of the current draw."""
@@ -367,8 +376,10 @@ class IVON(torch.optim.Optimizer):
             The closure's loss, averaged over the samples; None without a closure.
 
         Raises:
-            RuntimeError: there are gradients, but none was taken at a draw, or the closure adds to such ones.
+            RuntimeError: there are gradients, but none was taken at a draw, or the closure adds to such ones, or the
+                parameters hold a draw for an evaluation.
         """
+        self._check_no_evaluation("step()")
         now, losses = self.param_groups[0], []
         if closure is not None and now["drawn"]:  # after `train` or contexts: Lightning passes a closure all the same
             with torch.enable_grad():

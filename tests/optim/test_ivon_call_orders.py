@@ -1,0 +1,144 @@
+"""Whatever is called in whatever order, parameters are one draw or the mean, and a wrong order is said to be one."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optim.ivon_helpers import SETTINGS, STATE, make_loss, same, values
+from torch import Tensor, nn
+
+from varlora.optim.bucket import EVAL, TRAIN
+from varlora.optim.ivon import IVON
+from varlora.optim.noise import fill_normal, mix
+
+CALLS = ("train", "eval", "backward", "step", "zero_grad", "save and load", "a draw and backward", "enter", "leave")
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2}  # noise is made in float32
+
+shapes = st.lists(st.integers(0, 70), max_size=2).map(tuple)
+parameters = st.lists(st.tuples(shapes, st.sampled_from(list(ROUNDING)), st.integers(0, 2)), min_size=1, max_size=4)
+
+
+class Model:
+    """An optimizer, and what has to be in its parameters by the documentation alone."""
+
+    def __init__(self, kinds: list[tuple[tuple[int, ...], torch.dtype, int]], arguments: dict[str, Any]) -> None:
+        source = torch.Generator().manual_seed(1)
+        made = [(nn.Parameter(torch.randn(shape, generator=source).to(dtype)), of) for shape, dtype, of in kinds]
+        groups = [{"params": [p for p, of in made if of == which]} for which in range(3)]
+        groups = [group for group in groups if group["params"]]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = IVON(groups, **(SETTINGS | arguments))
+        self.drawn = False  # since the last step
+        self.perturbed = False
+        self.contexts: list[AbstractContextManager[None]] = []
+        self.eval_draws: list[int] = []  # the number of each context's draw
+        self.entered = 0
+        self.losses = 0
+
+    def state(self) -> list[Tensor]:
+        found = [self.optimizer.state[p] for p in self.parameters if p in self.optimizer.state]
+        return [state[name].clone() for state in found for name in STATE]
+
+    def backward(self) -> None:
+        self.losses += 1
+        make_loss(self.parameters, self.losses)().backward()
+
+    def call(self, what: str) -> None:
+        if self.contexts and what in ("train", "step", "a draw and backward"):
+            with pytest.raises(RuntimeError, match=r"Leave `with optimizer.sampled_params\(\):` first"):
+                self.make(what)
+        else:
+            self.make(what)
+
+    def make(self, what: str) -> None:
+        if what == "train":
+            self.optimizer.train()
+            self.drawn = self.perturbed = True
+        elif what == "eval":
+            self.optimizer.eval()
+            self.perturbed = False
+        elif what == "backward":
+            self.backward()
+        elif what == "zero_grad":
+            self.optimizer.zero_grad()
+        elif what == "save and load":
+            self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        elif what == "a draw and backward":
+            with self.optimizer.sampled_params(train=True):
+                self.backward()
+            self.drawn, self.perturbed = True, False
+        elif what == "enter":
+            self.contexts.append(self.optimizer.sampled_params())
+            self.contexts[-1].__enter__()
+            self.entered += 1
+            self.eval_draws.append(self.entered)
+        elif what == "leave" and self.contexts:
+            self.contexts.pop().__exit__(None, None, None)
+            self.eval_draws.pop()
+        elif what == "step":
+            self.step()
+
+    def step(self) -> None:
+        if self.contexts:
+            self.optimizer.step()
+        gradients = any(p.grad is not None and p.numel() for p in self.parameters)
+        if gradients and not self.drawn:
+            before = self.state()
+            with pytest.raises(
+                RuntimeError, match=r"nothing was drawn since the last step. Call `optimizer.train\(\)`"
+            ):
+                self.optimizer.step()
+            assert same(self.state(), before)
+        else:
+            self.optimizer.step()
+            self.drawn = self.perturbed = False
+
+    def expected(self) -> list[Tensor]:
+        now = self.optimizer.param_groups[0]
+        if self.eval_draws:
+            key = mix(now["seed"], EVAL, self.eval_draws[-1])
+        elif self.perturbed:
+            key = mix(now["seed"], TRAIN, now["draws"] - 1)
+        else:
+            key = None
+        found = []
+        for position, p in enumerate(self.parameters):
+            mean, hess = (self.optimizer.state[p][name] for name in ("mean", "hess"))
+            noise = torch.empty(p.shape)
+            if key is not None:
+                fill_normal(key, [(noise, position, 0)])
+                mean = mean + noise / (now["ess"] * hess).sqrt()
+            found.append(mean.to(p.dtype))
+        return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kinds=parameters,
+    calls=st.lists(st.sampled_from(CALLS), min_size=1, max_size=25),
+    mc_samples=st.integers(1, 3),
+    approx=st.sampled_from(["price", "gradsq"]),
+)
+def test_any_order_of_calls_leaves_one_draw_or_the_mean(
+    kinds: list[Any], calls: list[str], mc_samples: int, approx: str
+) -> None:
+    model = Model(kinds, {"mc_samples": mc_samples, "hess_approx": approx, "batch_size": 2})
+    model.optimizer.train()  # makes the state
+    model.optimizer.step()
+    for what in calls:
+        before = model.state()
+        model.call(what)
+        if what != "step":
+            assert same(model.state(), before), what
+        for p, wanted in zip(values(model.parameters), model.expected()):
+            torch.testing.assert_close(p, wanted, rtol=ROUNDING[p.dtype], atol=ROUNDING[p.dtype])
+    while model.contexts:
+        model.call("leave")
+    model.call("eval")
+    assert same(values(model.parameters), model.expected())
