@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Trainer
 
-from varlora.errors import DamagedFileError, did_you_mean
+from varlora.errors import DamagedFileError, VarloraError, did_you_mean
 from varlora.params import check_same_parameters, trainable
 from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
 from varlora.run import (
@@ -78,21 +79,31 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         DamagedFileError: the file is absent or damaged, or of another model or rank.
     """
     tensors, _ = load_tensors(folder / ADAPTER_FILE)
+    parameters = trainable(model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         result: Any = set_peft_model_state_dict(model, tensors)
-    except RuntimeError as error:  # torch's message for wrong shapes
+    except (RuntimeError, NotImplementedError, KeyError) as error:  # wrong shapes, mostly, and the others are loaded
+        _restore_values(parameters, before)
         raise DamagedFileError(
             f"The adapter in {folder} is not of this model: {' '.join(str(error).split())[:300]}. "
             "Load it with the base model and the LoRA settings that it was trained with."
         ) from error
-    wanted = set(trainable(model))
+    wanted = set(parameters)
     missing = wanted & set(result.missing_keys)
     if missing or result.unexpected_keys:
+        _restore_values(parameters, before)
         example = min(missing) if missing else result.unexpected_keys[0]
         raise DamagedFileError(
             f"The adapter in {folder} is not of this model: `{example}` is {'missing' if missing else 'unknown'}. "
             "Load it with the base model and the LoRA settings that it was trained with."
         )
+
+
+def _restore_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(values[name])
 
 
 def load_posterior(model: nn.Module, folder: Path) -> Posterior:
@@ -117,9 +128,22 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    posterior = posterior_from_tensors(kind, on_device)
+    with _damaged_if_it_fails(folder / "posterior.safetensors"):
+        posterior = posterior_from_tensors(kind, on_device)
     _check_of_model(posterior, parameters, f"the posterior in {folder}")
     return posterior
+
+
+@contextmanager
+def _damaged_if_it_fails(path: Path) -> Iterator[None]:
+    """Say of whatever goes wrong with what a file holds that it is the file: it could be read, but makes no sense."""
+    try:
+        yield
+    except (VarloraError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"What {path} holds does not fit together: {' '.join(str(error).split())[:300]}. "
+            "Restore it from a copy, or make it anew."
+        ) from error
 
 
 def _check_of_model(posterior: Posterior, parameters: Mapping[str, nn.Parameter], what: str) -> None:
@@ -187,7 +211,9 @@ def load_state(folder: Path, name: str) -> Any:
             return tuple(value(item) for item in tree["tuple"])
         return {value(key): value(item) for key, item in tree["dict"]}
 
-    return value(read_json(folder / f"{name}.json"))
+    tree = read_json(folder / f"{name}.json")
+    with _damaged_if_it_fails(folder / f"{name}.json"):
+        return value(tree)
 
 
 # --- training checkpoints ---
@@ -229,8 +255,14 @@ def step_of(checkpoint: Path) -> int:
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], checkpoint: Path) -> None:
     """Put a checkpoint's adapter, optimizer state and method's state back, for a run that has no step left to make."""
     load_adapter(model, checkpoint)
-    optimizer.load_state_dict(load_state(checkpoint, "optimizer"))
-    state.update(load_state(checkpoint, "method"))
+    _put_back(checkpoint, "optimizer", optimizer.load_state_dict)
+    _put_back(checkpoint, "method", state.update)
+
+
+def _put_back(checkpoint: Path, name: str, load: Callable[[Any], Any]) -> None:
+    state = load_state(checkpoint, name)
+    with _damaged_if_it_fails(checkpoint / f"{name}.json"):
+        load(state)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -281,9 +313,9 @@ class CheckpointTrainer(Trainer):
         if checkpoint is None:
             return
         optimizer, scheduler = self._stateful()
-        optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
-        scheduler.load_state_dict(load_state(Path(checkpoint), "scheduler"))
-        self.method_state.update(load_state(Path(checkpoint), "method"))
+        _put_back(Path(checkpoint), "optimizer", optimizer.load_state_dict)
+        _put_back(Path(checkpoint), "scheduler", scheduler.load_state_dict)
+        _put_back(Path(checkpoint), "method", self.method_state.update)
 
     def _stateful(self) -> tuple[Any, Any]:
         assert self.optimizer is not None
@@ -297,7 +329,7 @@ class CheckpointTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (Path(checkpoint) / "scaler.json").is_file():
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+            _put_back(Path(checkpoint), "scaler", self.accelerator.scaler.load_state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}

@@ -195,3 +195,14 @@ def check_tau(tau: float) -> None:
     """Raise if `tau` is no factor of a variance."""
     if not (math.isfinite(tau) and tau >= 0):
         raise VarloraError(f"Expected `tau` to be a factor >= 0 of the posterior variance, but got {tau}. 1 keeps it.")
+
+
+def check_fits(mean: Mapping[str, Tensor], what: str, shapes: Mapping[str, Sequence[int]], values: Any) -> None:
+    """Raise unless a field has the mean's names, and for each the shape that it is to have."""
+    differ = set(mean) ^ set(values)
+    differ |= {name for name in set(mean) & set(values) if tuple(values[name].shape) != tuple(shapes[name])}
+    if differ:
+        raise VarloraError(
+            f"Expected `mean` and `{what}` to have the same names and shapes, but `{min(differ)}` differs. "
+            "Pass both from the same model."
+        )

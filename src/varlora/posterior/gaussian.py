@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varlora.errors import VarloraError
-from varlora.posterior.base import WeightPosterior, check_tau, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["DiagonalGaussian"]
 
@@ -42,13 +42,7 @@ class DiagonalGaussian(WeightPosterior):
     """σ = √v by parameter name, of the mean's shape and type."""
 
     def __post_init__(self) -> None:
-        differ = set(self.mean) ^ set(self.std)
-        differ |= {name for name in set(self.mean) & set(self.std) if self.mean[name].shape != self.std[name].shape}
-        if differ:
-            raise VarloraError(
-                f"Expected `mean` and `std` to have the same names and shapes, but `{min(differ)}` differs. "
-                "Pass both from the same model."
-            )
+        check_fits(self.mean, "std", {name: value.shape for name, value in self.mean.items()}, self.std)
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Return one draw of the weights, m + σε with ε ~ N(0, I), by parameter name."""

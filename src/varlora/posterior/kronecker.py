@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from varlora.posterior.base import WeightPosterior, check_tau, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["KroneckerGaussian"]
 
@@ -47,6 +47,13 @@ class KroneckerGaussian(WeightPosterior):
     """s by parameter name, (k, l)."""
     rest: Tensor
     """r, the variance of what is orthogonal to all `uⱼ vᵢᵀ`; without dimensions."""
+
+    def __post_init__(self) -> None:
+        for side, (what, vectors) in enumerate({"left": self.left, "right": self.right}.items()):
+            shapes = {n: (m.shape[side], vectors[n].shape[-1]) for n, m in self.mean.items() if n in vectors}
+            check_fits(self.mean, what, shapes, vectors)
+        ranks = {n: (self.left[n].shape[1], self.right[n].shape[1]) for n in self.mean}
+        check_fits(self.mean, "variance", ranks, self.variance)
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""

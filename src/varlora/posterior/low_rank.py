@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varlora.errors import VarloraError
-from varlora.posterior.base import WeightPosterior, check_tau, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["LowRankGaussian"]
 
@@ -49,6 +49,9 @@ class LowRankGaussian(WeightPosterior):
             raise VarloraError(
                 f"Expected `deviations` of K >= 2 snapshots, as many for each parameter, but got {sorted(ranks)}."
             )
+        shapes = {name: value.shape for name, value in self.mean.items()}
+        check_fits(self.mean, "std", shapes, self.std)
+        check_fits(self.mean, "deviations", {n: (min(ranks), *shape) for n, shape in shapes.items()}, self.deviations)
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""

@@ -1,0 +1,150 @@
+"""Damaged files, thousands of them: a clear error that names the file, and nothing half loaded; never another error.
+
+Damage of two kinds: a disk's, which checksums find, and a stranger's, who wrote checksums that fit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+
+from varlora.checkpoint import latest_checkpoint, load_adapter, load_posterior, restore
+from varlora.errors import DamagedFileError
+from varlora.methods import METHODS
+from varlora.params import trainable
+from varlora.posterior import POSTERIORS
+from varlora.run import write_manifest
+
+TIMES = 150
+
+
+def cut(content: bytes, source: random.Random) -> bytes:
+    return content[: source.randrange(len(content))]
+
+
+def flip(content: bytes, source: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(source.randint(1, 8)):
+        changed[source.randrange(min(len(changed), 2_000))] ^= 1 << source.randrange(8)
+    return bytes(changed)
+
+
+def splice(content: bytes, source: random.Random) -> bytes:
+    at, other = source.randrange(len(content)), source.randrange(len(content))
+    return content[:at] + content[other : other + source.randint(1, 40)] + content[at:]
+
+
+def replace(content: bytes, source: random.Random) -> bytes:
+    """Words of ours, numbers and brackets by others."""
+    old = source.choice([b"tensor", b"dict", b"kind", b"F32", b"mean", b"0", b"1", b"[", b"{", b'"', b"shape", b"null"])
+    new = source.choice([b"", b"x", b"9" * 30, b"-1", b"[[[[", b"null", b"I64", b'"', b"1e999", b"true"])
+    return content.replace(old, new, source.choice([1, -1]))
+
+
+DAMAGES = (cut, flip, splice, replace)
+
+
+def damaged(folder: Path, names: list[str], source: random.Random) -> Callable[[], None]:
+    """Damage one file; return what mends it."""
+    path = folder / source.choice(names)
+    content = path.read_bytes()
+    path.write_bytes(source.choice(DAMAGES)(content, source))
+    return lambda: path.write_bytes(content) and None
+
+
+def attempt(load: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """Return what a function loads, and what it says of a damaged file. Other errors pass."""
+    try:
+        return load(*arguments), None
+    except DamagedFileError as error:
+        return None, str(error)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return helpers.tiny_model()
+
+
+@pytest.fixture(scope="module", params=["ivon", "swag", "laplace_kfac"])
+def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint."""
+    folder = tmp_path_factory.mktemp("run") / request.param
+    method = METHODS[request.param](**({"every": 1} if request.param == "swag" else {}))
+    helpers.run_fit(helpers.tiny_model(), method, folder, steps=6)
+    return folder
+
+
+@pytest.mark.parametrize("fitting", [False, True], ids=["of a disk", "of a stranger"])
+def test_a_damaged_posterior_is_refused_or_whole(model: Any, run_dir: Path, fitting: bool) -> None:
+    folder, source = run_dir / "adapter", random.Random(0)
+    manifest = (folder / "manifest.json").read_bytes()
+    names = ["posterior.safetensors", "posterior_config.json"]
+    refused = 0
+    for _ in range(TIMES):
+        mend = damaged(folder, names if fitting else [*names, "manifest.json"], source)
+        if fitting:
+            write_manifest(folder)
+        posterior, said = attempt(load_posterior, model, folder)
+        if said is not None:
+            refused += 1
+            assert str(folder) in said
+        else:
+            assert posterior.kind in POSTERIORS
+            with posterior.sampled(model, torch.Generator().manual_seed(0)):
+                pass
+        mend()
+        (folder / "manifest.json").write_bytes(manifest)
+    assert refused > TIMES / 4
+
+
+def test_a_damaged_adapter_is_refused_and_leaves_the_model(model: Any, run_dir: Path) -> None:
+    folder, source = run_dir / "adapter", random.Random(1)
+    for _ in range(TIMES):
+        before = {name: p.detach().clone() for name, p in trainable(model).items()}
+        mend = damaged(folder, ["adapter_model.safetensors"], source)
+        _, said = attempt(load_adapter, model, folder)
+        if said is not None:
+            assert str(folder) in said
+            assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+        mend()
+
+
+def test_a_checkpoint_that_a_disk_damaged_is_never_chosen(run_dir: Path) -> None:
+    source, told = random.Random(2), []
+    newest = latest_checkpoint(run_dir, told.append)
+    assert newest is not None
+    names = [path.name for path in newest.iterdir() if path.stat().st_size]
+    for _ in range(TIMES):
+        before = {path.name: path.read_bytes() for path in newest.iterdir()}
+        mend = damaged(newest, names, source)
+        chosen = latest_checkpoint(run_dir, told.append)
+        if chosen == newest:  # damage that changes nothing, or white space in the manifest
+            assert all((newest / name).read_bytes() == before[name] for name in names if name != "manifest.json")
+        else:
+            assert str(newest) in told[0]
+        mend()
+        told.clear()
+
+
+def test_a_stranger_s_state_is_refused_by_name(run_dir: Path) -> None:
+    source = random.Random(3)
+    checkpoint = latest_checkpoint(run_dir, print)
+    assert checkpoint is not None
+    names = [f"{name}.{kind}" for name in ("optimizer", "method") for kind in ("json", "safetensors")]
+    refused = 0
+    for _ in range(TIMES):
+        fresh = helpers.tiny_model()
+        optimizer = METHODS[run_dir.name]().optimizer(trainable(fresh), 12, 4, 0)
+        mend = damaged(checkpoint, names, source)
+        _, said = attempt(restore, fresh, optimizer, {}, checkpoint)
+        if said is not None:
+            refused += 1
+            assert str(checkpoint) in said
+        mend()
+    assert refused > TIMES / 4
