@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with rows_progress(Console(), "rounds")(args.rounds) as progress:
         overhead = measure_overhead(
             model,
-            _rows(tokenizer, args),
+            training_rows(tokenizer, args),
             pad_token_id=tokenizer.pad_token_id,
             methods={name: METHODS[name]() for name in ("ivon", "adamw")},
             batch_size=args.batch_size,
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def _rows(tokenizer: Any, args: argparse.Namespace) -> list[Encoded]:
+def training_rows(tokenizer: Any, args: argparse.Namespace) -> list[Encoded]:
     """Return training rows of mixed lengths, as training has them."""
     task = replace(get_task(ROOT / "recipes" / "local" / "sst2.yaml"), limit={"train": args.rows})
     examples = load_rows(task, "train", data_dir=shared_folder() / "data").examples

@@ -118,6 +118,20 @@ def test_the_training_step_benchmark_gives_overheads_of_the_whole_step(load, dat
     assert written["paper"]["overhead_percent"] == pytest.approx(100 * 2.8 / 319.1)
 
 
+def test_the_profile_of_a_training_run_adds_up(load, data, out):
+    profile = load("training_profile")
+    settings = ["--steps", "3", "--warmup", "2", "--rows", "8", "--max-length", "24", "--batch-size", "2", "3"]
+    profile.main([*settings, "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    assert list(written["batch_size"]) == ["2", "3"]
+    for of in written["batch_size"].values():
+        assert list(of["per_cent"]) == list(profile.PARTS)
+        assert sum(of["per_cent"].values()) == pytest.approx(100)
+        assert min(of["per_cent"].values()) > 0
+        assert of["outside_per_cent"] == pytest.approx(sum(of["per_cent"][part] for part in profile.PARTS[3:]))
+
+
 def test_overhead_is_sampling_and_step_over_all(load):
     parts = {"sample": [1.0, 1.0], "forward_backward": [7.0, 7.0], "step": [2.0, 2.0], "total": [10.0, 10.0]}
     assert load("train_step")._overhead(parts)["of_medians"] == pytest.approx(30.0)

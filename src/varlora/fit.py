@@ -396,6 +396,7 @@ class _Trainer(CheckpointTrainer):
     varlora_watch: _Watch
     varlora_run_dir: Path
     varlora_logged = 0
+    varlora_flops_per_token: float | None = None
     # The loss is divided by the rows of all micro-batches of a step, so that accumulation equals the large batch.
     loss_is_scaled_for_ga = True
 
@@ -406,6 +407,12 @@ class _Trainer(CheckpointTrainer):
             if group.get("batch_size"):  # IVON's squared gradient scales with it; an epoch's last batch may be smaller
                 group["batch_size"] = rows * ranks()[1]
         return batches, rows
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        tokens = inputs["input_ids"].numel()
+        if self.varlora_flops_per_token is None:  # for which the Trainer would count all parameters at every step
+            self.varlora_flops_per_token = super().floating_point_ops(inputs) / tokens
+        return int(self.varlora_flops_per_token * tokens)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

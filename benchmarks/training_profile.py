@@ -1,0 +1,163 @@
+"""Where the time of a training run goes: forward, backward, optimizer, and what is left for everything else.
+
+Runs `varlora.fit.fit` as the command line does, on `transformers.Trainer`, with a clock around the loss (the forward
+pass), the backward pass, IVON's `train`, `eval` and `step`, the data path (what the loader and the collator take), and
+the clipping of gradients. What is left between one step's end and the next one's is the Trainer's own loop.
+
+    python benchmarks/training_profile.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from _common import count, parser, print_table, set_up, shared_folder, spread, write_result
+from train_step import training_rows
+from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from varlora import fit
+from varlora.methods import METHODS
+from varlora.model import load_model
+from varlora.optim.ivon import IVON
+
+PARTS = ("forward", "backward", "optimizer", "data", "clipping", "the rest")
+BOUND = 3.0
+"""Per cent of the time that all but the first three may take."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = _parser().parse_args(argv)
+    device = torch.device(args.device)
+    set_up(args)
+    disable_progress_bar()
+    model_name = args.model or str(shared_folder() / "models" / "tinyllama-3m")
+    model, tokenizer = load_model(model_name, dtype=args.dtype, seed=args.seed, device=device)
+    begun = time.perf_counter()
+    rows = training_rows(tokenizer, args)
+    tokenising = time.perf_counter() - begun
+    found: dict[str, Any] = {"bound_per_cent": BOUND, "tokenising": {"rows": len(rows), "seconds": tokenising}}
+    found["batch_size"] = {size: _profile(model, tokenizer, rows, size, args) for size in args.batch_size}
+    print(f"Tokenising {len(rows)} rows, once, before the first step: {1000 * tokenising:.0f} ms.")
+    write_result(args.out, "training_profile", args, device, **found)
+    return found
+
+
+def _profile(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argparse.Namespace) -> dict[str, Any]:
+    clock, total = Clock(args.warmup), args.warmup + args.steps
+    with tempfile.TemporaryDirectory() as folder, _watched(clock, torch.device(args.device)):
+        fit.fit(
+            model,
+            METHODS["ivon"](),
+            rows,
+            Path(folder),
+            pad_token_id=tokenizer.pad_token_id,
+            steps=total,
+            batch_size=size,
+            checkpoint_every=total,
+            seed=args.seed,
+            callbacks=[clock],
+            warn=lambda words: None,
+        )
+    steps = clock.steps()
+    whole = sum(sum(step.values()) for step in steps)
+    seconds = {part: spread([step[part] for step in steps]) for part in PARTS}
+    share = {part: 100 * sum(step[part] for step in steps) / whole for part in PARTS}
+    outside = sum(share[part] for part in PARTS[3:])
+    table = []
+    for part in PARTS:
+        times = [f"{1000 * seconds[part][key]:.3f}" for key in ("median", "q1", "q3", "min")]
+        table.append([part, *times, f"{share[part]:.2f}"])
+    print_table(f"A training step of {size} rows", ["ms", "median", "q1", "q3", "min", "per cent of all"], table)
+    print(f"Outside forward, backward and optimizer: {outside:.1f} per cent (bound {BOUND:.0f}).")
+    return {"seconds_per_step": seconds, "per_cent": share, "outside_per_cent": outside}
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser(__doc__, "training_profile")
+    made.add_argument("--model", help="folder or hub name (default: tinyllama-3m of the shared folder)")
+    made.add_argument("--dtype", default="float32", help="type of the base's weights (default: %(default)s)")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    made.add_argument("--steps", type=count, default=300, help="timed steps (default: %(default)s)")
+    made.add_argument("--warmup", type=count, default=20, help="steps before these (default: %(default)s)")
+    made.add_argument("--batch-size", type=count, nargs="+", default=[4, 16], help="rows a batch (default: 4 16)")
+    made.add_argument("--rows", type=count, default=200, help="training rows in use (default: %(default)s)")
+    made.add_argument("--max-length", type=count, default=256, help="tokens a row (default: %(default)s)")
+    return made
+
+
+class Clock(TrainerCallback):
+    """Adds up the time of each part by step, and when each step ended."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.now: defaultdict[str, float] = defaultdict(float)
+        self.ends: list[float] = []
+        self.parts: list[dict[str, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when a step ended, and what its parts took."""
+        self.ends.append(time.perf_counter())
+        self.parts.append(dict(self.now))
+        self.now.clear()
+
+    def steps(self) -> list[dict[str, float]]:
+        """Return the seconds of each part of each step after the warm-up, from one step's end to the next one's."""
+        found = []
+        for before, after, parts in list(zip(self.ends, self.ends[1:], self.parts[1:]))[self.warmup - 1 :]:
+            timed = {part: parts.get(part, 0.0) for part in PARTS[:-1]}
+            found.append({**timed, "the rest": after - before - sum(timed.values())})
+        return found
+
+
+@contextmanager
+def _watched(clock: Clock, device: torch.device) -> Iterator[None]:
+    """Put a clock around the functions that a training step consists of."""
+    places = [
+        (fit._Trainer, "compute_loss", "forward"),
+        (accelerate.Accelerator, "backward", "backward"),
+        (fit._Trainer, "get_batch_samples", "data"),
+        (transformers.Trainer, "_prepare_inputs", "data"),
+        (transformers.Trainer, "_clip_grad_norm", "clipping"),
+        *((IVON, name, "optimizer") for name in ("train", "eval", "step")),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in places]
+    within = [0]
+
+    def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if within[0]:  # `step` calls `eval`
+                return function(*args, **kwargs)
+            within[0] = 1
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                clock.now[part] += time.perf_counter() - begun
+                within[0] = 0
+
+        return run
+
+    for (owner, name, part), function in zip(places, before):
+        setattr(owner, name, timed(function, part))
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(places, before):
+            setattr(owner, name, function)
+
+
+if __name__ == "__main__":
+    main()
