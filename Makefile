@@ -52,6 +52,7 @@ format: $(VENV)/.installed
 benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/training_profile.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/demo.py
