@@ -270,6 +270,7 @@ def test_a_step_that_is_captured_goes_on_as_steps_do() -> None:
             with pytest.MonkeyPatch.context() as patch:
                 recording = Recording(patch)
                 before = [x.clone() for x in _held(optimizer, parameters)]
+                patch.setattr(bucket, "capturing", lambda: True)
                 with recording:
                     step(optimizer, parameters, loss)
                 for x, was in zip(_held(optimizer, parameters), before):  # a capture computes nothing
@@ -280,6 +281,10 @@ def test_a_step_that_is_captured_goes_on_as_steps_do() -> None:
             recording.replay() if captured else step(optimizer, parameters, loss)
         assert optimizer.skipped_steps == 1
         assert optimizer.state_dict()["param_groups"][0]["draws"] == 6
+        gradients = [p.grad for p in parameters]  # keeps their addresses from being given to others
+        step(optimizer, parameters, loss)
+        assert {p.grad.data_ptr() for p in parameters}.isdisjoint(g.data_ptr() for g in gradients)
+        recording.replay() if captured else step(optimizer, parameters, loss)
         step(optimizer, parameters, loss)
         found.append(snapshot(parameters, optimizer))
     assert same(*found)
@@ -297,12 +302,12 @@ def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(RuntimeError, match=f"can be captured in a CUDA graph.*{said}"):
             optimizer.train()
     parameters, optimizer = make()
-    monkeypatch.setattr(ivon, "_capturing", lambda: True)
+    monkeypatch.setattr(ivon, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match="Make one step before the capture"):
         optimizer.train()
-    monkeypatch.setattr(ivon, "_capturing", lambda: False)
+    monkeypatch.setattr(ivon, "capturing", lambda: False)
     run(optimizer, parameters, [0])
-    monkeypatch.setattr(ivon, "_capturing", lambda: True)
+    monkeypatch.setattr(ivon, "capturing", lambda: True)
     run(optimizer, parameters, [1], way="train")
     with pytest.raises(RuntimeError, match="replay it within"), optimizer.sampled_params():
         pass

@@ -25,7 +25,7 @@ from .shards import as_sharded, is_sharded, local, pieces, ranks, shard_as
 if TYPE_CHECKING:
     from . import gpu
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "kernels_for", "make_buckets", "place_of", "plain"]
+__all__ = ["EVAL", "TRAIN", "Bucket", "capturing", "kernels_for", "make_buckets", "place_of", "plain"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24
@@ -41,6 +41,11 @@ def plain() -> Iterator[None]:
     """Neither a graph nor inference tensors, whatever the caller is in the middle of."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def capturing() -> bool:
+    """Whether what a GPU is given to do is being captured in a CUDA graph, instead of done."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def kernels_for(device: torch.device) -> str | None:

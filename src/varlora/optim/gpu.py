@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import bucket
 from .noise import LANES, TILE, mix
 
 __all__ = ["Kernels"]
@@ -24,7 +25,7 @@ __all__ = ["Kernels"]
 TILES = 16
 """Tiles of 64 elements that a program works off."""
 NO_GRADIENT = 1 << 62
-"""Stands for the address of a gradient that is not there: as large as one, so that kernels are compiled once."""
+"""Stands for the address of what is not there or empty: as large as one, so that kernels are compiled once."""
 AT_ONCE = 16
 """Addresses that a launch takes to the device."""
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -300,6 +301,7 @@ class Kernels:
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)
         self.addresses, self.gradients = torch.zeros(2, len(parameters), dtype=torch.int64, device=device).unbind()
         self.known: dict[int, list[int]] = {}  # what was last put into each table of addresses
+        self.has_graph = False
         self.steps = torch.tensor(steps, dtype=torch.int32, device=device)
         self.counters = torch.tensor([draws, skipped], device=device)
         """Of draws, and of steps that were left out."""
@@ -320,24 +322,24 @@ class Kernels:
     def draw(self, parameters: Sequence[Tensor], ess: float, delta: float, key: int | None = None) -> None:
         """Write θ = m + σε to the parameters, with the noise of the training draw or of a key."""
         mean, _, hess = self.state
-        self._locate(self.addresses, [p.data_ptr() for p in parameters])
+        self._locate(self.addresses, parameters)
         self._draw(self._key(key), mean, hess, float(ess), float(delta), self.dtype, False)
 
     def normal(self, key: int, out: Sequence[Tensor]) -> None:
         """Write the noise of all parameters to contiguous float32 tensors."""
         mean, _, hess = self.state
-        self._locate(self.addresses, [x.data_ptr() for x in out])
+        self._locate(self.addresses, out)
         self._draw(self._key(key), mean, hess, 1.0, 0.0, tl.float32, True)
 
     def look(self, gradients: Sequence[Tensor | None]) -> None:
         """Set `bad` to whether a gradient is not finite; they are contiguous and of the parameters' type."""
-        self._locate(self.gradients, [NO_GRADIENT if x is None else x.data_ptr() for x in gradients])
+        self._locate(self.gradients, gradients)
         self.bad.zero_()
         self._launch(_look, self.gradients, self.bad, self.dtype)
 
     def update(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Make a step with the gradients that were looked at, and write the mean to the parameters."""
-        self._locate(self.addresses, [p.data_ptr() for p in parameters])
+        self._locate(self.addresses, parameters)
         on_device = isinstance(group["lr"], Tensor) and group["lr"].device == self.key.device
         price = group["hess_approx"] == "price"
         self._launch(
@@ -378,13 +380,16 @@ class Kernels:
             with torch.cuda.device_of(self.key):
                 kernel[(len(self.blocks),)](self.blocks, self.pieces, *arguments)
 
-    def _locate(self, table: Tensor, addresses: list[int]) -> None:
-        """Put addresses into a table on the device, unless they are there already.
+    def _locate(self, table: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Put tensors' addresses into a table on the device, unless they are there already.
 
         They travel as the arguments of launches. A copy from the host would have to wait, or to come from pinned
-        memory, which a CUDA graph that is captured would read again whenever it is replayed.
+        memory, which a CUDA graph that is captured would read again whenever it is replayed. Where there is a graph,
+        addresses are put each time: it puts its own whenever it is replayed, and nobody here knows when that is.
         """
-        if self.known.get(id(table)) != addresses:
+        addresses = [NO_GRADIENT if x is None else x.data_ptr() or NO_GRADIENT for x in tensors]
+        self.has_graph |= bucket.capturing()
+        if self.has_graph or self.known.get(id(table)) != addresses:
             self.known[id(table)] = addresses
             with torch.cuda.device_of(table):
                 for at in range(0, len(addresses), AT_ONCE):

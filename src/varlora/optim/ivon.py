@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .bucket import EVAL, Bucket, kernels_for, make_buckets, place_of, plain
+from .bucket import EVAL, Bucket, capturing, kernels_for, make_buckets, place_of, plain
 from .noise import mix
 from .shards import ranks, whole
 
@@ -299,7 +299,7 @@ class IVON(torch.optim.Optimizer):
 
     @contextmanager
     def _eval_draw(self) -> Iterator[None]:
-        if _capturing():
+        if capturing():
             raise RuntimeError(
                 "Expected draws for an evaluation outside of the CUDA graph, which would repeat one draw for ever, but "
                 "its capture is under way. Capture the forward pass alone and replay it within `sampled_params()`."
@@ -551,7 +551,7 @@ class IVON(torch.optim.Optimizer):
         if wanted != {place for bucket in self._buckets for place in bucket.places}:
             perturbed = self.param_groups[0]["perturbed"]
             self._release()
-            if _capturing():
+            if capturing():
                 raise RuntimeError(
                     "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
                     "Make one step before the capture."
@@ -563,7 +563,7 @@ class IVON(torch.optim.Optimizer):
         elif adopt and not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
-        if self.param_groups[0]["capturable"] or _capturing():
+        if self.param_groups[0]["capturable"] or capturing():
             for bucket in self._buckets:
                 bucket.check_capturable()
         return self._buckets
@@ -578,10 +578,6 @@ class IVON(torch.optim.Optimizer):
                 bucket.adopt_outside_changes()
             bucket.release()
         self._buckets.clear()
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _check_cleared(before: _Gradients) -> None:
