@@ -83,8 +83,10 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         result: Any = set_peft_model_state_dict(model, tensors)
-    except (RuntimeError, NotImplementedError, KeyError) as error:  # wrong shapes, mostly, and the others are loaded
+    except (RuntimeError, KeyError) as error:  # wrong shapes, mostly, and the others are loaded
         _restore_values(parameters, before)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise DamagedFileError(
             f"The adapter in {folder} is not of this model: {' '.join(str(error).split())[:300]}. "
             "Load it with the base model and the LoRA settings that it was trained with."
@@ -139,6 +141,8 @@ def _damaged_if_it_fails(path: Path) -> Iterator[None]:
     """Say of whatever goes wrong with what a file holds that it is the file: it could be read, but makes no sense."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError
+        raise
     except (VarloraError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise DamagedFileError(
             f"What {path} holds does not fit together: {' '.join(str(error).split())[:300]}. "

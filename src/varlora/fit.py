@@ -44,6 +44,7 @@ from varlora.params import trainable
 from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
+from varlora.run import write_text
 
 __all__ = [
     "NotFiniteError",
@@ -429,10 +430,13 @@ class _Trainer(CheckpointTrainer):
         super().log(logs, start_time)
         if not self.is_world_process_zero():
             return
-        # The first time, what a resumed run had logged before its checkpoint is written again, and no more than that.
-        with (self.varlora_run_dir / "training.jsonl").open("w" if self.varlora_logged == 0 else "a") as file:
-            for entry in self.state.log_history[self.varlora_logged :]:
-                file.write(json.dumps(entry) + "\n")
+        path = self.varlora_run_dir / "training.jsonl"
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.state.log_history[self.varlora_logged :])
+        if self.varlora_logged:
+            with path.open("a") as file:
+                file.write(lines)
+        else:  # what a resumed run had logged before its checkpoint is written again, and no more than that
+            write_text(path, lines)
         self.varlora_logged = len(self.state.log_history)
 
 
@@ -446,7 +450,10 @@ class _Watch(TrainerCallback):
         self.losses: list[Tensor] = []  # of the micro-batches of this step
         self.not_finite = 0
         self.not_finite_run = 0
+        self.asked = False
+        """Whether this process was asked to stop."""
         self.stop = False
+        """Whether all ranks know it."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.not_finite = state.stateful_callbacks.get("varlora", {}).get("not_finite", 0)
@@ -455,9 +462,11 @@ class _Watch(TrainerCallback):
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
         norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else []
         total = torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum()
-        if ranks()[1] > 1:  # which have losses of their own, and leave a step out together
-            dist.all_reduce(total)
-        finite = math.isfinite(total.item())
+        told = torch.stack([total, torch.full_like(total, self.asked)])
+        if ranks()[1] > 1:  # which have losses and signals of their own, and act together
+            dist.all_reduce(told)
+        summed, asked = told.tolist()
+        finite, self.stop = math.isfinite(summed), asked > 0
         self.losses.clear()
         if not finite:
             if not args.fp16:  # with loss scaling, the scaler has to see the overflow; it leaves the step out itself
@@ -471,6 +480,8 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.method.after_step(self.params, state.global_step, state.max_steps, self.state)
+        if ranks()[1] == 1:
+            self.stop = self.asked
         if self.stop or self.not_finite_run >= self.max_not_finite:
             control.should_save = True
             control.should_training_stop = True
@@ -488,9 +499,9 @@ def _stop_on_signals(watch: _Watch) -> Iterator[None]:
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        if watch.stop:
+        if watch.asked:
             raise KeyboardInterrupt
-        watch.stop = True
+        watch.asked = True
 
     heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not left_to_parent]
     old = {number: signal.signal(number, on_signal) for number in heard}

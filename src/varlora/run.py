@@ -85,7 +85,16 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
             "or another `--run-dir`."
         )
     path.mkdir(parents=True, exist_ok=True)
-    for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
+    for folder in (path, *path.glob("member-*")):
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a process left that was killed while writing; what it was about to replace stays."""
+    for old in folder.glob(".*.old"):
+        name = folder / old.name[1 : -len(".old")]
+        shutil.rmtree(old) if name.exists() else old.rename(name)
+    for leftover in folder.glob(".*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
@@ -109,6 +118,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
+        _flush(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -141,7 +151,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         # an empty mapping would make a file that cannot be read back
         save_file(own, temporary, metadata=dict(metadata) if metadata else None)
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -251,6 +263,9 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems flush no folders, and the files are there
+            raise
     finally:
         os.close(handle)
 

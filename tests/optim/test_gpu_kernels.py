@@ -110,19 +110,45 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def test_a_state_goes_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, reference = make(fused=False)
-    run(reference, straight, range(4))
-    parameters, optimizer = make()
+    found = []
+    for kinds in ([None] * 4, ["triton", "triton", None, "triton"]):
+        saved: dict[str, Any] | None = None
+        for step, kind in enumerate(kinds):
+            monkeypatch.setattr(bucket, "kernels_for", lambda device, kind=kind: kind)
+            parameters, optimizer = make()
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            run(optimizer, parameters, [step])
+            assert (optimizer._buckets[0].gpu is None) == (kind is None)
+            saved = optimizer.state_dict()
+            assert {type(state["step"]) for state in saved["state"].values()} == {int}
+        found.append(snapshot(parameters, optimizer))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9, 0.9999])
+def test_the_first_steps_are_not_off_by_rounding_of_beta1(beta1: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for kind in ("triton", None):
+        monkeypatch.setattr(bucket, "kernels_for", lambda device, kind=kind: kind)
+        parameters, optimizer = make(beta1=beta1, clip_radius=math.inf)
+        run(optimizer, parameters, range(3))
+        found.append(snapshot(parameters, optimizer))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_a_rate_on_the_device_is_saved_as_a_copy_and_loaded_where_it_lies() -> None:
+    rate = torch.tensor(0.1)
+    parameters, optimizer = make(lr=rate)
     run(optimizer, parameters, range(2))
     saved = optimizer.state_dict()
-    assert {type(state["step"]) for state in saved["state"].values()} == {int}
-    others, other = make(fused=False)
-    other.load_state_dict(saved)
-    run(other, others, [2])
-    optimizer.load_state_dict(other.state_dict())
-    run(optimizer, parameters, [3])
-    for ours, theirs in zip(snapshot(parameters, optimizer), snapshot(straight, reference)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    rate.fill_(0.5)
+    assert saved["param_groups"][0]["lr"].item() == pytest.approx(0.1)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(0.1)
 
 
 # --- nothing is read back ---
@@ -130,6 +156,18 @@ def test_a_state_goes_on_with_other_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 
 class NoReading(TorchDispatchMode):
     """Raises where torch would wait for a device: a number that is read, a shape that depends on one."""
+
+    def __enter__(self) -> Any:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(Tensor, "tolist", self.refuse)
+        return super().__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        self.patch.undo()
+        super().__exit__(*details)
+
+    def refuse(self, *arguments: Any) -> None:
+        raise AssertionError("tolist waits for the device")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reading = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "allclose")
@@ -176,6 +214,8 @@ def test_neither_draws_nor_steps_wait_for_the_device(monkeypatch: pytest.MonkeyP
     with NoReading():
         each_way(optimizer, parameters)
     assert optimizer.skipped_steps == 1
+    with NoReading(), pytest.raises(AssertionError, match="tolist waits"):
+        optimizer.state_dict()
     monkeypatch.setattr(bucket, "kernels_for", lambda device: None)
     parameters, optimizer = two_groups()
     run(optimizer, parameters, [0])
@@ -293,7 +333,7 @@ def test_a_step_that_is_captured_goes_on_as_steps_do() -> None:
 def _held(optimizer: IVON, parameters: Sequence[Any]) -> Iterator[Tensor]:
     yield from parameters
     for kernels in (b.gpu for b in optimizer._buckets):
-        yield from (*kernels.state, kernels.steps, kernels.counters, kernels.key)
+        yield from (*kernels.state, kernels.steps, kernels.counters, kernels.key, kernels.addresses, kernels.gradients)
 
 
 def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +351,33 @@ def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     run(optimizer, parameters, [1], way="train")
     with pytest.raises(RuntimeError, match="replay it within"), optimizer.sampled_params():
         pass
+    monkeypatch.setattr(ivon, "capturing", lambda: False)
+    optimizer.train()
+    make_loss(parameters, 1)().backward()
+    monkeypatch.setattr(ivon, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="Capture both, or leave both out"):
+        optimizer.step()
+
+
+def test_where_triton_does_not_run_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old a version, no C compiler: said once, and refused where kernels were asked for."""
+    monkeypatch.undo()
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gpu, "try_out", fail)
+    bucket._triton_works.cache_clear()
+    device = torch.device("cuda")
+    with pytest.warns(UserWarning, match="cuda cannot be used.*torch does their work: Failed to find C compiler"):
+        assert bucket.kernels_for(device) is None
+    assert bucket.kernels_for(device) is None
+    bucket._triton_works.cache_clear()
+    gpu_there = pytest.MonkeyPatch()
+    gpu_there.setattr(gpu, "try_out", lambda device: None)
+    assert bucket.kernels_for(device) == "triton"
+    gpu_there.undo()
+    bucket._triton_works.cache_clear()
 
 
 # --- compiled ---
@@ -331,7 +398,7 @@ for dtype in (tl.float32, tl.bfloat16, tl.float16):
     kernels.append((gpu._draw, draw, {"DTYPE": dtype, "NOISE_ONLY": dtype == tl.float32}))
     kernels.append((gpu._look, [*places, table, "*i32", c], {"DTYPE": dtype}))
     price = dtype != tl.float16
-    update = [*places, table, table, table, *state, "*i32", "*i32", f if price else flat, *[f] * 9, c, c, c, c]
+    update = [*places, table, table, table, *state, "*i32", "*i32", f if price else flat, *[f] * 8, c, c, c, c]
     what = {"PRICE": price, "DEBIAS": price, "LR_ON_DEVICE": not price, "DTYPE": dtype}
     kernels.append((gpu._update, update, what))
 for backend, arch, wide in (("cuda", 90, 32), ("hip", "gfx942", 64)):

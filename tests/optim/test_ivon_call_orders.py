@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from optim.ivon_helpers import SETTINGS, STATE, make_loss, same, values
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Model:
     def step(self) -> None:
         if self.contexts:
             self.optimizer.step()
-        gradients = any(p.grad is not None and p.numel() for p in self.parameters)
+        gradients = any(p.grad is not None for p in self.parameters)
         if gradients and not self.drawn:
             before = self.state()
             with pytest.raises(
@@ -96,8 +96,10 @@ class Model:
                 self.optimizer.step()
             assert same(self.state(), before)
         else:
+            before = self.state()
             self.optimizer.step()
             self.drawn = self.perturbed = False
+            assert same(self.state(), before) != any(p.grad is not None and p.numel() for p in self.parameters)
 
     def expected(self) -> list[Tensor]:
         now = self.optimizer.param_groups[0]
@@ -119,6 +121,8 @@ class Model:
 
 
 @settings(max_examples=150, deadline=None)
+@example([((0,), torch.float32, 0)], ["train", "backward", "step", "step"], 1, "price")
+@example([((), torch.float32, 0)], ["train", "enter", "save and load", "eval", "leave"], 1, "price")
 @given(
     kinds=parameters,
     calls=st.lists(st.sampled_from(CALLS), min_size=1, max_size=25),

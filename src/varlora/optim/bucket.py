@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,12 +53,22 @@ def kernels_for(device: torch.device) -> str | None:
     """Return which compiled kernels there are for a device: `"native"`, `"triton"` or none."""
     if device.type == "cpu" and native.library() is not None:
         return "native"
-    return "triton" if device.type == "cuda" and _triton_is_installed() else None
+    return "triton" if device.type == "cuda" and _triton_works(device) else None
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_works(device: torch.device) -> bool:
+    """Whether a small kernel runs: Triton may be too old, or lack the C compiler that it starts with."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import gpu
+
+        gpu.try_out(device)
+    except Exception as error:
+        warnings.warn(f"IVON's kernels for {device} cannot be used, and torch does their work: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def place_of(p: Tensor) -> tuple[Any, ...]:
@@ -165,9 +176,8 @@ class Bucket:
             self.gpu.set_key(self.train_key)
         # On a GPU, the step too, where gradients are not watched. All that it depends on is then known on the device.
         self.gpu_step = None if self.watches else self.gpu
-        if self.gpu_step is not None:
-            for state_p, step in zip(self.states, self.gpu_step.steps):
-                state_p["step"] = step
+        for i, state_p in enumerate(self.states):
+            state_p["step"] = int(state_p["step"]) if self.gpu_step is None else self.gpu_step.steps[i]
         # Whether a CPU's kernels write to the parameters themselves.
         self.direct = self.kernels is not None and contiguous and parameters[0].dtype == dtype
         self.chunks = self._make_chunks()
@@ -503,7 +513,6 @@ class Bucket:
 
     def release(self) -> None:
         """Let go of the parameters' hooks, and of what is on the device alone."""
-        self.read_back()
         for state in self.states:
             state["step"] = int(state["step"])
         for hook in self.hooks:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import bucket
 from .noise import LANES, TILE, mix
 
-__all__ = ["Kernels"]
+__all__ = ["Kernels", "try_out"]
 
 TILES = 16
 """Tiles of 64 elements that a program works off."""
@@ -167,13 +167,13 @@ NO_GRADIENT_ = tl.constexpr(NO_GRADIENT)
 
 
 @triton.jit
-def _power(x, n):
-    """xⁿ by repeated squaring."""
-    result = x * 0.0 + 1.0
+def _bias(x, n):
+    """1 − (1 − x)ⁿ by repeated squaring, without a difference of two numbers near 1."""
+    result = x * 0.0
     while n > 0:
         if n & 1 != 0:
-            result *= x
-        x *= x
+            result += x - result * x
+        x = 2 * x - x * x
         n = n >> 1
     return result
 
@@ -192,7 +192,6 @@ def _update(
     bad,
     lr,
     lr_factor,
-    beta1,
     beta1_less,
     beta2_less,
     half_square,
@@ -216,7 +215,7 @@ def _update(
     eps = _normal(tl.load(key), position, tiles, LANES_)
     bias = 1.0
     if DEBIAS:
-        bias = 1.0 - _power(beta1, tl.load(steps + which) + 1)
+        bias = _bias(beta1_less, tl.load(steps + which) + 1)
     rate = lr_factor
     if LR_ON_DEVICE:
         rate *= tl.load(lr).to(tl.float32)
@@ -257,6 +256,11 @@ def _count(counters, steps, gradients, bad, n, BLOCK: tl.constexpr):
     tl.store(steps + i, tl.load(steps + i, mask=moved) + 1, mask=moved)
     if tl.program_id(0) == 0:
         tl.store(counters + 1, tl.load(counters + 1) + left_out)
+
+
+def try_out(device: torch.device) -> None:
+    """Raise whatever keeps Triton from running on a device: its version, a missing compiler, the driver."""
+    _put[(1,)](torch.zeros(1, dtype=torch.int64, device=device), (NO_GRADIENT,))
 
 
 class Kernels:
@@ -352,7 +356,6 @@ class Kernels:
             self.bad,
             group["lr"] if on_device else float(group["lr"]),
             float(group["hess_init"] + group["weight_decay"]) if group["rescale_lr"] else 1.0,
-            float(group["beta1"]),
             float(1 - group["beta1"]),
             float(1 - group["beta2"]),
             (1 - group["beta2"]) ** 2 / 2,

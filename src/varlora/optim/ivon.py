@@ -91,7 +91,8 @@ class IVON(torch.optim.Optimizer):
             torch does both operation by operation; results agree to float32 rounding.
         capturable: whether `train` and `step` shall work in a CUDA graph. With the kernels for a GPU and one draw a
             step they do in any case, as nothing is read back, and with `lr` a tensor on the device a schedule acts on
-            what is captured; true raises where they do not. Make one step before the capture.
+            what is captured; true raises where they do not. Make one step before the capture, capture both, and
+            capture anew after loading a state or adding parameters.
         noise_per_rank: under data parallelism, whether each rank draws noise of its own, which divides the variance of
             the curvature estimate by their number. Each rank's ĝε (or ĝ²) is then averaged over ranks beside the
             gradient, which costs a second reduction, twice as large as the parameters, and three more buffers of their
@@ -132,6 +133,8 @@ class IVON(torch.optim.Optimizer):
     # The ranks that average their gradients, and whether they have the same seed for sure. A copy begins anew.
     _process_group: Any = None
     _agreed = False
+    # Whether the last draw for training was captured in a CUDA graph.
+    _captures = False
 
     def __init__(
         self,
@@ -242,8 +245,7 @@ class IVON(torch.optim.Optimizer):
 
     def train(self) -> None:
         """Put a draw from the posterior into the parameters: call it before the forward pass of each micro-batch."""
-        self._check_no_evaluation("train()")
-        buckets, now = self._ready(), self.param_groups[0]
+        buckets, now = self._to_train("train()"), self.param_groups[0]
         if now["mc_samples"] > 1 and any(bucket.sharded for bucket in buckets):
             raise RuntimeError(
                 "Expected `mc_samples=1` under `train()` with sharded parameters, whose gradients nobody sees arrive, "
@@ -275,8 +277,7 @@ class IVON(torch.optim.Optimizer):
 
     @contextmanager
     def _train_draw(self) -> Iterator[None]:
-        self._check_no_evaluation("sampled_params(train=True)")
-        buckets, now = self._ready(), self.param_groups[0]
+        buckets, now = self._to_train("sampled_params(train=True)"), self.param_groups[0]
         drawn, several = now["drawn"], now["mc_samples"] > 1
         self._set(averages=True)
         if several and drawn:
@@ -294,7 +295,7 @@ class IVON(torch.optim.Optimizer):
             raise
         if several:
             for bucket in self._ready():
-                bucket.fold_gradients(now["drawn"])
+                bucket.fold_gradients(self.param_groups[0]["drawn"])
         self._show(perturbed=False)
 
     @contextmanager
@@ -313,14 +314,20 @@ class IVON(torch.optim.Optimizer):
             yield
         finally:
             self._eval_key = outer
-            self._show(now["perturbed"])
+            self._show(self.param_groups[0]["perturbed"])  # not `now`: loading a state makes new groups
 
-    def _check_no_evaluation(self, call: str) -> None:
+    def _to_train(self, call: str) -> list[Bucket]:
+        """Return the buckets for a draw that trains, or a step; raise if this is no time for it."""
         if self._eval_key is not None:
             raise RuntimeError(
                 f"Expected `optimizer.{call}` outside of draws for an evaluation, but one is under way. Leave "
                 "`with optimizer.sampled_params():` first."
             )
+        buckets = self._ready()
+        if self.param_groups[0]["capturable"] or capturing():
+            for bucket in buckets:
+                bucket.check_capturable()
+        return buckets
 
     def _perturb(self, new: bool) -> None:
         """θ = m + σε, with new noise or that of the current draw."""
@@ -333,6 +340,7 @@ class IVON(torch.optim.Optimizer):
                     bucket.begin_step()
             for bucket in buckets:
                 bucket.next_draw()
+        self._captures = capturing()
         self._set(perturbed=True)  # before it is so: if this is interrupted, `eval` still has something to do
         for bucket in buckets:
             bucket.to_draw()
@@ -379,7 +387,7 @@ class IVON(torch.optim.Optimizer):
             RuntimeError: there are gradients, but none was taken at a draw, or the closure adds to such ones, or the
                 parameters hold a draw for an evaluation.
         """
-        self._check_no_evaluation("step()")
+        self._to_train("step()")
         now, losses = self.param_groups[0], []
         if closure is not None and now["drawn"]:  # after `train` or contexts: Lightning passes a closure all the same
             with torch.enable_grad():
@@ -407,6 +415,11 @@ class IVON(torch.optim.Optimizer):
                     "Expected gradients taken at a draw from the posterior, but nothing was drawn since the last step. "
                     "Call `optimizer.train()` before the forward pass, or use "
                     "`with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
+                )
+            if self._captures != capturing():
+                raise RuntimeError(
+                    "Expected `train` and `step` both in CUDA graphs or both outside, but one of them is captured "
+                    "and the other is not. Capture both, or leave both out."
                 )
             finite = self._gradients_are_finite(buckets)
             for bucket in buckets:
@@ -439,10 +452,9 @@ class IVON(torch.optim.Optimizer):
             finite = all(bucket.gradients_are_finite() for bucket in others)
             notes.append(torch.tensor([int(not finite)], dtype=torch.int32, device=others[0].mean.device))
         for note in notes[1:]:
-            notes[0].add_(note.to(notes[0].device, non_blocking=True))
+            torch.maximum(notes[0], note.to(notes[0].device, non_blocking=True), out=notes[0])
         if any(bucket.sharded for bucket in buckets):
-            dist.all_reduce(notes[0], group=self._process_group)
-        notes[0].clamp_(max=1)
+            dist.all_reduce(notes[0], dist.ReduceOp.MAX, group=self._process_group)
         for note in notes[1:]:
             note.copy_(notes[0], non_blocking=True)
         return not others or not notes[0].item()
@@ -461,6 +473,8 @@ class IVON(torch.optim.Optimizer):
                 kept["grad"] = parameters[index].grad
             saved["state"][index] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
             saved["state"][index]["step"] = int(state["step"])  # of which a GPU's kernels keep count on the device
+        for group in saved["param_groups"]:
+            group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -482,7 +496,11 @@ class IVON(torch.optim.Optimizer):
                         f"{tuple(value.shape)}. Load the state of an IVON optimizer of the same model."
                     )
         self._release()
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})  # torch would round the state to the parameters' type
+        for group, rate in zip(self.param_groups, rates):
+            if isinstance(rate, Tensor):  # which stays on its device
+                group["lr"] = rate.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else rate.fill_(group["lr"])
         now = self.param_groups[0]
         for parameter, index in zip(parameters, indices):
             if index in state_dict["state"]:
@@ -550,12 +568,12 @@ class IVON(torch.optim.Optimizer):
         wanted = {place_of(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
         if wanted != {place for bucket in self._buckets for place in bucket.places}:
             perturbed = self.param_groups[0]["perturbed"]
-            self._release()
             if capturing():
                 raise RuntimeError(
                     "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
                     "Make one step before the capture."
                 )
+            self._release()
             self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
             if perturbed:
                 for bucket in self._buckets:
@@ -563,9 +581,6 @@ class IVON(torch.optim.Optimizer):
         elif adopt and not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
-        if self.param_groups[0]["capturable"] or capturing():
-            for bucket in self._buckets:
-                bucket.check_capturable()
         return self._buckets
 
     def _release(self) -> None:
@@ -616,8 +631,9 @@ def _check_settings(group: dict[str, Any]) -> None:
             raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}.")
     if group["fused"] not in (True, False, None):
         raise ValueError(f"Expected `fused` to be True, False or None, but got {group['fused']!r}.")
-    without = next((p.device for p in group["params"] if kernels_for(p.device) is None), None)
-    if group["fused"] and without is not None:
+    fused = group["fused"]
+    without = next((p.device for p in group["params"] if fused and kernels_for(p.device) is None), None)
+    if without is not None:
         remedy = "Install a C compiler and then varlora again" if without.type == "cpu" else "Install triton"
         raise RuntimeError(
             f"Expected compiled kernels with `fused=True`, but there are none for {without}. {remedy}, or leave "
