@@ -202,12 +202,7 @@ class Bucket:
         """Return this rank's part of the gradients of some parameters, as they are sharded."""
         found = [self.parameters[i].grad for i in indices]
         return (
-            [
-                None if gradient is None else shard_as(gradient, self.parameters[i])
-                for gradient, i in zip(found, indices)
-            ]
-            if self.sharded
-            else found
+            [shard_as(gradient, self.parameters[i]) for gradient, i in zip(found, indices)] if self.sharded else found
         )
 
     def _make_chunks(self) -> list[list[int]]:
