@@ -46,7 +46,7 @@ def plain() -> Iterator[None]:
 
 def capturing() -> bool:
     """Whether what a GPU is given to do is being captured in a CUDA graph, instead of done."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def kernels_for(device: torch.device) -> str | None:

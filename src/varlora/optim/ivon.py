@@ -317,7 +317,7 @@ class IVON(torch.optim.Optimizer):
             self._show(self.param_groups[0]["perturbed"])  # not `now`: loading a state makes new groups
 
     def _to_train(self, call: str) -> list[Bucket]:
-        """Return the buckets for a draw that trains, or a step; raise if this is no time for it."""
+        """Return the buckets, for a draw that trains or a step; raise if this is no time for it."""
         if self._eval_key is not None:
             raise RuntimeError(
                 f"Expected `optimizer.{call}` outside of draws for an evaluation, but one is under way. Leave "
@@ -387,7 +387,6 @@ class IVON(torch.optim.Optimizer):
             RuntimeError: there are gradients, but none was taken at a draw, or the closure adds to such ones, or the
                 parameters hold a draw for an evaluation.
         """
-        self._to_train("step()")
         now, losses = self.param_groups[0], []
         if closure is not None and now["drawn"]:  # after `train` or contexts: Lightning passes a closure all the same
             with torch.enable_grad():
@@ -403,7 +402,7 @@ class IVON(torch.optim.Optimizer):
             except BaseException:
                 self._set(drawn=0)
                 raise
-        buckets = self._ready()
+        buckets = self._to_train("step()")
         if (scale := getattr(self, "grad_scale", None)) is not None:  # of a GradScaler
             for bucket in buckets:
                 bucket.unscale_gradients(scale)
