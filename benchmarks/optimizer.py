@@ -44,7 +44,7 @@ NOTES = [
     "IVON torch is IVON without these kernels, as where there was no C compiler or no Triton: the same noise and "
     "arithmetic, operation by operation.",
     "On a GPU, a graph is the same replayed as a CUDA graph: what the device takes, without the host's launches, of "
-    "which IVON's draw and step have seven and one for 16 gradients that lie elsewhere than in the step before.",
+    "which IVON's draw and step have six and one for 16 gradients that lie elsewhere than in the step before.",
 ]
 
 

@@ -312,6 +312,7 @@ class Kernels:
         self.bad = torch.zeros(1, dtype=torch.int32, device=device)
         """1 where a gradient of this step is not finite, its own or another's."""
         self.key, self.other_key, self.prefix = torch.zeros(3, 1, dtype=torch.int64, device=device).unbind()
+        self.prefix_of: tuple[int, ...] = ()  # what `prefix` was last set from
 
     def set_key(self, key: int) -> None:
         """Set that of the training draw."""
@@ -319,7 +320,9 @@ class Kernels:
 
     def next_draw(self, *prefix: int) -> None:
         """Go on to the next training draw, whose key is `mix` of these numbers and its own."""
-        self.prefix.fill_(_signed(mix(*prefix)))
+        if prefix != self.prefix_of:
+            self.prefix_of = prefix
+            self.prefix.fill_(_signed(mix(*prefix)))
         with torch.cuda.device_of(self.key):
             _next_draw[(1,)](self.counters, self.key, self.prefix)
 
