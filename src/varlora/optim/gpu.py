@@ -28,6 +28,8 @@ NO_GRADIENT = 1 << 62
 """Stands for the address of what is not there or empty: as large as one, so that kernels are compiled once."""
 AT_ONCE = 16
 """Addresses that a launch takes to the device."""
+# The same, as kernels read them.
+TILE_, TILES_, LANES_, NO_GRADIENT_ = (tl.constexpr(x) for x in (TILE, TILES, LANES, NO_GRADIENT))
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -71,9 +73,9 @@ def _box_muller(a, b):
 
 
 @triton.jit
-def _normal(key, position, tile, LANES: tl.constexpr):
+def _normal(key, position, tile):
     """Return the four rows of some tiles, (T, 16) each."""
-    counter = tile[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    counter = tile[:, None] * LANES_ + tl.arange(0, LANES_)[None, :]
     word = tl.zeros_like(counter) + position
     a, b, c, d = tl.philox(
         key,
@@ -117,11 +119,6 @@ def _place(blocks, pieces):
     return tl.load(row), tl.load(row + 1), first, tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tile
 
 
-TILE_ = tl.constexpr(TILE)
-TILES_ = tl.constexpr(TILES)
-LANES_ = tl.constexpr(LANES)
-
-
 @triton.jit
 def _put(out, values):
     """Write numbers that come with the launch."""
@@ -138,7 +135,7 @@ def _draw(blocks, pieces, addresses, key, mean, hess, ess, delta, DTYPE: tl.cons
     which, position, first, count, at, within, tile = _place(blocks, pieces)
     tiles = tile + tl.arange(0, TILES_)
     index = tiles[:, None] * TILE_ + tl.arange(0, LANES_)[None, :] - first
-    eps = _normal(tl.load(key), position, tiles, LANES_)
+    eps = _normal(tl.load(key), position, tiles)
     theta = tl.load(addresses + which).to(tl.pointer_type(DTYPE)) + within
     for row in tl.static_range(4):
         i = index + row * LANES_
@@ -161,9 +158,6 @@ def _look(blocks, pieces, gradients, bad, DTYPE: tl.constexpr):
     ghat = tl.load(address.to(tl.pointer_type(DTYPE)) + within + i, mask=there, other=0.0).to(tl.float32)
     exponent = ghat.to(tl.uint32, bitcast=True) & 0x7F800000
     tl.store(bad, 1, mask=tl.max((exponent == 0x7F800000).to(tl.int32), axis=0) != 0)
-
-
-NO_GRADIENT_ = tl.constexpr(NO_GRADIENT)
 
 
 @triton.jit
@@ -212,7 +206,7 @@ def _update(
     moves = (address != NO_GRADIENT_) & (tl.load(bad) == 0)
     ghats = address.to(tl.pointer_type(DTYPE)) + within
     theta = tl.load(addresses + which).to(tl.pointer_type(DTYPE)) + within
-    eps = _normal(tl.load(key), position, tiles, LANES_)
+    eps = _normal(tl.load(key), position, tiles)
     bias = 1.0
     if DEBIAS:
         bias = _bias(beta1_less, tl.load(steps + which) + 1)
