@@ -46,11 +46,7 @@ NAMES = {"sampling": "sample"}
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(argv)
-    device = torch.device(args.device)
-    set_up(args)
-    disable_progress_bar()
-    model_name = args.model or str(shared_folder() / "models" / "tinyllama-3m")
-    model, tokenizer = load_model(model_name, dtype=args.dtype, seed=args.seed, device=device)
+    model_name, device, model, tokenizer = load_base(args)
     tensors = len(trainable(model))
     print(f"{model_name}: {tensors} adapter matrices, {args.rounds} rounds on {device}", flush=True)
     with rows_progress(Console(), "rounds")(args.rounds) as progress:
@@ -83,16 +79,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__, "train_step")
-    made.add_argument("--model", help="folder or hub name (default: tinyllama-3m of the shared folder)")
-    made.add_argument("--dtype", default="float32", help="type of the base's weights (default: %(default)s)")
-    made.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    made = base_parser(__doc__, "train_step")
     made.add_argument("--rounds", type=count, default=200, help="timed rounds (default: %(default)s)")
     made.add_argument("--warmup", type=int, default=10, help="rounds before these (default: %(default)s)")
     made.add_argument("--batch-size", type=count, default=4, help="rows a batch (default: %(default)s)")
+    return made
+
+
+def base_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Return a parser of what `load_base` and `training_rows` need."""
+    made = parser(doc, name)
+    made.add_argument("--model", help="folder or hub name (default: tinyllama-3m of the shared folder)")
+    made.add_argument("--dtype", default="float32", help="type of the base's weights (default: %(default)s)")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     made.add_argument("--rows", type=count, default=200, help="training rows in use (default: %(default)s)")
     made.add_argument("--max-length", type=count, default=256, help="tokens a row (default: %(default)s)")
     return made
+
+
+def load_base(args: argparse.Namespace) -> tuple[str, torch.device, Any, Any]:
+    """Set the process up; return the base's name, the device, the base with an adapter, and its tokenizer."""
+    set_up(args)
+    disable_progress_bar()
+    name, device = args.model or str(shared_folder() / "models" / "tinyllama-3m"), torch.device(args.device)
+    return name, device, *load_model(name, dtype=args.dtype, seed=args.seed, device=device)
 
 
 def training_rows(tokenizer: Any, args: argparse.Namespace) -> list[Encoded]:

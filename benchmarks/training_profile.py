@@ -21,14 +21,12 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from _common import count, parser, print_table, set_up, shared_folder, spread, write_result
-from train_step import training_rows
+from _common import count, print_table, spread, write_result
+from train_step import base_parser, load_base, training_rows
 from transformers import TrainerCallback
-from transformers.utils.logging import disable_progress_bar
 
 from varlora import fit
 from varlora.methods import METHODS
-from varlora.model import load_model
 from varlora.optim.ivon import IVON
 
 PARTS = ("forward", "backward", "optimizer", "data", "clipping", "the rest")
@@ -38,11 +36,7 @@ BOUND = 3.0
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = _parser().parse_args(argv)
-    device = torch.device(args.device)
-    set_up(args)
-    disable_progress_bar()
-    model_name = args.model or str(shared_folder() / "models" / "tinyllama-3m")
-    model, tokenizer = load_model(model_name, dtype=args.dtype, seed=args.seed, device=device)
+    _, device, model, tokenizer = load_base(args)
     begun = time.perf_counter()
     rows = training_rows(tokenizer, args)
     tokenising = time.perf_counter() - begun
@@ -84,15 +78,10 @@ def _profile(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argpa
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__, "training_profile")
-    made.add_argument("--model", help="folder or hub name (default: tinyllama-3m of the shared folder)")
-    made.add_argument("--dtype", default="float32", help="type of the base's weights (default: %(default)s)")
-    made.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    made = base_parser(__doc__, "training_profile")
     made.add_argument("--steps", type=count, default=300, help="timed steps (default: %(default)s)")
     made.add_argument("--warmup", type=count, default=20, help="steps before these (default: %(default)s)")
     made.add_argument("--batch-size", type=count, nargs="+", default=[4, 16], help="rows a batch (default: 4 16)")
-    made.add_argument("--rows", type=count, default=200, help="training rows in use (default: %(default)s)")
-    made.add_argument("--max-length", type=count, default=256, help="tokens a row (default: %(default)s)")
     return made
 
 
