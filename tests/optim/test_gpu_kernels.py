@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from varlora.optim import bucket, ivon
 from varlora.optim.ivon import IVON
+from varlora.optim.native import Flat
 from varlora.optim.noise import fill_normal
 
 gpu = pytest.importorskip("varlora.optim.gpu")
@@ -39,7 +40,7 @@ def kernels(sizes: Sequence[int] = SIZES) -> tuple[Any, list[Tensor]]:
     out = [torch.empty(size) for size in sizes]
     pieces = [[(hi - size, size, 0)] for hi, size in zip(ends, sizes)]
     zeros = [0] * len(sizes)
-    made = gpu.Kernels(torch.zeros(n), torch.zeros(n), torch.ones(n), pieces, range(3, 3 + n), out, zeros, 0, 0)
+    made = gpu.Kernels(Flat(*torch.ones(3, n), pieces, range(3, 3 + n)), out, zeros, 0, 0)
     return made, out
 
 
@@ -61,7 +62,7 @@ def test_a_parameter_in_pieces_is_worked_off_as_a_whole_one_is() -> None:
     whole, (matrix,) = kernels((3_000,))
     whole.normal(7, [matrix])
     pieces, found = [(50 * row, 50, 100 * row + 10) for row in range(30)], torch.empty(1_500)
-    part = gpu.Kernels(*torch.ones(3, 1_500), [pieces], [3], [found], [0], 0, 0)
+    part = gpu.Kernels(Flat(*torch.ones(3, 1_500), [pieces], [3]), [found], [0], 0, 0)
     part.normal(7, [found])
     assert torch.equal(found.view(30, 50), matrix.view(30, 100)[:, 10:60])
 
@@ -333,7 +334,14 @@ def test_a_step_that_is_captured_goes_on_as_steps_do() -> None:
 def _held(optimizer: IVON, parameters: Sequence[Any]) -> Iterator[Tensor]:
     yield from parameters
     for kernels in (b.gpu for b in optimizer._buckets):
-        yield from (*kernels.state, kernels.steps, kernels.counters, kernels.key, kernels.addresses, kernels.gradients)
+        yield from (
+            *kernels.flat[:3],
+            kernels.steps,
+            kernels.counters,
+            kernels.key,
+            kernels.addresses,
+            kernels.gradients,
+        )
 
 
 def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

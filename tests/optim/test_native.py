@@ -84,7 +84,9 @@ def kernels(sizes: tuple[int, ...] = SIZES) -> tuple[native.Kernels, list[Tensor
     mean, momentum, hess, gradients = torch.randn(4, n, generator=source).unbind()
     spans = list(zip([0, *ends], ends))
     pieces = [[(lo, hi - lo, 0)] for lo, hi in spans]
-    made = native.Kernels(mean.clone(), momentum.clone(), hess.square() + 0.1, pieces, range(3, 3 + len(sizes)))
+    made = native.Kernels(
+        native.Flat(mean.clone(), momentum.clone(), hess.square() + 0.1, pieces, range(3, 3 + len(sizes)))
+    )
     return made, [torch.empty(size) for size in sizes], [gradients[lo:hi] for lo, hi in spans]
 
 
@@ -105,7 +107,7 @@ def all_results(widest: int = 512) -> list[Tensor]:
         made.draw(12, every, out, settings)
         found += [x.clone() for x in out]
         made.update(12, every, gradients, out, settings)
-        found += [x.clone() for x in (*out, *made.state)]
+        found += [x.clone() for x in (*out, *made.flat[:3])]
     return found
 
 
@@ -163,7 +165,7 @@ def test_threads_share_everything_out_once(threads: int) -> None:
         assert shares == sorted(shares)
         assert len(shares) == threads + 1
         got = [(at + k, i) for (at, n, *_), i in zip(segments.tolist(), of_segment.tolist()) for k in range(n)]
-        spans = [(at, at + count) for ((at, count, _),) in made.pieces]
+        spans = [(at, at + count) for ((at, count, _),) in made.flat.pieces]
         assert got == [(k, which) for which, i in enumerate(indices) for k in range(*spans[i])]
         for (at, _, position, first, *_), start in zip(segments.tolist(), starts.tolist()):
             assert first % TILE == 0
@@ -189,9 +191,9 @@ def test_a_parameter_in_pieces_is_worked_off_as_a_whole_one_is(threads: int) -> 
     whole, out, _ = kernels((90_000,))
     settings = native.Settings(**SETTINGS)
     whole.draw(5, [0], out, settings)
-    matrix = [x.view(900, 100)[:, 10:60].contiguous().view(-1) for x in (*whole.state, out[0])]
+    matrix = [x.view(900, 100)[:, 10:60].contiguous().view(-1) for x in (*whole.flat[:3], out[0])]
     pieces = [(50 * row, 50, 100 * row + 10) for row in range(900)]
-    part, found = native.Kernels(*matrix[:3], [pieces], [3]), torch.empty(45_000)
+    part, found = native.Kernels(native.Flat(*matrix[:3], [pieces], [3])), torch.empty(45_000)
     part.draw(5, [0], [found], settings)
     assert torch.equal(found, matrix[3])
 

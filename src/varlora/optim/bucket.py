@@ -165,14 +165,14 @@ class Bucket:
         contiguous = all(p.is_contiguous() for p in shards)
         wanted = group["fused"] is not False and dtype == torch.float32
         kind = kernels_for(self.mean.device) if wanted else None
-        of_all = self.mean, self.momentum, self.hess, self.pieces, positions
+        flat = native.Flat(self.mean, self.momentum, self.hess, self.pieces, positions)
         if kind == "native":
-            self.kernels = native.Kernels(*of_all)
+            self.kernels = native.Kernels(flat)
         elif kind == "triton" and contiguous:
             from . import gpu  # which needs triton
 
             steps = [int(state_p["step"]) for state_p in self.states]
-            self.gpu = gpu.Kernels(*of_all, shards, steps, group["draws"], group["skipped"])
+            self.gpu = gpu.Kernels(flat, shards, steps, group["draws"], group["skipped"])
             self.gpu.set_key(self.train_key)
         # On a GPU, the step too, where gradients are not watched. All that it depends on is then known on the device.
         self.gpu_step = None if self.watches else self.gpu

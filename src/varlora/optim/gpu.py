@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bucket
+from .native import Flat
 from .noise import LANES, TILE, mix
 
 __all__ = ["Kernels", "try_out"]
@@ -258,13 +259,10 @@ def try_out(device: torch.device) -> None:
 
 
 class Kernels:
-    """The kernels over the flat float32 state of some parameters of one type.
+    """The kernels over the state of some parameters of one type.
 
     Args:
-        mean: (N,) as `momentum` and `hess`.
-        pieces: of each parameter, where runs of neighbouring elements lie: their place in the state, their number, and
-            the first one's index within the parameter.
-        positions: the position of each parameter among the optimizer's.
+        flat: the state.
         parameters: this rank's part of each, contiguous.
         steps: how many steps each has made.
         draws: how many draws were made.
@@ -272,24 +270,15 @@ class Kernels:
     """
 
     def __init__(
-        self,
-        mean: Tensor,
-        momentum: Tensor,
-        hess: Tensor,
-        pieces: Sequence[Sequence[tuple[int, int, int]]],
-        positions: Sequence[int],
-        parameters: Sequence[Tensor],
-        steps: Sequence[int],
-        draws: int,
-        skipped: int,
+        self, flat: Flat, parameters: Sequence[Tensor], steps: Sequence[int], draws: int, skipped: int
     ) -> None:
-        self.state = mean, momentum, hess
+        self.flat = flat
         self.dtype = _DTYPES[parameters[0].dtype]
-        device = mean.device
+        device = flat.mean.device
         rows: list[tuple[int, ...]] = []
         blocks: list[int] = []
         before = 0
-        for which, (p, position, parts) in enumerate(zip(parameters, positions, pieces)):
+        for which, (p, position, parts) in enumerate(zip(parameters, flat.positions, flat.pieces)):
             for at, count, first in parts:
                 tiles = -(-(first % TILE + count) // TILE) if count else 0
                 rows.append((which, position, first, count, at, at - before, len(blocks)))
@@ -322,15 +311,13 @@ class Kernels:
 
     def draw(self, parameters: Sequence[Tensor], ess: float, delta: float, key: int | None = None) -> None:
         """Write θ = m + σε to the parameters, with the noise of the training draw or of a key."""
-        mean, _, hess = self.state
         self._locate(self.addresses, parameters)
-        self._draw(self._key(key), mean, hess, float(ess), float(delta), self.dtype, False)
+        self._draw(self._key(key), float(ess), float(delta), self.dtype, False)
 
     def normal(self, key: int, out: Sequence[Tensor]) -> None:
         """Write the noise of all parameters to contiguous float32 tensors."""
-        mean, _, hess = self.state
         self._locate(self.addresses, out)
-        self._draw(self._key(key), mean, hess, 1.0, 0.0, tl.float32, True)
+        self._draw(self._key(key), 1.0, 0.0, tl.float32, True)
 
     def look(self, gradients: Sequence[Tensor | None]) -> None:
         """Set `bad` to whether a gradient is not finite; they are contiguous and of the parameters' type."""
@@ -348,7 +335,7 @@ class Kernels:
             self.addresses,
             self.gradients,
             self.key,
-            *self.state,
+            *self.flat[:3],
             self.steps,
             self.bad,
             group["lr"] if on_device else float(group["lr"]),
@@ -372,8 +359,8 @@ class Kernels:
     def _key(self, key: int | None) -> Tensor:
         return self.key if key is None else self.other_key.fill_(_signed(key))
 
-    def _draw(self, *arguments: Any) -> None:
-        self._launch(_draw, self.addresses, *arguments)
+    def _draw(self, key: Tensor, *arguments: Any) -> None:
+        self._launch(_draw, self.addresses, key, self.flat.mean, self.flat.hess, *arguments)
 
     def _launch(self, kernel: Any, *arguments: Any) -> None:
         if len(self.blocks):

@@ -11,12 +11,12 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Kernels", "Settings", "library"]
+__all__ = ["Flat", "Kernels", "Settings", "library"]
 
 VERSION = 2
 """Of native.c; a build of another one is not used."""
@@ -68,29 +68,28 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-class Kernels:
-    """The kernels over the flat float32 state of some parameters.
+class Flat(NamedTuple):
+    """The flat float32 state of some parameters, which kernels work on."""
 
-    Args:
-        mean: (N,) as `momentum` and `hess`.
-        pieces: of each parameter, where runs of neighbouring elements lie: their place in the state, their number, and
-            the first one's index within the parameter.
-        positions: the position of each parameter among the optimizer's.
-    """
+    mean: Tensor
+    """(N,), as the next two."""
+    momentum: Tensor
+    hess: Tensor
+    pieces: Sequence[Sequence[tuple[int, int, int]]]
+    """Of each parameter, where runs of neighbouring elements lie: their place in the state, their number, and the first
+    one's index within the parameter."""
+    positions: Sequence[int]
+    """The position of each parameter among the optimizer's."""
+
+
+class Kernels:
+    """The kernels over the state of some parameters."""
 
     widest = 512
     """Bits of the widest vectors to use; no result depends on it."""
 
-    def __init__(
-        self,
-        mean: Tensor,
-        momentum: Tensor,
-        hess: Tensor,
-        pieces: Sequence[Sequence[tuple[int, int, int]]],
-        positions: Sequence[int],
-    ) -> None:
-        self.state = mean, momentum, hess
-        self.pieces, self.positions = pieces, positions
+    def __init__(self, flat: Flat) -> None:
+        self.flat = flat
         # Nearly always all parameters; where others have a gradient each step, not all their tables are kept.
         self.segments = functools.lru_cache(maxsize=64)(self._segments)
 
@@ -126,7 +125,7 @@ class Kernels:
         segments[:, 4] = torch.tensor([x.data_ptr() for x in out])[of_segment] + starts
         if gradients is not None:
             segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients])[of_segment] + starts
-        row, state = 8 * segments.shape[1], [x.data_ptr() for x in self.state]
+        row, state = 8 * segments.shape[1], [x.data_ptr() for x in self.flat[:3]]
         works = [
             _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
             for lo, hi in itertools.pairwise(shares)
@@ -140,16 +139,16 @@ class Kernels:
             The table of `Segment`, which of the indices each is of, by how many bytes it starts after that one's first
             element, and where each thread's share of the table begins and ends.
         """
-        numel = sum(count for i in indices for _, count, _ in self.pieces[i])
+        numel = sum(count for i in indices for _, count, _ in self.flat.pieces[i])
         threads = threads if numel > ALONE else 1
         cuts = [share * numel // threads for share in range(1, threads)]
         rows, of_row, before = [], [], 0
         for which, i in enumerate(indices):
             lo = before
-            for at, count, first in self.pieces[i]:
+            for at, count, first in self.flat.pieces[i]:
                 inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + count}
                 for begin, end in itertools.pairwise([0, *sorted(x for x in inside if x < count), count]):
-                    rows.append([at + begin, end - begin, self.positions[i], first + begin, 0, 0])
+                    rows.append([at + begin, end - begin, self.flat.positions[i], first + begin, 0, 0])
                     of_row.append((which, before - lo + begin, before + begin))
                 before += count
         of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64).view(-1, 3).T.contiguous()
