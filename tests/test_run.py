@@ -57,6 +57,23 @@ def test_prepare_resumes_without_touching(tmp_path):
     assert entries(run_dir) == ["checkpoint-5", "config.json"]
 
 
+def test_prepare_puts_back_what_a_kill_left_half_replaced(tmp_path):
+    """Killed between the two renames, the folder is there under its other name alone; killed after, under both."""
+    for where in (tmp_path, tmp_path / "member-1"):
+        write_text(where / ".adapter.old" / "x.txt", "whole")
+        write_text(where / ".report.old" / "x.txt", "old")
+        write_text(where / "report" / "x.txt", "new")
+        write_text(where / ".checkpoint.tmp" / "x.txt", "half")
+    write_text(tmp_path / ".notes.old", "a file")
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / "report")
+    prepare_run_dir(tmp_path, resume=True)
+    for where in (tmp_path, tmp_path / "member-1"):
+        assert (where / "adapter" / "x.txt").read_text() == "whole"
+        assert (where / "report" / "x.txt").read_text() == "new"
+        assert not list(where.glob(".*"))
+    assert (tmp_path / "notes").read_text() == "a file"
+
+
 def test_prepare_overwrites_a_run(tmp_path):
     run_dir = make_run(tmp_path / "run")
     prepare_run_dir(run_dir, overwrite=True)

@@ -91,11 +91,15 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
 
 def _tidy(folder: Path) -> None:
     """Remove what a process left that was killed while writing; what it was about to replace stays."""
-    for old in folder.glob(".*.old"):
+    for old in folder.glob(".?*.old"):
         name = folder / old.name[1 : -len(".old")]
-        shutil.rmtree(old) if name.exists() else old.rename(name)
+        _remove(old) if name.exists() else old.rename(name)
     for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def is_run(path: Path) -> bool:
