@@ -134,6 +134,12 @@ def test_json_comes_back_bit_for_bit(tmp_path, value):
     assert repr(read_json(tmp_path / "x.json")) == repr(value)
 
 
+def test_json_that_is_nested_without_end_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedFileError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
 def test_json_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DamagedFileError, match=r"absent\.json, but it is absent"):
         read_json(tmp_path / "absent.json")

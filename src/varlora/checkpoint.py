@@ -348,7 +348,9 @@ class CheckpointTrainer(Trainer):
         name = f"rng_state_{self.args.process_index}"
         if checkpoint is None or not (Path(checkpoint) / f"{name}.json").is_file():
             return
-        state = load_state(Path(checkpoint), name)
+        _put_back(Path(checkpoint), name, self._set_rng_state)
+
+    def _set_rng_state(self, state: dict[str, Any]) -> None:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])  # noqa: NPY002
         torch.set_rng_state(state["torch"])

@@ -143,7 +143,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedFileError(f"Expected a file {path}, but it is absent. Is {path.parent} complete?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise DamagedFileError(f"Expected JSON in {path}, but it cannot be read ({error}).") from error
 
 
