@@ -146,8 +146,8 @@ def kill_at_random(folder: Path, seed: int, ranks: int) -> None:
     for name in ("whole", "killed"):
         (folder / name).mkdir()
     assert go_on(folder / "whole", ranks) == 0
-    for _ in range(20):
-        victim = source.randrange(ranks)
+    for number in range(20):
+        victim = number % ranks
         assert go_on(folder / "killed", ranks, victim, source.randrange(MOMENTS[victim])) == -signal.SIGKILL
     assert go_on(folder / "killed", ranks) == 0
 
