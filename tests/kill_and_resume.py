@@ -2,9 +2,11 @@
 
     python kill_and_resume.py FOLDER SEED
     python kill_and_resume.py FOLDER SEED --random RANKS
+    python kill_and_resume.py FOLDER SEED --stop RANK
 
 For each method, FOLDER then holds the run `<method>/whole` and, for each way to die, a run that died and was resumed.
-With `--random` it holds one run with IVON, `whole`, and the same one, `killed`, which died 20 times at random moments.
+With `--random` it holds one run with IVON, `whole`, and the same one, `killed`, which died 20 times at random moments;
+with `--stop`, of two ranks, `killed` was stopped by a SIGTERM to one.
 The children share no state but the imports, which are what takes long.
 """
 
@@ -25,10 +27,12 @@ import torch
 
 import varlora.run
 from varlora import checkpoint, fit
+from varlora.errors import Interrupted
 from varlora.methods import AdamW, Ivon
 from varlora.predictions import save_predictions
 
 STEPS, ACCUMULATION, EVERY = 8, 2, 2
+STOPPED = 3  # exit status of a run that was interrupted after a checkpoint
 LONG, MOMENTS = 60, (200, 25)  # of the first rank, which writes, and of another
 METHODS = {"adamw": AdamW(lr=2e-2), "ivon": Ivon(lr=1.0, clip_radius=2e-2)}
 DEATHS = ("in a forward pass", "while a checkpoint is written", "while the adapter is written")
@@ -59,14 +63,14 @@ def prepare(death: str, source: random.Random) -> None:
         die_in(checkpoint, "write_json", lambda path, value: path.name == "posterior_config.json")
 
 
-def die_at(moment: int) -> None:
-    """Die at one of the moments that are numbered from now on: forward passes, and what is done with files."""
+def die_at(moment: int, number: int = signal.SIGKILL) -> None:
+    """Get a signal at one of the moments that are numbered from now on: forward passes, and what is done with files."""
     left = iter(range(moment, -1, -1))
 
     def count(what: str) -> None:
-        if next(left) == 0:
+        if next(left, None) == 0:
             print(f"died {what}", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.mkdir"):
@@ -108,8 +112,8 @@ def in_a_child(run_dir: Path, method: str, resume: bool = False, death: str | No
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def start(rank: int, ranks: int, port: int, run_dir: Path, moment: int | None) -> int:
-    """Go on with a run in a child, which dies at a moment, as one of several ranks; return its process."""
+def start(rank: int, ranks: int, port: int, run_dir: Path, steps: int, moment: int | None, number: int) -> int:
+    """Go on with a run in a child, which gets a signal at a moment, as one of several ranks; return its process."""
     child = os.fork()
     if child == 0:
         try:
@@ -118,8 +122,10 @@ def start(rank: int, ranks: int, port: int, run_dir: Path, moment: int | None) -
                 of_all = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in of_all.items()} | {"MASTER_ADDR": "127.0.0.1"}
             if moment is not None:
-                die_at(moment)
-            run(run_dir, "ivon", resume=True, steps=LONG)
+                die_at(moment, number)
+            run(run_dir, "ivon", resume=True, steps=steps)
+        except Interrupted:
+            os._exit(STOPPED)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -127,29 +133,45 @@ def start(rank: int, ranks: int, port: int, run_dir: Path, moment: int | None) -
     return child
 
 
-def go_on(run_dir: Path, ranks: int, victim: int = 0, moment: int | None = None) -> int:
-    """Go on with a run; return how the victim ended, and kill the others with it."""
+def go_on(
+    run_dir: Path,
+    ranks: int,
+    victim: int = 0,
+    moment: int | None = None,
+    number: int = signal.SIGKILL,
+    steps: int = LONG,
+) -> list[int]:
+    """Go on with a run; return how each rank ended. With a victim of SIGKILL the others are killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [start(r, ranks, port, run_dir, moment if r == victim else None) for r in range(ranks)]
-    ended = os.waitstatus_to_exitcode(os.waitpid(children.pop(victim), 0)[1])
-    for child in children:
-        if moment is not None:
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return ended
+    children = [start(r, ranks, port, run_dir, steps, moment if r == victim else None, number) for r in range(ranks)]
+    ended = {victim: os.waitpid(children[victim], 0)[1]}
+    for rank, child in enumerate(children):
+        if rank != victim:
+            if moment is not None and number == signal.SIGKILL:
+                os.kill(child, signal.SIGKILL)
+            ended[rank] = os.waitpid(child, 0)[1]
+    return [os.waitstatus_to_exitcode(ended[rank]) for rank in range(ranks)]
 
 
 def kill_at_random(folder: Path, seed: int, ranks: int) -> None:
     source = random.Random(seed)
     for name in ("whole", "killed"):
         (folder / name).mkdir()
-    assert go_on(folder / "whole", ranks) == 0
+    assert go_on(folder / "whole", ranks) == [0] * ranks
     for number in range(20):
         victim = number % ranks
-        assert go_on(folder / "killed", ranks, victim, source.randrange(MOMENTS[victim])) == -signal.SIGKILL
-    assert go_on(folder / "killed", ranks) == 0
+        assert go_on(folder / "killed", ranks, victim, source.randrange(MOMENTS[victim]))[victim] == -signal.SIGKILL
+    assert go_on(folder / "killed", ranks) == [0] * ranks
+
+
+def stop_one_of_two(folder: Path, victim: int) -> None:
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+    assert go_on(folder / "whole", 2, steps=STEPS) == [0, 0]
+    assert go_on(folder / "killed", 2, victim, MOMENTS[victim] // 4, signal.SIGTERM, STEPS) == [STOPPED, STOPPED]
+    assert go_on(folder / "killed", 2, steps=STEPS) == [0, 0]
 
 
 def main(folder: Path, seed: int) -> None:
@@ -168,5 +190,8 @@ if __name__ == "__main__":
     if "--random" in sys.argv:
         helpers.base_folder()
         kill_at_random(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4]))
+    elif "--stop" in sys.argv:
+        helpers.base_folder()
+        stop_one_of_two(Path(sys.argv[1]), int(sys.argv[4]))
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -237,6 +237,15 @@ def test_killed_at_20_random_moments_ends_in_the_bits_of_one_left_alone(ranks, t
     assert done.stdout.count("died") == 20
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_ranks_stops_both_after_a_checkpoint(rank, tmp_path):
+    command = [sys.executable, Path(kill_and_resume.__file__), tmp_path, "0", "--stop", str(rank)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert helpers.outcome(tmp_path / "killed") == helpers.outcome(tmp_path / "whole")
+
+
 SMALL = 'mount -t tmpfs -o size=4m tmpfs "$1" && exec "$2" "$3" "$1" "$4"'
 
 

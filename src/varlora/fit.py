@@ -462,11 +462,11 @@ class _Watch(TrainerCallback):
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
         norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else []
         total = torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum()
-        told = torch.stack([total, torch.full_like(total, self.asked)])
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
+            told = torch.stack([total, torch.full_like(total, self.asked)])
             dist.all_reduce(told)
-        summed, asked = told.tolist()
-        finite, self.stop = math.isfinite(summed), asked > 0
+            total, self.stop = told[0], bool(told[1])
+        finite = math.isfinite(total.item())
         self.losses.clear()
         if not finite:
             if not args.fp16:  # with loss scaling, the scaler has to see the overflow; it leaves the step out itself
