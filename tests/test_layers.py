@@ -57,7 +57,7 @@ WITHIN = {
     "checkpoint": {"run"},
     "predictions": {"run"},
     "predict": {"predictions"},
-    "fit": {"checkpoint", "predict"},
+    "fit": {"checkpoint", "predict", "run"},
     "overhead": {"fit"},
     "sources": {"config"},
     "workflow": {"config", "sources"},
