@@ -25,8 +25,9 @@ __all__ = ["Kernels", "try_out"]
 
 TILES = 16
 """Tiles of 64 elements that a program works off."""
-NO_GRADIENT = 1 << 62
-"""Stands for the address of what is not there or empty: as large as one, so that kernels are compiled once."""
+NO_GRADIENT, EMPTY = 1 << 62, 1 << 61
+"""Stand for the address of a gradient that is not there, and of a tensor without elements, which is nowhere: as large
+as addresses are, so that kernels are compiled once."""
 AT_ONCE = 16
 """Addresses that a launch takes to the device."""
 # The same, as kernels read them.
@@ -374,7 +375,7 @@ class Kernels:
         memory, which a CUDA graph that is captured would read again whenever it is replayed. Where there is a graph,
         addresses are put each time: it puts its own whenever it is replayed, and nobody here knows when that is.
         """
-        addresses = [NO_GRADIENT if x is None else x.data_ptr() or NO_GRADIENT for x in tensors]
+        addresses = [NO_GRADIENT if x is None else x.data_ptr() or EMPTY for x in tensors]
         self.has_graph |= bucket.capturing()
         if self.has_graph or self.known.get(id(table)) != addresses:
             self.known[id(table)] = addresses
