@@ -23,7 +23,7 @@ from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(__file__).parent / "assets"
-VERBS = ("train", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo")
+VERBS = ("train", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo")
 
 
 class Result(NamedTuple):

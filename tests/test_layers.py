@@ -15,7 +15,7 @@ LAYERS = {
     0: {"errors", "optim", "params", "gradients", "posterior", "curvature", "metrics", "bootstrap", "temperature"},
     1: {"tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
-    3: {"run", "predictions", "checkpoint", "fit", "overhead", "predict"},
+    3: {"run", "predictions", "checkpoint", "fit", "overhead", "predict", "calibration"},
     4: {
         "config",
         "sources",
@@ -56,6 +56,7 @@ WITHIN = {
     "model": {"adapter"},
     "checkpoint": {"run"},
     "predictions": {"run"},
+    "calibration": {"run"},
     "predict": {"predictions"},
     "fit": {"checkpoint", "predict", "run"},
     "overhead": {"fit"},

@@ -94,6 +94,7 @@ ALL: dict[str, Callable[[], Any]] = {
     "dropout": lambda: Dropout(weights(1), {"a.weight": torch.tensor(0.5)}),
     "linearised": lambda: Linearised(kronecker()),
     "mixture": mixture,
+    "pruned": lambda: low_rank().prune(0.4),
     "tempered": lambda: Tempered(Mixture([gaussian(2), Tempered(low_rank(3), 0.7, 0.8)]), 1.5, 1.2),
 }
 
@@ -226,6 +227,32 @@ class TestEveryPosterior:
         with pytest.raises(VarloraError, match="Expected `tau`"):
             ALL[kind]().scale(tau)
 
+    @pytest.mark.parametrize("by", ["magnitude", "random", "snr"])
+    def test_pruned_it_has_weights_that_are_zero_in_every_draw(self, kind: str, by: str, tmp_path: Path) -> None:
+        if by == "snr" and kind in ("point", "dropout", "mixture"):  # the mixture here has points among its members
+            with pytest.raises(VarloraError, match="Prune it by magnitude"):
+                ALL[kind]().prune(0.5, by)
+            return
+        half = ALL[kind]().prune(0.5, by, seeded())
+        drawn = draws_of(half, 3)
+        zero = (drawn == 0).float().mean(1)
+        assert (zero >= 0.48).all()
+        assert by == "snr" or kind in ("pruned", "dropout") or (zero <= 0.52).all()  # which have zeros of their own
+        save_tensors(tmp_path / "half", half.tensors())
+        save_tensors(tmp_path / "whole", ALL[kind]().tensors())
+        again = posterior_from_tensors(half.kind, load_tensors(tmp_path / "half")[0])
+        assert torch.equal(draws_of(again, 3), drawn)
+        for n in (0, 3):
+            assert torch.equal(logits(again, n), logits(half, n))
+
+    @pytest.mark.parametrize("by", ["magnitude", "random"])
+    def test_pruned_of_nothing_it_is_itself_and_of_everything_the_base(self, kind: str, by: str) -> None:
+        posterior = ALL[kind]()
+        nothing, everything = posterior.prune(0.0, by), posterior.prune(1.0, by)
+        assert torch.equal(logits(nothing, 3), logits(posterior, 3))
+        drawn = logits(everything, 3)
+        torch.testing.assert_close(drawn.softmax(-1), torch.full_like(drawn, 0.25))
+
     def test_refuses_another_model(self, kind: str) -> None:
         with pytest.raises(DamagedFileError):
             ALL[kind]().draw_logits(nn.Linear(2, 4, bias=False), torch.zeros(1, 1, 2), 1, seeded(), forward)
@@ -248,6 +275,51 @@ def test_draws_do_not_depend_on_the_order_of_the_names(kind: str) -> None:
     }
     first, second = posterior.draw(seeded()), type(posterior)(**{**vars(posterior), **backwards}).draw(seeded())
     assert all(torch.equal(first[name], second[name]) for name in SHAPES)
+
+
+# --- Pruned ---
+
+
+@pytest.mark.parametrize("make_one", [gaussian, low_rank, kronecker])
+def test_marginal_standard_deviations_are_those_of_the_draws(make_one: Callable[[], Any]) -> None:
+    posterior = make_one()
+    expected = flat(posterior.marginal_std())
+    spread = torch.stack([flat(posterior.draw(seeded(i))) for i in range(4000)]).std(0)
+    torch.testing.assert_close(spread, expected, rtol=5 / math.sqrt(2 * 4000), atol=0)
+
+
+def test_of_a_linear_model_what_is_pruned_has_no_part_in_the_covariance() -> None:
+    """The predictive of a pruned Gaussian is that of its draws."""
+    pruned = Linearised(kronecker()).prune(0.5)
+    gradients = torch.randn(1, 2, *SHAPES["a.weight"], generator=seeded(3))
+    drawn = torch.stack([pruned.weights.draw(seeded(i))["a.weight"] for i in range(4000)])
+    functions = torch.einsum("cij,nij->nc", gradients[0], drawn)
+    torch.testing.assert_close(
+        torch.cov(functions.T).double(), pruned.weights.quadratic("a.weight", gradients)[0], rtol=0.1, atol=0.1
+    )
+
+
+def test_what_is_pruned_takes_no_room() -> None:
+    posterior = DiagonalGaussian({"w": torch.randn(64, 64)}, {"w": torch.ones(64, 64)})
+
+    def size(kept: Posterior) -> int:
+        return sum(value.numel() * value.element_size() for value in kept.tensors().values())
+
+    whole = size(posterior)
+    assert size(posterior.prune(0.25)) == 0.75 * whole + 64 * 64 / 8 + 3 * 8
+    assert size(posterior.prune(1.0)) == 64 * 64 / 8 + 3 * 8
+
+
+def test_pruning_by_magnitude_and_at_random_are_other_choices() -> None:
+    mean, std = torch.tensor([1.0, -4.0, 3.0, 0.5]), torch.tensor([0.1, 8.0, 1.0, 1.0])
+    posterior = DiagonalGaussian({"w": mean}, {"w": std})
+    assert posterior.prune(0.5, "magnitude").mean["w"].tolist() == [0.0, -4.0, 3.0, 0.0]
+    assert posterior.prune(0.5, "snr").mean["w"].tolist() == [1.0, 0.0, 3.0, 0.0]
+    chosen = [posterior.prune(0.5, "random", seeded(i)).mean["w"] for i in range(40)]
+    assert (torch.stack(chosen) == 0).any(0).all()
+    assert torch.equal(posterior.prune(0.5, "random", seeded(3)).mean["w"], chosen[3])
+    with pytest.raises(VarloraError, match="one of snr, magnitude, random"):
+        posterior.prune(0.5, "size")
 
 
 # --- DiagonalGaussian ---
@@ -297,8 +369,8 @@ def test_prune_takes_the_weights_that_are_least_certain_not_to_be_zero(fraction:
     for name in posterior.mean:
         kept = pruned.mean[name] != 0
         assert torch.equal(pruned.mean[name][kept], posterior.mean[name][kept])
-        assert torch.equal(pruned.std[name][kept], posterior.std[name][kept])
-        assert (pruned.std[name][~kept] == 0).all()
+        assert torch.equal(pruned.marginal_std()[name][kept], posterior.std[name][kept])
+        assert (pruned.marginal_std()[name][~kept] == 0).all()
 
 
 def test_prune_knows_weights_without_variance() -> None:

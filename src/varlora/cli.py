@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, report, reproduce, ls, validate, demo."""
+"""The command line: train, calibrate, evaluate, predict, report, reproduce, ls, validate, demo."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ examples:
   varlora train --method laplace_kfac --from runs/boolq-my-model-adamw-seed0
   varlora train --method ensemble --from runs/boolq-my-model-ivon-seed0 runs/boolq-my-model-ivon-seed1
   varlora train --resume --run-dir runs/boolq-my-model-ivon-seed0
+"""
+CALIBRATE_EXAMPLES = """\
+The factor of the variance, the share of weights pruned, the temperature and the number of draws are chosen together on
+the rows that were held out of training, and stored with the adapter; `predict` uses them, `evaluate` shows them.
+
+examples:
+  varlora calibrate runs/my-run
+  varlora calibrate runs/boolq-*-seed* --samples 32
 """
 EVALUATE_EXAMPLES = """\
 examples:
@@ -183,6 +191,35 @@ def _settings(
     return load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
 
 
+def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.workflow import calibrate
+
+    say = _speaker(console)
+    for run_dir in arguments.runs:
+        search = calibrate(
+            run_dir,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            token_budget=arguments.token_budget,
+            data_dir=arguments.data_dir,
+            model=arguments.model,
+            say=say,
+        )
+        chosen = search.chosen
+        table = Table("tau", "pruned", "draws", "temperature", "NLL", title=str(run_dir))
+        for trial in search.trials:
+            numbers = (f"{trial.tau:g}", f"{trial.pruned:g}", str(trial.samples or "mean"))
+            table.add_row(*numbers, f"{trial.temperature:.3f}", f"{trial.nll:.4f}")
+        console.print(table)
+        draws = f"{chosen.samples} draws" if chosen.samples else "the mean alone"
+        temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
+        say(
+            f"Chosen on {search.rows} held-out rows, with {search.passes} passes over them: tau {chosen.tau:g}, "
+            f"{chosen.pruned:.0%} pruned, {draws}, temperature {temperature:.3f}."
+        )
+    say(f"Written: adapter/calibration.json in {' '.join(map(str, arguments.runs))}; `varlora predict` uses it.")
+
+
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.progress import rows_progress
     from varlora.report import TEMPERED
@@ -203,6 +240,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             temperature=arguments.temperature,
             taus=arguments.taus,
             ood=arguments.ood,
+            calibrated=arguments.calibrate,
             say=say,
             progress=rows_progress(console, "evaluate"),
         )
@@ -212,6 +250,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             ("draws", samples),
             ("mean_tempered", "mean +T"),
             ("draws_tempered", f"{samples} +T"),
+            ("calibrated", "calibrated"),
         )
         for key, draws in lines:
             if numbers := results.get(key):
@@ -415,6 +454,16 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
 
+    calibrate = verb(
+        "calibrate", _calibrate, "Choose on held-out rows how a posterior is best used.", CALIBRATE_EXAMPLES
+    )
+    calibrate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    calibrate.add_argument("--samples", type=int, default=16, help="draws at the most (default: 16)")
+    calibrate.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
+    calibrate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
+    calibrate.add_argument("--data-dir", help="where the data lie now, if not where they were")
+    calibrate.add_argument("--model", help="where the base lies now, if not where it was")
+
     evaluate = verb(
         "evaluate", _evaluate, "Predict a split's rows with trained runs and print the metrics.", EVALUATE_EXAMPLES
     )
@@ -423,6 +472,9 @@ def _parser() -> argparse.ArgumentParser:
     _draw_arguments(evaluate)
     evaluate.add_argument(
         "--no-temperature", dest="temperature", action="store_false", help="fit no temperature on the held-out rows"
+    )
+    evaluate.add_argument(
+        "--calibrate", action="store_true", help="call `varlora calibrate` first, if that was not done"
     )
     evaluate.add_argument(
         "--taus", type=float, nargs="+", default=(), metavar="TAU", help="predict at further factors of the variance"
@@ -439,7 +491,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", default="-", help="file to write (default: standard output)")
     predict.add_argument("--format", choices=("jsonl", "csv", "tsv"), help="format of the rows (default: by the name)")
     predict.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows and count them")
-    _draw_arguments(predict)
+    _draw_arguments(predict, "what `calibrate` chose, else ")
 
     report = verb("report", _report, "Make a page of tables and pictures from evaluated runs.", REPORT_EXAMPLES)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
@@ -526,9 +578,15 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-def _draw_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=10, help="posterior draws; 0: only the mean (default: 10)")
-    parser.add_argument("--tau", type=float, default=1.0, help="factor of the posterior variance (default: 1)")
+def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
+    """Add what decides the draws; with `chosen`, the defaults are not known before the run is read."""
+    samples, tau = (None, None) if chosen else (10, 1.0)
+    parser.add_argument(
+        "--samples", type=int, default=samples, help=f"posterior draws; 0: only the mean (default: {chosen}10)"
+    )
+    parser.add_argument(
+        "--tau", type=float, default=tau, help=f"factor of the trained posterior's variance (default: {chosen}1)"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--model", help="where the base lies now, if not where it was")
 

@@ -82,10 +82,10 @@ class Outside:
 
 
 def series_of(rows: Sequence[Row]) -> dict[str, list[Series]]:
-    """Return the series of each task, in the order of the rows; rows with a fitted temperature are left out."""
+    """Return the series of each task, in the order of the rows, without those calibrated by a temperature or more."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if not row.tempered:
+        if not (row.tempered or row.calibrated):
             found.setdefault((row.task, f"{row.method} {row.differs}".strip()), []).append(row)
     tasks: dict[str, list[Series]] = {}
     for (task, name), own in found.items():

@@ -70,6 +70,8 @@ class Cell:
         names += [f"predictions-ood-{get_task(task).name}.safetensors" for task in self.evaluation.get("ood", ())]
         if not all((self.run_dir / name).is_file() for name in names):
             return True
+        if self.evaluation.get("calibrated") and not (self.run_dir / "adapter" / "calibration.json").is_file():
+            return True
         return any(meta_of(self.run_dir / name).get("samples") != str(self.evaluation["samples"]) for name in names[1:])
 
 

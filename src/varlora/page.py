@@ -107,6 +107,7 @@ def html_page(
         settings=any(row.differs for row in rows),
         several=any(row.several for row in rows),
         tempered=any(row.tempered for row in rows),
+        calibrated=any(row.calibrated for row in rows),
         metrics=[heading for _, heading, *_ in METRICS],
         numbers=[[*_names(row), *_numbers(row, rows)] for row in rows],
         reliability=_reliability(rows, bins),
@@ -168,7 +169,7 @@ def _outside(rows: Sequence[Row]) -> tuple[list[list[Cell]], list[str]]:
     """Return the lines of the table of other tasks' rows, and what is wrong with the files that cannot be read."""
     found, problems = [], []
     for row in rows:
-        if not row.tempered:  # a temperature changes no order of rows by much, and says nothing new
+        if not (row.tempered or row.calibrated):  # a temperature changes no order of rows by much, and says nothing new
             try:
                 others = out_of_distribution(row)
             except VarloraError as error:

@@ -80,6 +80,8 @@ class Plan:
     """For a task another one, whose rows are shown to its models as well."""
     token_budget: int = 4096
     """Tokens a batch of the evaluation."""
+    calibrate: bool = False
+    """Whether each reported run is calibrated on its held-out rows, and shown so as well."""
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment
 from varlora.typeset import to_latex, to_markdown
 
-__all__ = ["TEMPERED", "Report", "build_report", "paper_tables", "to_table"]
+__all__ = ["CALIBRATED", "TEMPERED", "Report", "build_report", "paper_tables", "to_table"]
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
 TEMPERED = "+T: with the logits divided by a temperature that is fitted on the held-out rows"
+CALIBRATED = "calibrated: variance, pruning, temperature and number of draws as chosen on the held-out rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,11 @@ class Report:
     def tempered(self) -> bool:
         """Whether a row has its logits divided by a temperature."""
         return any(row.tempered for row in self.rows)
+
+    @property
+    def footnotes(self) -> list[str]:
+        """What the additions to the methods' names mean, of those that are there."""
+        return [TEMPERED] * self.tempered + [CALIBRATED] * any(row.calibrated for row in self.rows)
 
     @property
     def settings_shown(self) -> bool:
@@ -139,7 +145,7 @@ def to_table(report: Report) -> Table:
         pad_edge=False,
         padding=0,
         caption=f"ECE with {report.bins} equal-width bins (lo, hi]; ± standard error over seeds"
-        + ("\n" + TEMPERED if report.tempered else ""),
+        + "".join(f"\n{note}" for note in report.footnotes),
         caption_justify="left",
     )
     for name in ("task", "method", *(["settings"] if report.settings_shown else [])):
@@ -186,7 +192,7 @@ def _markdown(report: Report) -> str:
         slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
         settings=report.settings_shown,
         bins=report.bins,
-        tempered=TEMPERED if report.tempered else "",
+        footnotes=report.footnotes,
         diagram="reliability.png",
         notes=report.notes,
         skipped=report.skipped,

@@ -217,7 +217,8 @@ def _cells(
     for seed, candidate in itertools.product(seeds, candidates):
         special: dict[str, Any] = {}
         if "split" not in evaluation:
-            special = {"ood": [plan.ood[candidate.task]]} if candidate.task in plan.ood else {}
+            special = {"calibrated": True} if plan.calibrate else {}
+            special |= {"ood": [plan.ood[candidate.task]]} if candidate.task in plan.ood else {}
             special |= {"taus": list(plan.taus)} if plan.taus and candidate.method == "ivon" else {}
         add(candidate, seed, {**evaluation, **special})
     return list(found.values())

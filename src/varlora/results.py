@@ -8,6 +8,7 @@ a task names a field to slice its rows by, each slice's accuracy is shown beside
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,6 +73,15 @@ class EvaluatedRun:
         start = f"predictions-{kind}-"
         paths = sorted(self.run.glob(f"{start}*.safetensors"))
         return {path.stem.removeprefix(start): load_predictions(path) for path in paths}
+
+    def calibrated(self) -> EvaluatedRun | None:
+        """Return the run with the predictions of its calibrated posterior in place of its own, if it has them.
+
+        Raises:
+            DamagedFileError: the file is cut short or altered.
+        """
+        path = self.run / "predictions-calibrated.safetensors"
+        return dataclasses.replace(self, predictions=load_predictions(path)) if path.is_file() else None
 
     def probs(self, drawn: bool, tempered: bool = False) -> Tensor:
         """(N, C) probabilities averaged over the draws, or at the mean; with the fitted temperature, or without."""
@@ -152,6 +162,8 @@ class Row:
     """The runs, one for each seed, ordered by seed."""
     tempered: bool = False
     """Whether the logits are divided by a temperature that was fitted on held-out rows."""
+    calibrated: bool = False
+    """Whether the posterior is used as `varlora calibrate` chose on held-out rows."""
     slices: tuple[Slice, ...] = ()
     """Parts of the data, in the order of their names; none where the task does not slice."""
 
@@ -399,17 +411,22 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
     parts = [_known_slices(run) for run in group]
     # Draws that all equal the mean come from a point; without draws the adapter's kind of posterior says.
     point = not drawn and all(int(run.meta["samples"]) > 0 or _is_point(run.run) for run in group)
-    variants = [(method if point else f"{method}@mean", 0, False)]
+    variants = [(method if point else f"{method}@mean", 0, False, group)]
     if drawn:
         samples = len(group[0].predictions.logits)
-        variants.append((f"{method} x{samples}", samples, False))
+        variants.append((f"{method} x{samples}", samples, False, group))
     if all(run.predictions.temperatures for run in group):
         variants = [
-            one for label, draws, _ in variants for one in ((label, draws, False), (f"{label} +T", draws, True))
+            one
+            for label, draws, _, runs in variants
+            for one in ((label, draws, False, runs), (f"{label} +T", draws, True, runs))
         ]
-    for label, draws, tempered in variants:
-        labels = [run.predictions.labels[run.known] for run in group]
-        probs = [run.probs(draws > 0, tempered)[run.known] for run in group]
+    tuned = [run for run in map(EvaluatedRun.calibrated, group) if run is not None]
+    if len(tuned) == len(group):
+        variants.append((f"{method} calibrated", max(int(run.meta["samples"]) for run in tuned), False, tuned))
+    for label, draws, tempered, runs in variants:
+        labels = [run.predictions.labels[run.known] for run in runs]
+        probs = [run.probs(draws > 0, tempered)[run.known] for run in runs]
         values = [metrics.evaluate_all(p, y, bins) for p, y in zip(probs, labels)]
         width = max(p.shape[1] for p in probs)
         pooled = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in probs])
@@ -420,8 +437,9 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
             draws=draws,
             stats={name: Stat(tuple(value[name] for value in values)) for name in values[0]},
             reliability=metrics.reliability(pooled, torch.cat(labels), bins),
-            runs=tuple(group),
+            runs=tuple(runs),
             tempered=tempered,
+            calibrated=runs is tuned,
             slices=tuple(_slice(name, parts, probs, labels) for name in names),
         )
 

@@ -37,10 +37,10 @@ __all__ = ["average", "beyond", "method_tables", "setting_text", "table1", "tabl
 
 ORDER = (
     *("adamw", "mc_dropout", "laplace_kfac", "laplace_diag", "swa", "swag"),
-    *("tfb", "ensemble", "temperature", "blob", "ivon"),
+    *("tfb", "ensemble", "temperature", "pruned", "blob", "ivon"),
 )
 """The paper's methods in its order, with the others before IVON."""
-TEMPERED = "Tempered"
+TEMPERED, CALIBRATED = "Tempered", "Calibrated"
 SETTINGS = ("steps", "batch_size", "accumulation", "calibration_fraction", "lora", "model", "dtype", "quantization")
 """Settings of a run, beside the method's own, that Table 3 shows."""
 
@@ -102,7 +102,7 @@ def table1(
             intervals = _intervals(base, row, replicates, seed) if row and base else {}
             for name, found in of_metric.items():
                 found[task] = _cell(name, row, base, intervals.get(name), reason)
-        section = TEMPERED if key.tempered else ""
+        section = TEMPERED if key.tempered else CALIBRATED if key.calibrated else ""
         for name, found in of_metric.items():
             if len(tasks) > 1:
                 found[AVERAGE] = average([found[task] for task in tasks])
@@ -156,6 +156,7 @@ def beyond(rows: Sequence[Row], **settings: Any) -> ResultTable:
 class _Key(NamedTuple):
     """What a line is of; sorts as the paper does."""
 
+    calibrated: bool
     tempered: bool
     place: int
     method: str
@@ -168,20 +169,20 @@ class _Key(NamedTuple):
         """Return what the paper calls it; the number of draws where the table has several."""
         text = f"{self.builds_on}{_title(self.method)}{'@mean' if self.mean else ''}"
         text += f" x{self.draws}" if self.draws and len(draws) > 1 else ""
-        text += " +T" if self.tempered else ""
+        text += " +T" if self.tempered else " calibrated" if self.calibrated else ""
         return f"{text}, {self.differs}" if self.differs else text
 
     @property
     def starred(self) -> bool:
-        return not (self.draws or self.tempered or self.method in ("temperature", "ensemble"))
+        return not (self.draws or self.tempered or self.calibrated or self.method in ("temperature", "ensemble"))
 
 
 def _lines(rows: Sequence[Row]) -> dict[_Key, dict[str, Row]]:
     lines: dict[_Key, dict[str, Row]] = {}
     for row in rows:
         mean = row.label.removesuffix(" +T").endswith("@mean")
-        where = (_builds_on(row.runs[0]), row.draws, row.differs, mean)
-        key = _Key(row.tempered, _place(row.method), row.method, *where)
+        where = (_builds_on(row.runs[0]), 0 if row.calibrated else row.draws, row.differs, mean)
+        key = _Key(row.calibrated, row.tempered, _place(row.method), row.method, *where)
         if lines.setdefault(key, {}).setdefault(row.task, row) is not row:
             raise VarloraError(
                 f"Expected one row of {row.label} for {row.task}, but got two. Make all rows in one call of "
@@ -191,7 +192,7 @@ def _lines(rows: Sequence[Row]) -> dict[_Key, dict[str, Row]]:
 
 
 def _failed_line(method: str) -> _Key:
-    return _Key(False, _place(method), method, "+ " if _on_adamw(method) else "", 0, "", False)
+    return _Key(False, False, _place(method), method, "+ " if _on_adamw(method) else "", 0, "", False)
 
 
 def _failures(failed: Sequence[Skipped], several: Collection[str]) -> tuple[dict[tuple[str, str], str], list[str]]:
@@ -308,6 +309,11 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
         )
     if any(row.tempered for row in rows):
         parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
+    if any(row.calibrated for row in rows):
+        parts.append(
+            "Calibrated: with the factor of the variance, the share of weights pruned, the temperature and the number "
+            "of draws that were chosen on held-out rows."
+        )
     return " ".join(parts) if rows else ""
 
 
@@ -317,7 +323,7 @@ def _over_seeds(rows: Sequence[Row]) -> str:
         " or ".join(map(str, sorted(set(values))))
         for values in (
             [len(row.runs) for row in rows],
-            [row.draws for row in rows if row.draws],
+            [row.draws for row in rows if row.draws and not row.calibrated],
             [len(row.reliability.count) for row in rows],
         )
     )
@@ -358,7 +364,7 @@ def table2(
     scaled, notes = _scaled([run for run in runs if run.settings["method"] == method])
     rows, _, _ = rows_of_runs(scaled, bins)
     lines: dict[tuple[str, float], dict[str, Row]] = defaultdict(dict)
-    for row in sorted((row for row in rows if not row.tempered), key=lambda row: -len(row.runs)):
+    for row in sorted((row for row in rows if not (row.tempered or row.calibrated)), key=lambda row: -len(row.runs)):
         differs = ", ".join(part for part in row.differs.split(", ") if not part.startswith("tau="))
         tau = float(row.runs[0].meta["tau"]) if row.draws else 0.0
         lines[differs, tau].setdefault(row.task, row)  # the mean is the same at every τ: take that of most seeds

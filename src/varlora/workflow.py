@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from varlora import metrics
+from varlora.calibration import Calibration, Search, load_calibration, save_calibration
+from varlora.calibration import calibrate as search_calibration
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
@@ -36,6 +38,7 @@ from varlora.temperature import fit_temperature
 __all__ = [
     "Loaded",
     "answer_rows",
+    "calibrate",
     "check_run_dir",
     "check_unchanged",
     "evaluate",
@@ -53,6 +56,8 @@ MOVABLE = ("run_dir", "data_dir", "model", "sources")
 """Settings that a resumed run may change: where things lie."""
 CALIBRATION = "-calibration"
 """End of the names of the held-out rows' files: to choose on; a report never reads them."""
+CALIBRATED = "-calibrated"
+"""End of the name of the predictions by the calibrated posterior."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,13 @@ class Loaded:
     """The base's tokenizer."""
     settings: Settings
     """The settings that it was trained with."""
+    calibration: Calibration | None = None
+    """How the posterior is to be used, if `varlora calibrate` chose it."""
+
+    @property
+    def calibrated(self) -> Posterior:
+        """The posterior as it is to be drawn from: calibrated, where that was done."""
+        return self.posterior if self.calibration is None else self.calibration.applied(self.posterior)
 
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `model, posterior = load(run_dir)`."""
@@ -95,7 +107,7 @@ def load(run_dir: str | Path, *, model: str | None = None, device: str | None = 
     posterior = load_posterior(loaded, run_dir / "adapter")
     _check_same(run_dir, "base", base_fingerprint(loaded), f"the base model {model or settings.model}")
     load_adapter(loaded, run_dir / "adapter")
-    return Loaded(loaded, posterior, tokenizer, settings)
+    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(run_dir / "adapter"))
 
 
 def train(
@@ -321,6 +333,7 @@ def evaluate(
     temperature: bool = True,
     taus: Sequence[float] = (),
     ood: Sequence[str] = (),
+    calibrated: bool = False,
     say: Say = print,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None] | None]] | None = None,
 ) -> dict[str, Any]:
@@ -328,7 +341,7 @@ def evaluate(
 
     For the calibration split both names end in `-calibration`, so that no report shows them as results. Predictions at
     further factors of the variance, and of other tasks' rows, are written beside them: `predictions-tau-<tau>` and
-    `predictions-ood-<task>`.
+    `predictions-ood-<task>`; so are those of the calibrated posterior, where there is one: `predictions-calibrated`.
 
     Args:
         run_dir: a trained run.
@@ -342,6 +355,7 @@ def evaluate(
         temperature: fit a temperature on the held-out rows as well, if there are any.
         taus: further factors of the posterior variance to predict the same rows at.
         ood: other tasks, by name or task file, to whose rows the model is shown as well: out of distribution.
+        calibrated: call `calibrate` first, if that was not done and rows were held out.
         say: told in words what a user should know.
         progress: given the number of rows, a context that gives a function to call with the rows done.
 
@@ -359,7 +373,9 @@ def evaluate(
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
     loaded = load(run_dir, model=model)
 
-    def predicted(split: str, task: Task = task, tau: float = tau) -> Predictions:
+    def predicted(
+        split: str, task: Task = task, tau: float = tau, loaded: Loaded = loaded, **draws: Any
+    ) -> Predictions:
         """Predict a split."""
         examples = rows_of_split(task, split, settings, say)
         _say_unsliced(task, examples, say)
@@ -367,7 +383,7 @@ def evaluate(
         if split == "calibration":  # other data may hold out rows that were trained on
             _check_same(run_dir, "held_out", _checksum(encoded.rows), f"the held-out rows of {task.name}")
         with (progress or _no_progress)(len(encoded.rows)) as advance:
-            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget}
+            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, **draws}
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
         slices = tuple(example.slice for example in examples)
@@ -379,9 +395,9 @@ def evaluate(
             meta={**found.meta, **origin_of_rows},
         )
 
-    def written(found: Predictions, suffix: str = "") -> dict[str, Any]:
+    def written(found: Predictions, suffix: str = "", **more: Any) -> dict[str, Any]:
         save_predictions(found, run_dir / f"predictions{suffix}.safetensors")
-        results = _results(found)
+        results = _results(found) | more
         write_json(run_dir / f"metrics{suffix}.json", results | origin())
         return results
 
@@ -395,6 +411,21 @@ def evaluate(
         save_predictions(predicted(other.evaluation, other), run_dir / f"predictions-ood-{other.name}.safetensors")
     for factor in taus:
         save_predictions(predicted(split, tau=factor), run_dir / f"predictions-tau-{factor:g}.safetensors")
+    more: dict[str, Any] = {}
+    if calibrated and loaded.calibration is None and settings.calibration_fraction:
+        search = calibrate(run_dir, seed=seed, token_budget=token_budget, data_dir=data_dir, model=model, say=say)
+        loaded = dataclasses.replace(loaded, calibration=search.chosen)
+    beside = run_dir / f"predictions{CALIBRATED}.safetensors"
+    beside.unlink(missing_ok=True)
+    if (chosen := loaded.calibration) is not None:
+        used = dataclasses.replace(loaded, posterior=loaded.calibrated)
+        tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples)
+        facts = {name: repr(value) for name, value in dataclasses.asdict(chosen).items()}
+        save_predictions(dataclasses.replace(tuned, meta={**tuned.meta, **facts}), beside)
+        known = tuned.labels >= 0
+        more = {"calibration": dataclasses.asdict(chosen)}
+        if known.any():
+            more["calibrated"] = metrics.evaluate(tuned.probs[known], tuned.labels[known])
     if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
         try:
             held_out = _stored(run_dir, predictions)
@@ -409,7 +440,54 @@ def evaluate(
             say(f"No temperature was fitted on the held-out rows: {error}")
         else:
             predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
-    return written(predictions)
+    return written(predictions, **more)
+
+
+def calibrate(
+    run_dir: str | Path,
+    *,
+    samples: int = 16,
+    seed: int = 0,
+    token_budget: int = 4096,
+    data_dir: str | None = None,
+    model: str | None = None,
+    say: Say = print,
+) -> Search:
+    """Choose how a run's posterior is best used, on the rows that it held out, and store that with the adapter.
+
+    Args:
+        run_dir: a trained run.
+        samples: draws at the most; 0: only the mean and its temperature.
+        seed: seed of the draws.
+        token_budget: tokens a batch, padding included.
+        data_dir: where the data lie now, if not where they were.
+        model: where the base lies now, if not where it was.
+        say: told in words what a user should know.
+
+    Returns:
+        What was chosen, and among what; `adapter/calibration.json` holds it, and `answer_rows` uses it.
+
+    Raises:
+        VarloraError: the run held no rows out, or see `load`.
+    """
+    run_dir = Path(run_dir)
+    settings = settings_of(run_dir)
+    if data_dir is not None:
+        settings = dataclasses.replace(settings, data_dir=data_dir)
+    task = get_task(settings.task)
+    examples = rows_of_split(task, "calibration", settings, say)
+    loaded = load(run_dir, model=model)
+    rows = _encode(loaded.model, loaded.tokenizer, examples, settings, say).rows
+    _check_same(run_dir, "held_out", _checksum(rows), f"the held-out rows of {task.name}")
+
+    def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
+        one = dataclasses.replace(loaded, posterior=posterior)
+        found = _predict(one, rows, samples=n, seed=seed, token_budget=token_budget)
+        return found.logits, found.labels
+
+    search = search_calibration(loaded.posterior, draw, samples)
+    save_calibration(search, run_dir / "adapter")
+    return search
 
 
 def _stored(run_dir: Path, like: Predictions) -> Predictions | None:
@@ -453,11 +531,31 @@ def _results(predictions: Predictions) -> dict[str, Any]:
 
 
 def answer_rows(
-    loaded: Loaded, examples: Sequence[Example], *, samples: int = 10, tau: float = 1.0, seed: int = 0, say: Say = print
+    loaded: Loaded,
+    examples: Sequence[Example],
+    *,
+    samples: int | None = None,
+    tau: float | None = None,
+    seed: int = 0,
+    say: Say = print,
 ) -> Iterable[dict[str, Any]]:
-    """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats."""
+    """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
+
+    Args:
+        loaded: what `load` returned; it is used as `calibrate` chose, if it did.
+        examples: the rows.
+        samples: draws; 0: only the mean; left out: what was chosen, else 10.
+        tau: factor of the posterior's variance, of what was trained and without the rest of what was chosen; left out:
+            what was chosen, else 1.
+        seed: seed of the draws.
+        say: told in words what a user should know.
+    """
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
-    predictions = _predict(loaded, encoded.rows, samples=samples, tau=tau, seed=seed)
+    chosen = loaded.calibration if tau is None else None
+    used = dataclasses.replace(loaded, posterior=loaded.calibrated) if chosen else loaded
+    if samples is None:
+        samples = chosen.samples if chosen else 10
+    predictions = _predict(used, encoded.rows, samples=samples, tau=1.0 if tau is None else tau, seed=seed)
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
         probabilities = dict(zip(example.answers, probs))

@@ -27,6 +27,7 @@ from varlora.methods import (
     LaplaceKfac,
     McDropout,
     Method,
+    Pruned,
     Swa,
     Swag,
     Temperature,
@@ -76,6 +77,7 @@ ROWS = [
     Row("blob", Blob(lr=2e-2, sigma_init=0.3, gamma=100.0)),
     Row("ensemble", Ensemble(of="adamw", settings={"lr": 2e-2}, size=2)),
     Row("temperature", Temperature(of="ivon", settings={"lr": 1.0, "clip_radius": 2e-2}, samples=3)),
+    Row("pruned", Pruned(of="ivon", settings={"lr": 1.0, "clip_radius": 2e-2}, fraction=0.2)),
 ]
 
 every_method = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -11,6 +11,7 @@ from varlora.methods.ensemble import Ensemble
 from varlora.methods.ivon import Ivon
 from varlora.methods.laplace import LaplaceDiag, LaplaceKfac
 from varlora.methods.mc_dropout import McDropout
+from varlora.methods.pruned import Pruned
 from varlora.methods.swa import Swa, Swag
 from varlora.methods.temperature import Temperature
 from varlora.methods.tfb import Tfb
@@ -27,6 +28,7 @@ __all__ = [
     "McDropout",
     "Method",
     "Plan",
+    "Pruned",
     "Swa",
     "Swag",
     "Temperature",
@@ -48,6 +50,7 @@ METHODS: dict[str, type[Any]] = {
         Blob,
         Ensemble,
         Temperature,
+        Pruned,
     )
 }
 """Name -> class; calling it with settings gives the method."""

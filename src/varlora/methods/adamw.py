@@ -26,6 +26,10 @@ class AdamW(AdamWTraining):
     name: ClassVar[str] = "adamw"
     title: ClassVar[str] = "AdamW"
 
+    def has_variances(self) -> bool:
+        """A point has none."""
+        return False
+
     def posterior(self, trained: Trained) -> Point:
         """Return the last iterate."""
         return Point(copied(trained.model))

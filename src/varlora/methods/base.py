@@ -109,6 +109,10 @@ class Method(Protocol):
         """Return why the method cannot work in a run like this, and the cure; a sentence each."""
         return []
 
+    def has_variances(self) -> bool:
+        """Whether the posterior has a variance for each weight, by which weights can be pruned."""
+        return True
+
     def members(self) -> Sequence[Method]:
         """Methods to train one after the other, each on a fresh adapter, in place of this one; empty for most."""
         return ()
@@ -225,6 +229,24 @@ class Wrapping(Method):
         """Return the other method's optimizer."""
         return self.inner().optimizer(params, num_examples, batch_size, seed)
 
+    def has_variances(self) -> bool:
+        """Whether the other method's posterior has."""
+        return self.inner().has_variances()
+
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler | None:
         """Return the other method's schedule."""
         return self.inner().schedule(optimizer, total_steps)
+
+    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Train as the other method does."""
+        return self.inner().training(model, optimizer)
+
+    def after_step(
+        self, params: Mapping[str, nn.Parameter], step: int, total_steps: int, state: dict[str, Any]
+    ) -> None:
+        """Watch what the other method watches."""
+        self.inner().after_step(params, step, total_steps, state)
+
+    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Log what the other method logs."""
+        return self.inner().log(optimizer)

@@ -32,6 +32,10 @@ class McDropout(AdamWTraining):
     title: ClassVar[str] = "MC dropout"
     concludes_from: ClassVar[tuple[str, ...]] = ("adamw",)
 
+    def has_variances(self) -> bool:
+        """A mask's noise is the same share of every weight: it tells no two of them apart."""
+        return False
+
     def problems(self, plan: Plan) -> list[str]:
         """Without dropout all draws would be the mean."""
         if plan.dropout > 0:

@@ -130,6 +130,10 @@ class Swa(_Averaging):
     title: ClassVar[str] = "SWA"
     concludes_from: ClassVar[tuple[str, ...]] = ("swag",)
 
+    def has_variances(self) -> bool:
+        """A point has none."""
+        return False
+
     def posterior(self, trained: Trained) -> Point:
         """Return the average, or the mean of a finished SWAG, which is the same."""
         if trained.sources:

@@ -6,13 +6,8 @@ Either this trains the method and then fits T, or it fits T for a finished run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import nn
+from typing import ClassVar
 
 from varlora.methods.base import Plan, Trained, Wrapping
 from varlora.posterior import Tempered
@@ -46,16 +41,6 @@ class Temperature(Wrapping):
             found.append(f"Expected `samples` to be a number of draws >= 1, but got {self.samples}.")
         return found
 
-    def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        """Train as the method does."""
-        return self.inner().training(model, optimizer)
-
-    def after_step(
-        self, params: Mapping[str, nn.Parameter], step: int, total_steps: int, state: dict[str, Any]
-    ) -> None:
-        """Watch what the method watches."""
-        self.inner().after_step(params, step, total_steps, state)
-
     def posterior(self, trained: Trained) -> Tempered:
         """Return the method's posterior, or the finished run's, with the temperatures of the held-out rows."""
         inner = trained.sources[0] if trained.sources else self.inner().posterior(trained)
@@ -64,7 +49,3 @@ class Temperature(Wrapping):
         )
         trained.say(f"The temperature of the draws is {draws:.3f}, at the mean {mean:.3f}.")
         return Tempered(inner, draws, mean)
-
-    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Log what the method logs."""
-        return self.inner().log(optimizer)

@@ -19,6 +19,7 @@ from varlora.posterior.linearised import Linearised
 from varlora.posterior.low_rank import LowRankGaussian
 from varlora.posterior.mixture import Mixture
 from varlora.posterior.point import Point
+from varlora.posterior.pruned import Pruned
 from varlora.posterior.tempered import Tempered
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Mixture",
     "Point",
     "Posterior",
+    "Pruned",
     "Tempered",
     "draw_logits_by_loop",
     "posterior_from_tensors",
@@ -48,6 +50,7 @@ POSTERIORS: dict[str, Any] = {
         Linearised,
         Mixture,
         Tempered,
+        Pruned,
     )
 }
 """Every kind of posterior that a checkpoint can hold, by its name."""

@@ -14,6 +14,7 @@ from varlora.errors import VarloraError
 from varlora.params import swapped
 
 __all__ = [
+    "CRITERIA",
     "Forward",
     "Gaussian",
     "Posterior",
@@ -21,6 +22,7 @@ __all__ = [
     "check_draws",
     "check_tau",
     "draw_logits_by_loop",
+    "kept_by",
     "normal",
     "pack",
     "prefixed",
@@ -30,6 +32,9 @@ __all__ = [
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable."""
+
+CRITERIA = ("snr", "magnitude", "random")
+"""What weights can be pruned by: the signal-to-noise ratio |m|/√v, and two controls."""
 
 
 @runtime_checkable
@@ -58,6 +63,10 @@ class Posterior(Protocol):
         """The same posterior with `tau` times the variance (the paper's Table 2); 0 is the mean."""
         ...
 
+    def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Posterior:
+        """The same posterior with a share of all weights, 0 to 1, exactly 0; those lowest by one of `CRITERIA`."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores, keyed by parameter name."""
         ...
@@ -74,12 +83,44 @@ class WeightPosterior(Posterior, Protocol):
     Its classes are frozen dataclasses with `mean` as their first field that name this class as their base.
     """
 
+    entrywise: ClassVar[tuple[str, ...]] = ("mean",)
+    """The fields that hold numbers for each weight, as their last dimensions."""
+
     mean: Mapping[str, Tensor]
     """The weights' mean by parameter name."""
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
         ...
+
+    def marginal_std(self) -> Mapping[str, Tensor]:
+        """Return the standard deviation √v of each weight by parameter name.
+
+        Raises:
+            VarloraError: the weights have no variances of their own.
+        """
+        raise VarloraError(
+            f"Expected a posterior with a variance for each weight, but a {self.kind} has none of its own. "
+            "Prune it by magnitude, or take a method that has variances, such as ivon or swag."
+        )
+
+    def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Posterior:
+        """Return the posterior with a share of all weights set to exactly 0, without variance.
+
+        Args:
+            fraction: share of all weights, 0 to 1.
+            by: what the lowest are pruned by: `snr`, the signal-to-noise ratio |m|/√v; `magnitude`, |m|; `random`.
+            generator: source of the order at random; left out: seed 0.
+
+        Raises:
+            VarloraError: `fraction` or `by` is none, or `by` needs variances and there are none.
+
+        References:
+            the follow-up of the paper (arXiv:2506.14280), pruning at test time by |m|/√v.
+        """
+        from varlora.posterior import Pruned
+
+        return Pruned(self, kept_by(self, fraction, by, generator))
 
     def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
         """Within the context `model` is one draw; after it, bit for bit what it was."""
@@ -104,6 +145,14 @@ class Gaussian(Posterior, Protocol):
 
     def scale(self, tau: float) -> Gaussian:
         """The same Gaussian with `tau` times the covariance."""
+        ...
+
+    def marginal_std(self) -> Mapping[str, Tensor]:
+        """The standard deviation of each weight by parameter name."""
+        ...
+
+    def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Posterior:
+        """The same Gaussian with a share of the weights set to 0; see `WeightPosterior.prune`."""
         ...
 
     def quadratic(self, name: str, gradients: Tensor) -> Tensor:
@@ -144,6 +193,44 @@ def draw_logits_by_loop(
         with posterior.sampled(model, generator):
             logits.append(forward(model, batch))
     return torch.stack(logits)
+
+
+def kept_by(
+    posterior: WeightPosterior, fraction: float, by: str, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """Return which weights stay when a share of all is pruned, the lowest first.
+
+    Args:
+        posterior: what is pruned.
+        fraction: share of all weights, 0 to 1.
+        by: `snr`, the signal-to-noise ratio |m|/√v; `magnitude`, |m|; `random`.
+        generator: source of the order at random.
+
+    Raises:
+        VarloraError: `fraction` or `by` is none, or the posterior has no variances and `by` needs them.
+    """
+    if not 0 <= fraction <= 1:
+        raise VarloraError(f"Expected `fraction` to be a share of the weights within 0 and 1, but got {fraction}.")
+    if by not in CRITERIA:
+        raise VarloraError(f"Expected `by` to be one of {', '.join(CRITERIA)}, but got {by!r}.")
+    sizes = {name: value.numel() for name, value in posterior.mean.items()}
+    if by == "random":
+        generator = generator or torch.Generator().manual_seed(0)
+        order = torch.randperm(sum(sizes.values()), generator=generator, device=generator.device)
+    else:
+        signal = torch.cat([posterior.mean[name].flatten().abs() for name in sorted(sizes)])
+        if by == "snr":
+            std = posterior.marginal_std()
+            noise = torch.cat([std[name].flatten() for name in sorted(sizes)])
+            signal = (signal / noise).nan_to_num(nan=0.0, posinf=math.inf)  # 0/0: certainly zero, and goes first
+        order = signal.argsort(stable=True)
+    kept = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    kept[order[: round(fraction * len(order))]] = False
+    parts = kept.split([sizes[name] for name in sorted(sizes)])
+    return {
+        name: part.view(posterior.mean[name].shape).to(posterior.mean[name].device)
+        for name, part in zip(sorted(sizes), parts)
+    }
 
 
 def normal(like: Tensor, generator: torch.Generator, *size: int) -> Tensor:

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from varlora.errors import VarloraError
 from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
 
 __all__ = ["DiagonalGaussian"]
@@ -35,6 +34,7 @@ class DiagonalGaussian(WeightPosterior):
     """
 
     kind: ClassVar[str] = "diagonal_gaussian"
+    entrywise: ClassVar[tuple[str, ...]] = ("mean", "std")
 
     mean: Mapping[str, Tensor]
     """m by parameter name, float32 (or wider) whatever the parameter's type."""
@@ -64,42 +64,9 @@ class DiagonalGaussian(WeightPosterior):
         check_tau(tau)
         return DiagonalGaussian(self.mean, {name: std * math.sqrt(tau) for name, std in self.std.items()})
 
-    def prune(self, fraction: float) -> DiagonalGaussian:
-        """Return the posterior with the given fraction of weights of lowest |m|/√v set to exactly 0, without variance.
-
-        Args:
-            fraction: share of all weights, 0 to 1.
-
-        Raises:
-            VarloraError: `fraction` is not within 0 and 1.
-
-        References:
-            the follow-up of the paper (arXiv:2506.14280), pruning at test time.
-
-        Example:
-            >>> mean, std = torch.tensor([0.1, -3.0, 2.0, 0.2]), torch.ones(4)
-            >>> DiagonalGaussian({"w": mean}, {"w": std}).prune(0.5).mean["w"].tolist()
-            [0.0, -3.0, 2.0, 0.0]
-        """
-        if not 0 <= fraction <= 1:
-            raise VarloraError(f"Expected `fraction` to be a share of the weights within 0 and 1, but got {fraction}.")
-        # 0/0 is a weight that is certainly zero: it goes first
-        ratio = {
-            name: (self.mean[name].abs() / self.std[name]).nan_to_num(nan=0.0, posinf=math.inf) for name in self.mean
-        }
-        total = sum(value.numel() for value in ratio.values())
-        count = round(fraction * total)
-        if count == 0:
-            return self
-        flat = torch.cat([value.flatten() for value in ratio.values()])
-        lowest = torch.zeros(total, dtype=torch.bool, device=flat.device)
-        lowest[flat.argsort(stable=True)[:count]] = True
-        pruned = dict(zip(ratio, lowest.split([value.numel() for value in ratio.values()])))
-
-        def without(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value.masked_fill(pruned[name].view_as(value), 0.0) for name, value in values.items()}
-
-        return DiagonalGaussian(without(self.mean), without(self.std))
+    def marginal_std(self) -> Mapping[str, Tensor]:
+        """Return σ."""
+        return self.std
 
     def quadratic(self, name: str, gradients: Tensor) -> Tensor:
         """Return the covariance that one parameter gives to linear functions of it, (B, C, C) float64."""

@@ -72,6 +72,13 @@ class KroneckerGaussian(WeightPosterior):
         excess = self.variance[name].flatten().double() - rest
         return rest * (whole @ whole.mT) + (along * excess) @ along.mT
 
+    def marginal_std(self) -> dict[str, Tensor]:
+        """Return the root of the covariance's diagonal, r + Σⱼᵢ (sⱼᵢ − r) uⱼ² vᵢ², by parameter name."""
+        return {
+            name: (self.rest + self.left[name].square() @ (s - self.rest) @ self.right[name].square().T).sqrt()
+            for name, s in self.variance.items()
+        }
+
     def scale(self, tau: float) -> KroneckerGaussian:
         """Return the Gaussian with `tau` times the covariance."""
         check_tau(tau)

@@ -78,6 +78,10 @@ class Linearised:
         """Return the predictive with `tau` times the covariance."""
         return Linearised(self.weights.scale(tau))
 
+    def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Linearised:
+        """Prune the Gaussian: what is pruned has no gradient that counts."""
+        return Linearised(cast(Gaussian, self.weights.prune(fraction, by, generator)))
+
     def tensors(self) -> dict[str, Tensor]:
         """The Gaussian's tensors, as `0/<kind>/<tensor>`."""
         return pack([self.weights])

@@ -35,6 +35,7 @@ class LowRankGaussian(WeightPosterior):
     """
 
     kind: ClassVar[str] = "low_rank_gaussian"
+    entrywise: ClassVar[tuple[str, ...]] = ("mean", "std", "deviations")
 
     mean: Mapping[str, Tensor]
     """θ̄ by parameter name, float32 (or wider) whatever the parameter's type."""
@@ -64,6 +65,13 @@ class LowRankGaussian(WeightPosterior):
             z1 = normal(mean, generator) / math.sqrt(2)
             drawn[name] = torch.addcmul(mean, std, z1) + torch.tensordot(z2.to(mean.device), deviations, 1)
         return drawn
+
+    def marginal_std(self) -> dict[str, Tensor]:
+        """Return the root of the covariance's diagonal, ½ (σ² + Σₖ Dₖ²/(K − 1)), by parameter name."""
+        return {
+            name: ((std.square() + d.square().sum(0) / (len(d) - 1)) / 2).sqrt()
+            for name, std, d in ((name, self.std[name], self.deviations[name]) for name in self.mean)
+        }
 
     def scale(self, tau: float) -> LowRankGaussian:
         """Return the Gaussian with `tau` times the covariance."""

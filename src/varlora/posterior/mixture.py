@@ -81,6 +81,10 @@ class Mixture:
         """Scale each member's variance; the spread between members stays."""
         return Mixture([member.scale(tau) for member in self.members])
 
+    def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Mixture:
+        """Prune each member by itself."""
+        return Mixture([member.prune(fraction, by, generator) for member in self.members])
+
     def tensors(self) -> dict[str, Tensor]:
         """Each member's tensors, as `<index>/<kind>/<tensor>`."""
         return pack(self.members)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from varlora.params import swapped
-from varlora.posterior.base import Forward, check_draws, check_tau, draw_logits_by_loop, prefixed, without_prefix
+from varlora.posterior.base import (
+    Forward,
+    WeightPosterior,
+    check_draws,
+    check_tau,
+    draw_logits_by_loop,
+    prefixed,
+    without_prefix,
+)
 
 __all__ = ["Point"]
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(WeightPosterior):
     """All mass on one value of the weights: what AdamW ends with. Every draw is the mean.
 
     Example:
@@ -32,13 +38,9 @@ class Point:
     mean: Mapping[str, Tensor]
     """The weights by parameter name."""
 
-    def sampled(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]:
-        """Within the context `model` is at the mean, whatever the generator."""
-        return self.at_mean(model)
-
-    def at_mean(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the context `model` is at the mean."""
-        return swapped(model, self.mean)
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the mean, whatever the generator."""
+        return dict(self.mean)
 
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
         """Class logits at the mean, (1, B, C) whatever `n`: draws of a point are all the same."""

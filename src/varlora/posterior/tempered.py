@@ -57,6 +57,10 @@ class Tempered:
         """Scale the inner posterior's variance; the temperatures stay."""
         return Tempered(self.inner.scale(tau), self.temperature, self.temperature_mean)
 
+    def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Tempered:
+        """Prune the inner posterior; the temperatures stay."""
+        return Tempered(self.inner.prune(fraction, by, generator), self.temperature, self.temperature_mean)
+
     def tensors(self) -> dict[str, Tensor]:
         """The inner posterior's tensors as `0/<kind>/<tensor>`, and `temperature`: of the draws and at the mean."""
         temperatures = torch.tensor([self.temperature, self.temperature_mean], dtype=torch.float64)

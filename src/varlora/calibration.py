@@ -1,0 +1,240 @@
+"""Calibration: how a posterior is best used, chosen on held-out rows and stored with the adapter.
+
+Four numbers are chosen together: the factor τ of the variance, the share of weights that is pruned by signal to noise,
+the temperature that logits are divided by, and the number of draws. Temperature and draws cost no pass over the rows,
+as they are choices on logits that are there already; so each trial of τ and of the share is judged by the NLL at its
+own best temperature, with few draws, the same noise for all. τ is doubled or halved while that helps, then weights are
+pruned while that helps beyond a standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlora import metrics
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.posterior import Posterior, Tempered
+from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
+from varlora.temperature import fit_temperature
+
+__all__ = ["Calibration", "Search", "Trial", "calibrate", "load_calibration", "save_calibration"]
+
+FILE = "calibration.json"
+TAUS = (1 / 64, 16.0)
+"""Between these τ is looked for."""
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+"""Shares of weights that are tried, one after the other while it helps."""
+SEARCH_DRAWS = 8
+"""Draws of each trial."""
+BEARABLE = 0.01
+"""Relative rise of the NLL that fewer draws may cost."""
+
+Draw = Callable[[Posterior, int], tuple[Tensor, Tensor]]
+"""`draw(posterior, n)`: class logits of n fixed draws for each held-out row, (S, N, C), or of the mean for n = 0, and
+the labels, (N,)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a posterior is to be used."""
+
+    tau: float
+    """Factor of the variance."""
+    pruned: float
+    """Share of all weights that is 0, those of lowest |m|/√v."""
+    temperature: float
+    """What the draws' logits are divided by."""
+    temperature_mean: float
+    """What the mean's logits are divided by."""
+    samples: int
+    """Draws that are averaged; 0: the mean."""
+
+    def applied(self, posterior: Posterior) -> Tempered:
+        """Return the posterior as it is to be drawn from."""
+        return Tempered(_changed(posterior, self.tau, self.pruned), self.temperature, self.temperature_mean)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one setting gave on the held-out rows."""
+
+    tau: float
+    pruned: float
+    samples: int
+    temperature: float
+    """The best for it."""
+    nll: float
+    """At that temperature."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was chosen, and among what."""
+
+    chosen: Calibration
+    trials: tuple[Trial, ...]
+    """In the order in which they were tried; the chosen number of draws comes last."""
+    rows: int
+    """Held-out rows."""
+    passes: int
+    """Passes of a model over them."""
+
+
+def calibrate(posterior: Posterior, draw: Draw, samples: int = 16) -> Search:
+    """Choose τ, the share that is pruned, the temperature and the number of draws on held-out rows.
+
+    Args:
+        posterior: what training ended with.
+        draw: gives logits of the held-out rows, with the same noise for every posterior.
+        samples: draws at the most; 0: only the mean and its temperature.
+
+    Raises:
+        MetricError: there are no rows, or a label is wrong.
+        VarloraError: `samples` is negative.
+    """
+    if samples < 0:
+        raise VarloraError(f"Expected `samples` to be a number of draws >= 0, but got {samples}. Pass 0 for the mean.")
+    trials = _Trials(posterior, draw, samples)
+    tau = _factor(trials)
+    pruned = _share(trials, tau)
+    mean = trials.made(0.0, pruned)
+    drawn = _number(trials, tau, pruned) if tau else mean
+    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples)
+    return Search(chosen, tuple(trials.trials), trials.rows, trials.passes)
+
+
+class _Trials:
+    """The trials of a search, each made once."""
+
+    def __init__(self, posterior: Posterior, draw: Draw, samples: int) -> None:
+        self.posterior, self.draw, self.samples = posterior, draw, samples
+        self.trials: list[Trial] = []
+        self.losses: dict[Trial, Tensor] = {}
+        self.rows = self.passes = 0
+
+    def logits(self, tau: float, pruned: float, n: int) -> tuple[Tensor, Tensor]:
+        """Return logits and labels at a setting."""
+        logits, labels = self.draw(_changed(self.posterior, tau, pruned), n)
+        self.rows, self.passes = len(labels), self.passes + min(len(logits), max(n, 1))
+        return logits, labels
+
+    def made(self, tau: float, pruned: float = 0.0) -> Trial:
+        """Return the trial of a setting, with few draws; at τ = 0 it is of the mean."""
+        for trial in self.trials:
+            if (trial.tau, trial.pruned) == (tau, pruned):
+                return trial
+        n = min(self.samples, SEARCH_DRAWS) if tau else 0
+        logits, labels = self.logits(tau, pruned, n)
+        return self.judged(tau, pruned, 0 if len(logits) == 1 else n, logits, labels)
+
+    def judged(self, tau: float, pruned: float, n: int, logits: Tensor, labels: Tensor) -> Trial:
+        """Fit the temperature of some logits, and note the trial; its NLL is infinite where a draw overflows."""
+        if logits.isnan().any() or (logits == math.inf).any():
+            trial, losses = Trial(tau, pruned, n, 1.0, math.inf), torch.full((len(labels),), math.inf)
+        else:
+            temperature = fit_temperature(logits, labels)
+            probs = metrics.average_probs(logits.double() / temperature)
+            losses = -probs.gather(1, labels[:, None])[:, 0].log()
+            trial = Trial(tau, pruned, n, temperature, losses.mean().item())
+        self.trials.append(trial)
+        self.losses[trial] = losses
+        return trial
+
+
+def _changed(posterior: Posterior, tau: float, pruned: float) -> Posterior:
+    kept = posterior.prune(pruned) if pruned else posterior  # first: without variance there is no signal to noise
+    return kept if tau == 1 else kept.scale(tau)
+
+
+def _factor(trials: _Trials) -> float:
+    """Return τ: 1, doubled or halved as long as that helps; 0 where the mean alone is better, or all draws are it."""
+    mean = trials.made(0.0)
+    if not trials.samples or not trials.made(1.0).samples:
+        return 0.0
+    best = trials.made(1.0)
+    for factor in (0.5, 2.0):
+        while TAUS[0] <= best.tau * factor <= TAUS[1] and trials.made(best.tau * factor).nll < best.nll:
+            best = trials.made(best.tau * factor)
+        if best.tau != 1:
+            break
+    return min(best, mean, key=lambda trial: trial.nll).tau
+
+
+def _share(trials: _Trials, tau: float) -> float:
+    """Return the share that is pruned: more of it as long as the NLL falls, if by more than a standard error."""
+    try:
+        trials.posterior.prune(0.0)
+    except VarloraError:  # without variances there is no signal to noise
+        return 0.0
+    whole = best = trials.made(tau)
+    for share in SHARES:
+        if trials.made(tau, share).nll >= best.nll:
+            break
+        best = trials.made(tau, share)
+    gain = trials.losses[whole] - trials.losses[best]
+    return best.pruned if gain.mean() > gain.std() / math.sqrt(len(gain)) else 0.0
+
+
+def _number(trials: _Trials, tau: float, pruned: float) -> Trial:
+    """Return the trial of the fewest draws, a power of two, that cost no more than a bearable rise of the NLL."""
+    logits, labels = trials.logits(tau, pruned, trials.samples)
+    if len(logits) > trials.samples:  # more cost nothing
+        return trials.judged(tau, pruned, trials.samples, logits, labels)
+    numbers = [2**power for power in range(len(logits).bit_length()) if 2**power < len(logits)]
+    all_of_them = trials.judged(tau, pruned, len(logits), logits, labels)
+    for n in numbers:
+        fewer = trials.judged(tau, pruned, n, logits[:n], labels)
+        if fewer.nll <= (1 + BEARABLE) * all_of_them.nll:
+            return fewer
+    return all_of_them
+
+
+def save_calibration(search: Search, adapter: Path) -> None:
+    """Write what was chosen, among what, and its origin beside an adapter."""
+    write_json(
+        adapter / FILE,
+        asdict(search.chosen)
+        | {"adapter": file_digest(adapter / MANIFEST), "rows": search.rows, "passes": search.passes}
+        | {"trials": [{**asdict(trial), "nll": _finite(trial.nll)} for trial in search.trials]}
+        | origin(),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity
+
+
+def load_calibration(adapter: Path) -> Calibration | None:
+    """Return how an adapter is to be used, if that was chosen.
+
+    Raises:
+        DamagedFileError: the file is damaged, or of another adapter.
+    """
+    path = adapter / FILE
+    if not path.is_file():
+        return None
+    stored: Any = read_json(path)
+    again = "Run `varlora calibrate` again, or delete it."
+    try:
+        if stored["adapter"] != file_digest(adapter / MANIFEST):
+            raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
+        factors = [float(stored[name]) for name in ("tau", "pruned", "temperature", "temperature_mean")]
+        chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"Expected a calibration in {path}, but {error} is missing or wrong. {again}") from error
+    within = (
+        math.isfinite(chosen.tau) and chosen.tau >= 0,
+        0 <= chosen.pruned <= 1,
+        0 < chosen.temperature < math.inf and 0 < chosen.temperature_mean < math.inf,
+        chosen.samples >= 0,
+    )
+    if not all(within):
+        raise DamagedFileError(f"Expected a calibration in {path}, but its numbers make no sense: {chosen}. {again}")
+    return chosen

@@ -1,0 +1,250 @@
+"""Choosing how a posterior is used: the search on problems whose answer is known, and the way through a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from varlora.calibration import BEARABLE, SEARCH_DRAWS, Calibration, calibrate, load_calibration, save_calibration
+from varlora.cli import main
+from varlora.config import settings_from
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.metrics import average_probs, nll
+from varlora.posterior import DiagonalGaussian, Point, Posterior, Tempered
+from varlora.report import build_report
+from varlora.temperature import fit_temperature
+from varlora.workflow import evaluate, load, train
+
+ROWS, WEIGHTS = 400, 40
+SMALL = 0.03
+
+
+class Linear:
+    """Logits that are linear in the weights, of rows whose labels follow a softmax of other weights."""
+
+    def __init__(self, noise: float, useless: int = 0, seed: int = 0) -> None:
+        source = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(ROWS, WEIGHTS, generator=source) / math.sqrt(WEIGHTS)
+        truth = 3 * torch.randn(WEIGHTS, 3, generator=source)
+        truth[:useless] = 0.0
+        self.labels = torch.multinomial((self.x @ truth).softmax(-1), 1, generator=source)[:, 0]
+        mean = truth + noise * torch.randn(WEIGHTS, 3, generator=source)
+        std = torch.full_like(mean, SMALL)
+        std[:useless] = 10 * mean.abs().max()
+        self.posterior = DiagonalGaussian({"w": mean}, {"w": std})
+        self.draws = 0
+
+    def logits(self, weights: Mapping[str, Tensor]) -> Tensor:
+        return self.x @ weights["w"]
+
+    def draw(self, posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
+        """What `predict` does, without a model: the same noise for each posterior."""
+        source = torch.Generator().manual_seed(1)
+        assert not isinstance(posterior, Tempered)
+        if n == 0 or isinstance(posterior, Point):
+            self.draws += 1
+            return self.logits(posterior.mean)[None], self.labels
+        self.draws += n
+        return torch.stack([self.logits(posterior.draw(source)) for _ in range(n)]), self.labels
+
+
+def at_best_temperature(logits: Tensor, labels: Tensor) -> float:
+    return nll(average_probs(logits.double() / fit_temperature(logits, labels)), labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_factor_is_the_best_of_all_powers_of_two(seed: int) -> None:
+    """With noise in the mean that the posterior knows a hundredth of, more variance is better, but not any amount."""
+    problem = Linear(noise=0.5, seed=seed)
+    search = calibrate(problem.posterior, problem.draw)
+    found = {trial.tau: trial.nll for trial in search.trials if trial.samples == SEARCH_DRAWS and not trial.pruned}
+    every = {}
+    for power in range(-6, 5):
+        every[2.0**power] = at_best_temperature(*problem.draw(problem.posterior.scale(2.0**power), SEARCH_DRAWS))
+    assert all(value == pytest.approx(every[tau], abs=1e-9) for tau, value in found.items())
+    assert min(found.values()) == pytest.approx(min(every.values()), rel=2e-3)
+    assert search.chosen.tau in (0.0, min(found, key=lambda tau: found[tau]))
+
+
+def test_nothing_is_chosen_that_no_trial_has_and_every_pass_is_counted() -> None:
+    problem = Linear(noise=0.5)
+    search = calibrate(problem.posterior, problem.draw)
+    chosen = search.chosen
+    drawn = [trial for trial in search.trials if (trial.tau, trial.pruned) == (chosen.tau, chosen.pruned)]
+    assert chosen.temperature in [trial.temperature for trial in drawn]
+    assert chosen.samples in [trial.samples for trial in drawn]
+    assert (search.rows, search.passes) == (ROWS, problem.draws)
+    assert search.passes < 100
+    again = calibrate(problem.posterior, problem.draw)
+    assert again == search
+
+
+def test_fewer_draws_are_taken_if_they_do_as_well() -> None:
+    problem = Linear(noise=0.3)
+    search = calibrate(problem.posterior, problem.draw, samples=32)
+    if search.chosen.tau:
+        logits, labels = problem.draw(problem.posterior.scale(search.chosen.tau), 32)
+        all_of_them = at_best_temperature(logits, labels)
+        taken = at_best_temperature(logits[: search.chosen.samples], labels)
+        assert taken <= (1 + BEARABLE) * all_of_them
+        if search.chosen.samples > 1:
+            assert at_best_temperature(logits[: search.chosen.samples // 2], labels) > (1 + BEARABLE) * all_of_them
+
+
+def test_weights_that_are_noise_alone_are_pruned() -> None:
+    """Half of the rows' features say nothing, and the posterior is unsure of their weights."""
+    useless = Linear(noise=1.0, useless=WEIGHTS // 2)
+    search = calibrate(useless.posterior, useless.draw)
+    assert search.chosen.pruned in (0.2, 0.4, 0.6)
+    pruned = search.chosen.applied(useless.posterior).inner
+    assert (pruned.mean["w"][: WEIGHTS // 2] == 0).float().mean() > 0.35
+    assert (pruned.mean["w"][WEIGHTS // 2 :] == 0).float().mean() < 0.25
+
+
+def test_of_a_point_only_the_temperature_is_chosen() -> None:
+    problem = Linear(noise=1.0)
+    point = Point(problem.posterior.mean)
+    search = calibrate(point, problem.draw)
+    temperature = fit_temperature(*problem.draw(point, 0))
+    assert search.chosen == Calibration(0.0, 0.0, temperature, temperature, 0)
+    assert search.passes <= 2
+
+
+def test_draws_that_overflow_are_passed_over() -> None:
+    problem = Linear(noise=0.3)
+    wide = DiagonalGaussian(problem.posterior.mean, {"w": torch.full((WEIGHTS, 3), 3e38)})
+    search = calibrate(wide, problem.draw)
+    assert search.chosen.tau == 0.0
+    assert math.isinf(next(trial.nll for trial in search.trials if trial.tau == 1.0))
+
+
+def test_a_negative_number_of_draws_is_refused() -> None:
+    problem = Linear(noise=0.3)
+    with pytest.raises(VarloraError, match="Expected `samples`"):
+        calibrate(problem.posterior, problem.draw, samples=-1)
+
+
+def test_applied_it_scales_prunes_and_divides() -> None:
+    posterior = DiagonalGaussian({"w": torch.tensor([1.0, 0.1, 3.0, 4.0])}, {"w": torch.ones(4)})
+    used = Calibration(4.0, 0.25, 2.0, 1.5, 8).applied(posterior)
+    assert used.temperature, used.temperature_mean == (2.0, 1.5)
+    assert used.inner.marginal_std()["w"].tolist() == [2.0, 0.0, 2.0, 2.0]
+
+
+# --- in a run ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bundled) -> Path:
+    folder = tmp_path_factory.mktemp("calibration") / "run"
+    tasks = Path(__file__).resolve().parents[1] / "src" / "varlora" / "demo" / "bundled" / "tasks"
+    task = folder.parent / "questions.yaml"
+    text = (tasks / "two_choices.yaml").read_text(encoding="utf-8")
+    task.write_text(text.replace("two_choices.", f"{tasks}/two_choices.") + "limit: {train: 60, dev: 20}\n")
+    settings = {"task": str(task), "model": str(bundled), "steps": 30, "batch_size": 8, "calibration_fraction": 0.4}
+    method = {"name": "ivon", "lr": 0.5, "ess": 1e6, "hess_init": 2e-4}
+    return train(settings_from({**settings, "method": method, "run_dir": str(folder)}), say=lambda text: None)
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_what_is_chosen_is_stored_with_the_adapter_and_used(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in (copy / "adapter").iterdir()}
+    assert load(copy).calibration is None
+    assert main(["calibrate", str(copy), "--samples", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "Chosen on 24 held-out rows" in said
+    after = {path.name: path.read_bytes() for path in (copy / "adapter").iterdir()}
+    assert {name: after[name] for name in before} == before
+    stored = json.loads(after["calibration.json"])
+    loaded = load(copy)
+    assert loaded.calibration == Calibration(
+        *(stored[name] for name in ("tau", "pruned", "temperature", "temperature_mean", "samples"))
+    )
+    assert {"commit", "versions", "trials", "rows", "passes"} <= stored.keys()
+    assert isinstance(loaded.posterior, DiagonalGaussian)  # what was trained, as ever
+    assert isinstance(loaded.calibrated, Tempered)
+
+
+def test_predict_uses_it_unless_told_otherwise(copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        (Path(__file__).resolve().parents[1] / "src/varlora/demo/bundled/tasks/two_choices.dev.jsonl")
+        .read_text()
+        .splitlines()[0]
+        + "\n"
+    )
+
+    def probabilities(*options: str) -> list[float]:
+        assert main(["predict", str(copy), "--input", str(tmp_path / "rows.jsonl"), *options]) == 0
+        return list(json.loads(capsys.readouterr().out.splitlines()[-1])["probabilities"].values())
+
+    plain = probabilities("--tau", "1", "--samples", "4")
+    before = probabilities("--samples", "4")
+    assert before == plain
+    main(["calibrate", str(copy), "--samples", "4"])
+    capsys.readouterr()
+    assert probabilities("--tau", "1", "--samples", "4") == plain
+    assert probabilities() != plain
+    path = copy / "adapter" / "calibration.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "tau": 0.0, "pruned": 0.0, "samples": 0, "temperature_mean": 1e6}))
+    assert probabilities() == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_the_report_shows_it_beside_what_was_trained(copy: Path, tmp_path: Path) -> None:
+    results = evaluate(copy, samples=4, calibrated=True, say=lambda text: None)
+    assert {"accuracy", "nll", "ece", "brier"} <= results["calibrated"].keys()
+    assert (copy / "adapter" / "calibration.json").is_file()
+    report = build_report([copy], tmp_path / "report")
+    assert [row.label for row in report.rows][-1] == "ivon calibrated"
+    assert report.rows[-1].stats["nll"].mean == pytest.approx(results["calibrated"]["nll"])
+    assert "chosen on the held-out rows" in report.files["report.md"].read_text()
+    assert "calibrated" in report.files["report.html"].read_text()
+    (copy / "adapter" / "calibration.json").unlink()
+    evaluate(copy, samples=4, say=lambda text: None)
+    assert not (copy / "predictions-calibrated.safetensors").exists()
+
+
+def test_without_held_out_rows_it_says_so(run: Path, tmp_path: Path) -> None:
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    bare = {**settings, "calibration_fraction": 0.0, "steps": 2, "run_dir": str(tmp_path / "bare")}
+    train(settings_from(bare), say=lambda text: None)
+    assert main(["calibrate", str(tmp_path / "bare")]) == 1
+    assert "calibrated" not in evaluate(tmp_path / "bare", samples=2, calibrated=True, say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tau": -1}, "make no sense"),
+        ({"temperature": 0}, "make no sense"),
+        ({"temperature": math.nan}, "make no sense"),
+        ({"pruned": 2}, "make no sense"),
+        ({"samples": "many"}, "missing or wrong"),
+        ({"tau": None}, "missing or wrong"),
+        ({"adapter": "other"}, "of another adapter"),
+    ],
+)
+def test_a_damaged_calibration_is_refused_by_name(copy: Path, change: Mapping[str, object], said: str) -> None:
+    problem = Linear(noise=0.3)
+    save_calibration(calibrate(problem.posterior, problem.draw), copy / "adapter")
+    assert load_calibration(copy / "adapter") is not None
+    path = copy / "adapter" / "calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DamagedFileError, match=said) as error:
+        load(copy)
+    assert str(path) in str(error.value)
+    path.write_text("[]")
+    with pytest.raises(DamagedFileError, match="missing or wrong"):
+        load(copy)
