@@ -403,7 +403,12 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(value, next(arg for arg in args if arg is not type(None)))
+        *words, kind = sorted(
+            (arg for arg in args if arg is not type(None)),
+            key=lambda arg: typing.get_origin(arg) is Literal,
+            reverse=True,
+        )
+        return value if any(value in typing.get_args(word) for word in words) else _convert(value, kind)
     if origin is Literal:
         if value not in args:
             raise ValueError

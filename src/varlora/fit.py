@@ -13,11 +13,13 @@ import math
 import signal
 import threading
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,15 +38,15 @@ from varlora.checkpoint import (
     step_of,
 )
 from varlora.data import Batch, collate
-from varlora.errors import ConfigError, Interrupted, VarloraError, did_you_mean
-from varlora.methods import Method, Plan, Trained
+from varlora.errors import ConfigError, DamagedFileError, Interrupted, VarloraError, did_you_mean
+from varlora.methods import Comparison, Method, Plan, Start, Trained
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
 from varlora.params import trainable
 from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
-from varlora.run import write_text
+from varlora.run import read_json, write_json, write_text
 
 __all__ = [
     "NotFiniteError",
@@ -80,6 +82,8 @@ OURS = {
 """Fields of `TrainingArguments` that a setting of ours (or nothing) stands for."""
 
 
+TUNED = "tuned.json"
+"""File of a run directory: the settings that were left to the method, and what it saw when it looked for them."""
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
 """Fields of `TrainingArguments` that a method with a schedule of its own leaves no room for."""
 
@@ -177,9 +181,6 @@ def fit(
     if not resume and (old := next(run_dir.glob("checkpoint-[0-9]*"), None)):
         raise VarloraError(f"{old} is of an earlier run. Pass `resume=True` to go on with it, or another `run_dir`.")
     params = trainable(model)
-    optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
-    state: dict[str, Any] = {}
-    watch = _Watch(method, params, state, max_not_finite)
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "linear",
         "logging_steps": max(1, min(50, steps // 20)),
@@ -200,6 +201,24 @@ def fit(
         remove_unused_columns=False,
         **{**defaults, **(training_arguments or {})},
     )
+    model.eval()
+    start_with = Start(
+        model,
+        rows,
+        partial(_draw, model, pad_token_id, seed),
+        class_logits,
+        calibration=calibration,
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        seed=seed,
+        say=warn,
+        steps=steps,
+        accumulation=accumulation,
+    )
+    method = _prepared(method, start_with, run_dir, resume)
+    optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
+    state: dict[str, Any] = {}
+    watch = _Watch(method, optimizer, params, state, max_not_finite, _chance(rows), warn)
     collator = partial(collate, pad_token_id=pad_token_id)
     trainer = _Trainer(
         model=model,
@@ -237,6 +256,42 @@ def fit(
     if watch.not_finite:
         warn(f"{watch.not_finite} of {steps} steps were left out because loss or gradient was not finite.")
     return conclude(model, method, rows, run_dir, optimizer=optimizer, state=state, seed=seed, **every)
+
+
+def _prepared(method: Method, start: Start, run_dir: Path, resume: bool) -> Method:
+    """Return the method with the settings that are left to it, as it finds them now or found them before a stop.
+
+    They are written to `tuned.json`; ranks take the first one's.
+    """
+    path = run_dir / TUNED
+    told: list[Any] = [None]
+    if ranks()[0] == 0:
+        if resume and path.is_file():
+            told = [read_json(path)["settings"]]
+        elif (found := method.prepare(start)) is not None:
+            told = [dict(found.settings)]
+            write_json(path, {"settings": told[0], "found": found.found, "steps": found.steps})
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(told)
+    if told[0] is None:
+        return method
+    try:
+        return cast(Method, replace(cast(Any, method), **told[0]))
+    except TypeError as error:
+        raise DamagedFileError(f"{path} does not hold settings of {method.name}: {error}. Train a new run.") from error
+
+
+def _chance(rows: Sequence[Encoded]) -> float:
+    """Return the loss of who knows how often each answer is right, and no more: the entropy of the labels, in nats."""
+    shares = [count / len(rows) for count in Counter(row.label for row in rows).values()]
+    return -sum(share * math.log(share) for share in shares)
+
+
+def _draw(
+    model: nn.Module, pad_token_id: int, seed: int, posterior: Posterior, rows: Sequence[Encoded], n: int
+) -> tuple[Tensor, Tensor]:
+    found = predict(model, posterior, rows, pad_token_id=pad_token_id, samples=n, seed=seed)
+    return found.logits, found.labels
 
 
 def _fit_member(
@@ -291,17 +346,12 @@ def conclude(
     Returns:
         The posterior.
     """
-
-    def draw(posterior: Posterior, of: Sequence[Encoded], n: int) -> tuple[Tensor, Tensor]:
-        found = predict(model, posterior, of, pad_token_id=pad_token_id, samples=n, seed=seed)
-        return found.logits, found.labels
-
     model.eval()
     posterior = method.posterior(
         Trained(
             model,
             rows,
-            draw,
+            partial(_draw, model, pad_token_id, seed),
             class_logits,
             calibration=calibration,
             pad_token_id=pad_token_id,
@@ -418,13 +468,30 @@ class _Trainer(CheckpointTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        watch, compares = self.varlora_watch, False
+        if not watch.losses and watch.is_to_compare(self.state.global_step + 1):
+            compares, at_mean = True, self._loss_at_mean(model, inputs)
         logits = class_logits(model, inputs)  # (B, C)
         loss = class_loss(logits, inputs["labels"]) / (num_items_in_batch or len(logits))
-        self.varlora_watch.losses.append(loss.detach())
+        watch.losses.append(loss.detach())
+        if compares:
+            under_noise = class_loss(logits.detach(), inputs["labels"]) / len(logits)
+            watch.comparison = torch.stack([at_mean, under_noise])
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def _loss_at_mean(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Return the loss of rows at the mean, with the dropout masks that they get under noise."""
+        optimizer: Any = self.varlora_optimizer
+        device = inputs["labels"].device
+        optimizer.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                return class_loss(class_logits(model, inputs), inputs["labels"]) / len(inputs["labels"])
+        finally:
+            optimizer.train()  # the draw of this step again
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs |= self.varlora_method.log(self.varlora_optimizer)
+        logs |= self.varlora_method.log(self.varlora_optimizer, self.varlora_watch.state)
         if self.varlora_watch.not_finite:
             logs["not_finite_steps"] = self.varlora_watch.not_finite
         super().log(logs, start_time)
@@ -444,9 +511,21 @@ class _Watch(TrainerCallback):
     """Leaves out steps that are not finite, tells the method about each step, and stops when asked to."""
 
     def __init__(
-        self, method: Method, params: Mapping[str, nn.Parameter], state: dict[str, Any], max_not_finite: int
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        params: Mapping[str, nn.Parameter],
+        state: dict[str, Any],
+        max_not_finite: int,
+        chance: float,
+        say: Callable[[str], None],
     ) -> None:
-        self.method, self.params, self.state, self.max_not_finite = method, params, state, max_not_finite
+        self.method, self.optimizer, self.params, self.state = method, optimizer, params, state
+        self.max_not_finite, self.chance, self.say = max_not_finite, chance, say
+        self.every = 0
+        """Steps between comparisons of the mean with a draw."""
+        self.comparison: Tensor | None = None
+        """Loss at the mean and under noise of rows of this step, (2,), where they were compared."""
         self.losses: list[Tensor] = []  # of the micro-batches of this step
         self.not_finite = 0
         self.not_finite_run = 0
@@ -457,6 +536,14 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.not_finite = state.stateful_callbacks.get("varlora", {}).get("not_finite", 0)
+        self.every = self.method.compare_every(state.max_steps)
+
+    def is_to_compare(self, step: int) -> bool:
+        """Whether the mean is to be compared with a draw at this step."""
+        return bool(self.every) and step % self.every == 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.before_step(self.optimizer, state.global_step + 1, state.max_steps, self.state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
@@ -479,12 +566,27 @@ class _Watch(TrainerCallback):
             self.not_finite_run = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._compare(state.global_step, state.max_steps)
         self.method.after_step(self.params, state.global_step, state.max_steps, self.state)
         if ranks()[1] == 1:
             self.stop = self.asked
         if self.stop or self.not_finite_run >= self.max_not_finite:
             control.should_save = True
             control.should_training_stop = True
+
+    def _compare(self, step: int, total_steps: int) -> None:
+        """Tell the method of a comparison, all ranks of their average."""
+        losses, self.comparison = self.comparison, None
+        if losses is None:
+            return
+        if ranks()[1] > 1:
+            dist.all_reduce(losses)
+            losses /= ranks()[1]
+        at_mean, under_noise = losses.tolist()
+        if math.isfinite(at_mean) and math.isfinite(under_noise):
+            words = self.method.compared(Comparison(step, total_steps, at_mean, under_noise, self.chance), self.state)
+            if words and ranks()[0] == 0:
+                self.say(words)
 
 
 def left_to_parent(number: int, frame: Any) -> None:

@@ -320,7 +320,7 @@ def test_posterior_and_log_are_read_from_the_optimizer():
     steps(method, model, optimizer, 2)
     posterior, logged = (
         method.posterior(Trained(model, rows=(), draw=None, forward=None, optimizer=optimizer)),
-        method.log(optimizer),
+        method.log(optimizer, {}),
     )
     sigma = optimizer.G[A].detach().square()
     assert helpers.same(posterior.mean, helpers.bits(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from varlora.methods.adamw import AdamW
-from varlora.methods.base import ANY, Method, Plan, Trained
+from varlora.methods.base import ANY, Comparison, Method, Plan, Prepared, Start, Trained
 from varlora.methods.blob import Blob
 from varlora.methods.ensemble import Ensemble
 from varlora.methods.ivon import Ivon
@@ -21,6 +21,7 @@ __all__ = [
     "METHODS",
     "AdamW",
     "Blob",
+    "Comparison",
     "Ensemble",
     "Ivon",
     "LaplaceDiag",
@@ -28,7 +29,9 @@ __all__ = [
     "McDropout",
     "Method",
     "Plan",
+    "Prepared",
     "Pruned",
+    "Start",
     "Swa",
     "Swag",
     "Temperature",

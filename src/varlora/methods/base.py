@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -18,7 +18,18 @@ from varlora.errors import did_you_mean
 from varlora.posterior import Forward, Posterior
 from varlora.prompt import Encoded
 
-__all__ = ["ANY", "AdamWTraining", "Method", "Plan", "Trained", "Wrapping"]
+__all__ = [
+    "ANY",
+    "AdamWTraining",
+    "Comparison",
+    "Given",
+    "Method",
+    "Plan",
+    "Prepared",
+    "Start",
+    "Trained",
+    "Wrapping",
+]
 
 ANY = ("*",)
 """As `Method.concludes_from`: finished runs of every method."""
@@ -41,11 +52,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What training ended with: all that a posterior may be concluded from."""
+class Given:
+    """A model and its rows, before training or after it, and what there is to look at them with."""
 
     model: nn.Module
-    """The trained model, in evaluation mode; a run that is concluded from finished runs has it at the first's mean."""
+    """The model, in evaluation mode; a run that is concluded from finished runs has it at the first's mean."""
     rows: Sequence[Encoded]
     """The training rows."""
     draw: Callable[[Posterior, Sequence[Encoded], int], tuple[Tensor, Tensor]]
@@ -59,14 +70,8 @@ class Trained:
     """Token to pad with."""
     batch_size: int = 4
     """Rows a batch of passes that need gradients."""
-    optimizer: torch.optim.Optimizer | None = None
-    """What `optimizer` returned, after its last step; None where nothing was trained now."""
-    state: Mapping[str, Any] = field(default_factory=dict)
-    """What `after_step` collected."""
-    sources: Sequence[Posterior] = ()
-    """Posteriors of the finished runs, or of the members, to conclude from."""
     seed: int = 0
-    """Seed of whatever the conclusion draws."""
+    """Seed of whatever is drawn."""
     say: Callable[[str], None] = print
     """Told in words what a user should know."""
 
@@ -85,6 +90,56 @@ class Trained:
     def generator(self) -> torch.Generator:
         """Return a generator on the model's device, seeded by the run's seed."""
         return torch.Generator(next(self.model.parameters()).device).manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Start(Given):
+    """What training is about to begin with."""
+
+    steps: int = 1
+    """Optimizer steps."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+
+
+@dataclass(frozen=True)
+class Trained(Given):
+    """What training ended with: all that a posterior may be concluded from."""
+
+    optimizer: torch.optim.Optimizer | None = None
+    """What `optimizer` returned, after its last step; None where nothing was trained now."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What `after_step` and `compared` collected."""
+    sources: Sequence[Posterior] = ()
+    """Posteriors of the finished runs, or of the members, to conclude from."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method found before training."""
+
+    settings: Mapping[str, Any]
+    """Those of the method's settings that were left to it, as it found them."""
+    found: Mapping[str, Any]
+    """What it saw, for people: plain values."""
+    steps: float
+    """What looking cost, in training steps."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same rows at the mean and under noise, within a training step."""
+
+    step: int
+    """The step, from 1."""
+    total_steps: int
+    """All steps."""
+    at_mean: float
+    """Loss at the mean, in nats."""
+    under_noise: float
+    """Loss at the step's draw."""
+    chance: float
+    """Loss of knowing how often each answer is right, and nothing of the question."""
 
 
 class Method(Protocol):
@@ -117,6 +172,10 @@ class Method(Protocol):
         """Methods to train one after the other, each on a fresh adapter, in place of this one; empty for most."""
         return ()
 
+    def prepare(self, start: Start) -> Prepared | None:
+        """Look at model and rows before training, and find the settings that are left to the method; None: no need."""
+        return None
+
     def optimizer(
         self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
     ) -> torch.optim.Optimizer:
@@ -138,6 +197,17 @@ class Method(Protocol):
         """Within the context the model's training passes are the method's own; after it as before."""
         return nullcontext()
 
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
+        """Set what step `step` (from 1) of `total_steps` depends on; `state` is that of `after_step`."""
+
+    def compare_every(self, total_steps: int) -> int:
+        """Return how many steps there are between comparisons of the loss at the mean and under noise; 0: no need."""
+        return 0
+
+    def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
+        """Note a comparison in `state`, that of `after_step`; return what a user should be told now, if anything."""
+        return None
+
     def after_step(
         self, params: Mapping[str, nn.Parameter], step: int, total_steps: int, state: dict[str, Any]
     ) -> None:
@@ -155,8 +225,8 @@ class Method(Protocol):
         """Conclude: the posterior after training, a copy that later training leaves alone."""
         ...
 
-    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """What to log beside the loss, by name; empty for most."""
+    def log(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, float]:
+        """What to log beside the loss, by name; empty for most. `state` is that of `after_step`."""
         return {}
 
 
@@ -241,12 +311,29 @@ class Wrapping(Method):
         """Train as the other method does."""
         return self.inner().training(model, optimizer)
 
+    def prepare(self, start: Start) -> Prepared | None:
+        """Find what is left to the other method."""
+        prepared = self.inner().prepare(start)
+        return prepared and replace(prepared, settings={"settings": {**self.settings, **prepared.settings}})
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
+        """Set what the other method's step depends on."""
+        self.inner().before_step(optimizer, step, total_steps, state)
+
+    def compare_every(self, total_steps: int) -> int:
+        """Return how often the other method compares."""
+        return self.inner().compare_every(total_steps)
+
+    def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
+        """Let the other method note a comparison."""
+        return self.inner().compared(comparison, state)
+
     def after_step(
         self, params: Mapping[str, nn.Parameter], step: int, total_steps: int, state: dict[str, Any]
     ) -> None:
         """Watch what the other method watches."""
         self.inner().after_step(params, step, total_steps, state)
 
-    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def log(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, float]:
         """Log what the other method logs."""
-        return self.inner().log(optimizer)
+        return self.inner().log(optimizer, state)

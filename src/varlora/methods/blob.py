@@ -133,7 +133,7 @@ class Blob(Method):
         return DiagonalGaussian(mean, {name: sigma.get(name, torch.zeros_like(mean[name])) for name in mean})
 
     @torch.no_grad()
-    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def log(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, float]:
         """Mean σ over all weights of A, and the KL divergence from the prior, in nats."""
         assert isinstance(optimizer, _BlobOptimizer)
         sigma = torch.cat([G.square().flatten() for G in optimizer.G.values()])

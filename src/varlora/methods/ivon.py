@@ -1,28 +1,63 @@
 """IVON: variational learning of a diagonal Gaussian over the adapter, at AdamW's cost.
 
-The optimizer (`varlora.IVON`) does all the work; the posterior is read from its state. Defaults are the paper's LoRA
-recipe (its Table 3, ARC and OBQA columns). At β₂ = 1 − 1e-5 the Hessian hardly leaves its initial value, so the
-posterior's scale is mostly σ₀ = 1/√(λ h₀), here 0.03: that is the setting to choose well.
+The optimizer (`varlora.IVON`) does the work; the posterior is read from its state. At β₂ = 1 − 1e-5 the Hessian hardly
+leaves its initial value, so the posterior's scale is σ₀ = 1/√(λ h₀). Learning rate, λ and h₀ are found by a short look
+at model and rows (`varlora.scale`), unless they are given; where λ is found, the noise grows to its full size while
+training, and is cooled where it costs more than it may.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from varlora.methods.base import Method, Plan, Trained
+from varlora import scale
+from varlora.methods.base import Comparison, Method, Plan, Prepared, Start, Trained
 from varlora.optim.ivon import IVON
+from varlora.params import copied, trainable
 from varlora.posterior import DiagonalGaussian
 
-__all__ = ["Ivon"]
+__all__ = ["PAPER", "Ivon"]
+
+PAPER = {"lr": 0.03, "ess": 1e6, "hess_init": 1e-3}
+"""The settings that are found by default, as in the paper's Table 3 (its ARC and OBQA columns): σ₀ = 0.03."""
+PROBE = 0.025
+"""Share of training that a look at model and rows may cost, and again that the comparisons may."""
+DRAWS = 4
+"""Draws of each scale that is tried."""
+ROWS = (4, 64)
+"""Rows that the draws are tried on, at the least and at the most."""
+BEARABLE = 0.5
+"""Share of what training has gained on chance that noise may take back."""
+SLIGHT = 0.03
+"""Rise that is borne in any case, as a share of the loss of chance."""
+MEMORY = 10
+"""Comparisons that are averaged."""
+GAIN = 0.15
+"""By how much σ changes at a comparison, at the most; in its logarithm."""
+COLDEST = 0.1
+"""Share of σ that is drawn at the least."""
+FIRST = 20
+"""Steps that h₀ counts for, where the Hessian is the run's average."""
+EVIDENCE = 10
+"""Steps between two choices of the prior's precision."""
+OPTIMIZER = (
+    *("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "mc_samples", "hess_approx"),
+    *("rescale_lr", "debias"),
+)
+"""The settings that are IVON's own."""
 
 LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+MATRIX = re.compile(r"([^.]+)\.(lora_[AB])\.")
+
+Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -30,69 +65,253 @@ class Ivon(Method):
     """Train with IVON and keep its Gaussian.
 
     References:
-        Cong et al. 2024, Variational Low-Rank Adaptation Using IVON, Table 3; Shen et al. 2024, Algorithm 1.
+        Cong et al. 2024, Variational Low-Rank Adaptation Using IVON; Shen et al. 2024, Algorithm 1.
     """
 
     name: ClassVar[str] = "ivon"
     title: ClassVar[str] = "IVON"
 
-    lr: float = 0.03
+    lr: float | Auto = "auto"
     """Learning rate α at the first step; a weight moves by at most `lr * clip_radius` a step."""
-    ess: float = 1e6
+    lr_like_adamw: float | None = None
+    """In place of `lr`: the AdamW learning rate with which weights that follow noise move as far."""
+    ess: float | Auto = "auto"
     """Effective sample size λ; the number of training rows approximates Bayes' posterior, more is colder."""
-    hess_init: float = 1e-3
+    hess_init: float | Auto = "auto"
     """Initial Hessian h₀."""
+    ess_per_root_row: float | None = None
+    """In place of `ess`: γ, for λ = γ√N with N training rows (the paper's follow-up: 5000)."""
     beta1: float = 0.9
     """Decay β₁ of the gradient's average."""
     beta2: float = 1 - 1e-5
     """Decay β₂ of the Hessian's average."""
-    weight_decay: float = 0.0
-    """Prior precision divided by λ, δ."""
+    weight_decay: float | Auto = 0.0
+    """Prior precision divided by λ, δ; `auto`: for each matrix the one of most evidence, 1/(λδ) = mean(m² + v)."""
     clip_radius: float = 1e-3
     """Bound ξ on each entry of the preconditioned step."""
     mc_samples: int = 1
     """Draws a step; more than one needs as many micro-batches a step (`accumulation`)."""
     hess_approx: str = "price"
     """Estimator of the Hessian: price or gradsq."""
+    hess_average: Literal["decay", "run"] = "decay"
+    """Whether the Hessian is an average with decay β₂, or at first that of the run so far, until β₂ is reached."""
+    noise_warmup: bool | Auto = "auto"
+    """Whether the noise grows to its full size while training; auto: where `ess` is found."""
+    cooling: bool | Auto = "auto"
+    """Whether σ is lowered while noise takes back too much of what training has gained; auto: as noise_warmup."""
     rescale_lr: bool = False
     """Whether to multiply the learning rate by h₀ + δ."""
     debias: bool = True
     """Whether to divide the momentum by 1 − β₁ᵗ."""
 
     def problems(self, plan: Plan) -> list[str]:
-        """Each draw of a step takes a micro-batch of its own."""
-        if self.mc_samples <= plan.accumulation:
-            return []
-        return [
-            f"Expected `accumulation` to be at least `method.mc_samples`, but got {plan.accumulation} for "
-            f"{self.mc_samples} draws a step: each draw takes a micro-batch of its own. "
-            f"Set `accumulation={self.mc_samples}`."
-        ]
+        """Each draw of a step takes a micro-batch of its own; and what excludes each other."""
+        found = []
+        if self.mc_samples > plan.accumulation:
+            found.append(
+                f"Expected `accumulation` to be at least `method.mc_samples`, but got {plan.accumulation} for "
+                f"{self.mc_samples} draws a step: each draw takes a micro-batch of its own. "
+                f"Set `accumulation={self.mc_samples}`."
+            )
+        for name, other in (("lr_like_adamw", "lr"), ("ess_per_root_row", "ess")):
+            value = getattr(self, name)
+            if value is not None and getattr(self, other) != "auto":
+                found.append(f"Expected `{other}` or `{name}`, but got both. Leave one of them out.")
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"Expected `{name}` to be a number > 0, but got {value}. Leave it out to have it found.")
+        if self.clip_radius == math.inf and self.lr == "auto":
+            found.append("Expected `lr` with `clip_radius` inf: steps of no fixed size cannot be foreseen. Give it.")
+        return found
+
+    # --- before training ---
+
+    def prepare(self, start: Start) -> Prepared | None:
+        """Find learning rate, λ and h₀, as far as they are not given, by a look at some of the training rows."""
+        if "auto" not in (self.lr, self.ess, self.hess_init):
+            return None
+        given = {name: getattr(self, name) for name in PAPER if getattr(self, name) != "auto"}
+        if self.ess_per_root_row is not None:
+            given["ess"] = self.ess_per_root_row * math.sqrt(len(start.rows))
+        found: dict[str, Any] = {}
+        delta, cost = 0.0 if self.weight_decay == "auto" else self.weight_decay, 0.0
+        if {"ess", "hess_init"} <= given.keys():
+            sigma = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
+        else:
+            sigma, seen, cost = self._probe(start)
+            found |= seen
+        if "hess_init" not in given:
+            gradient, passes = _gradient(start, sigma)
+            cost += passes
+            found["gradient"] = gradient
+            given["hess_init"] = (
+                1 / (given["ess"] * sigma**2)
+                if "ess" in given
+                else start.batch_size * start.accumulation * gradient**2
+                if self.hess_approx == "gradsq"
+                else scale.first_hessian(gradient, sigma, start.steps, self.beta2)
+            )
+        given.setdefault("ess", 1 / (sigma**2 * (given["hess_init"] + delta)))
+        if "lr" not in given:
+            step = (
+                scale.like_adamw(self.lr_like_adamw, self.beta1)
+                if self.lr_like_adamw is not None
+                else sigma / (scale.SIGMA_PER_WALK * scale.walk(start.steps, self.beta1))
+            )
+            given["lr"] = step / self.clip_radius
+        found |= {"sigma": sigma, "step": given["lr"] * self.clip_radius}
+        start.say(
+            f"Found by a look at the training rows (worth {cost:.0f} steps): sigma {sigma:.3g}, learning rate "
+            f"{given['lr']:.3g} (a weight moves by {found['step']:.2g} a step at the most), "
+            f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
+        )
+        both = {"noise_warmup": self._warms, "cooling": self._cools, "lr_like_adamw": None, "ess_per_root_row": None}
+        return Prepared({**given, **both}, found, cost)
+
+    def _probe(self, start: Start) -> tuple[float, dict[str, Any], float]:
+        """Return the largest σ that the adapter bears, what was seen, and its cost in training steps."""
+        epochs = start.steps * start.batch_size * start.accumulation / len(start.rows)
+        bound = scale.BOUND * math.sqrt(max(epochs, 1.0))
+        passes = scale.TRIALS * DRAWS + 1  # forward passes of a row; a training step has three
+        a_step = 3 * start.batch_size * start.accumulation
+        count = min(max(int(PROBE * start.steps * a_step / passes), ROWS[0]), ROWS[1], len(start.rows))
+        order = torch.randperm(len(start.rows), generator=torch.Generator().manual_seed(start.seed)).tolist()
+        rows = [start.rows[i] for i in order[:count]]
+        mean = {name: p.float() for name, p in copied(start.model).items()}
+        at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
+
+        def kl(sigma: float) -> float:
+            return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, DRAWS)[0], at_mean)
+
+        weights = torch.cat([value.flatten() for value in mean.values()])
+        first = weights.square().mean().sqrt().item() or 1.0
+        sigma, trials = scale.largest_sigma(kl, bound, first)
+        seen = {"bound": bound, "epochs": epochs, "rows": count, "trials": [trial._asdict() for trial in trials]}
+        return sigma, seen, passes * count / a_step
+
+    # --- training ---
 
     def optimizer(self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int) -> IVON:
-        """Return IVON over the named parameters."""
-        return IVON(list(params.items()), batch_size=batch_size, seed=seed, **asdict(self))
+        """Return IVON over the named parameters; what is to be found and was not is the paper's."""
+        settings = {name: getattr(self, name) for name in OPTIMIZER}
+        settings |= {name: value for name, value in PAPER.items() if settings[name] == "auto"}
+        groups: list[Any] = list(params.items())
+        if self.weight_decay == "auto":  # each matrix has its own
+            groups, settings["weight_decay"] = [{"params": [named]} for named in params.items()], 0.0
+        return IVON(groups, batch_size=batch_size, seed=seed, **settings)
+
+    @property
+    def _warms(self) -> bool:
+        return self.ess == "auto" if self.noise_warmup == "auto" else self.noise_warmup
+
+    @property
+    def _cools(self) -> bool:
+        return self._warms if self.cooling == "auto" else self.cooling
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
+        """Let the noise grow, as far as it was not cooled; and what else changes while training."""
+        assert isinstance(optimizer, IVON)
+        if self.noise_warmup is True or self.cooling is True:
+            share = scale.ramp((step - 1) / total_steps) if self.noise_warmup is True else 1.0
+            assert self.ess != "auto"
+            for group in optimizer.param_groups:
+                group["ess"] = self.ess / (share * state.get("held_back", 1.0)) ** 2
+        if self.hess_average == "run":
+            for group in optimizer.param_groups:
+                group["beta2"] = min(self.beta2, 1 - 1 / (step + FIRST))
+        if self.weight_decay == "auto" and step % EVIDENCE == 1:
+            posterior = optimizer.posterior()
+            for group in optimizer.param_groups:
+                (name,) = group["param_names"]
+                second = posterior.mean[name].square().mean() + posterior.std[name].square().mean()
+                group["weight_decay"] = 1 / (group["ess"] * second.item())
+
+    def compare_every(self, total_steps: int) -> int:
+        """A comparison takes one forward pass, a third of a step; a run without noise to be cooled needs none."""
+        return math.ceil(1 / (3 * PROBE)) if self.cooling is True else 0
+
+    def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
+        """Average the losses, and hold the noise back while it takes too much of what training has gained.
+
+        Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go.
+        """
+        count = state["comparisons"] = state.get("comparisons", 0) + 1
+        weight = max(1 / count, 1 / MEMORY)
+        for name in ("at_mean", "under_noise"):
+            state[name] = state.get(name, 0.0) * (1 - weight) + getattr(comparison, name) * weight
+        rise = state["under_noise"] - state["at_mean"]
+        borne = max(BEARABLE * (comparison.chance - state["at_mean"]), SLIGHT * comparison.chance)
+        before = state.get("held_back", 1.0)
+        change = GAIN * min(max((borne - rise) / borne, -1.0), 1.0)
+        state["held_back"] = now = min(max(before * math.exp(change), COLDEST), 1.0)
+        if state.get("said") or now > 0.5 or 2 * comparison.step < comparison.total_steps:
+            return None
+        state["said"] = True
+        return (
+            f"At step {comparison.step} the loss under noise is {state['under_noise']:.3f}, that at the mean "
+            f"{state['at_mean']:.3f} and chance's {comparison.chance:.3f}: noise takes back more than {BEARABLE:.0%} "
+            f"of what training has gained, so sigma is held back, now to {now:.0%} of what was found. If little is "
+            "learned, train longer; `method.cooling=false` leaves sigma as it was found."
+        )
+
+    # --- after training ---
 
     def posterior(self, trained: Trained) -> DiagonalGaussian:
         """Read mean and variance from the optimizer."""
         assert isinstance(trained.optimizer, IVON)
         return trained.optimizer.posterior()
 
-    def log(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Mean σ over all weights and by layer: where it jumps in the first steps, h₀ is far off (the paper's hint)."""
+    def log(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, float]:
+        """What tells whether the scale is right.
+
+        Mean σ over all weights, by layer and by matrix; the share of weights whose signal |m| exceeds their noise; the
+        mean Hessian over h₀; and, where they are compared, the loss at the mean and under noise.
+        """
         assert isinstance(optimizer, IVON)
-        sigma = optimizer.mean_sigma()
-        sizes = {name: p.numel() for group in optimizer.param_groups for name, p in _named(group)}
+        posterior, first = optimizer.posterior(), optimizer.param_groups[0]
         lots: dict[str, list[str]] = defaultdict(list)
-        for name in sigma:
+        for name in posterior.std:
             lots["sigma"].append(name)
             if layer := LAYER.search(name):
                 lots[f"sigma/layer_{int(layer[1]):02d}"].append(name)
-        return {
-            lot: sum(sigma[name] * sizes[name] for name in names) / sum(sizes[name] for name in names)
+            if matrix := MATRIX.search(name):
+                lots[f"sigma/{matrix[1]}.{matrix[2]}"].append(name)
+        logged = {
+            lot: sum(posterior.std[name].sum().item() for name in names)
+            / sum(posterior.std[name].numel() for name in names)
             for lot, names in lots.items()
         }
+        size = sum(std.numel() for std in posterior.std.values())
+        heard = sum(int((posterior.mean[name].abs() > std).sum()) for name, std in posterior.std.items())
+        of_group = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+        moved = sum(
+            (std.double() ** -2 / of_group[name]["ess"] - of_group[name]["weight_decay"]).sum().item()
+            for name, std in posterior.std.items()
+        )
+        logged |= {"signal_above_noise": heard / size, "hessian_over_first": moved / size / first["hess_init"]}
+        logged |= {f"loss_{name}": state[name] for name in ("at_mean", "under_noise") if name in state}
+        return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
 
 
-def _named(group: dict[str, Any]) -> Iterable[tuple[str, nn.Parameter]]:
-    return zip(group["param_names"], group["params"])
+def _noisy(mean: Mapping[str, Tensor], sigma: float) -> DiagonalGaussian:
+    return DiagonalGaussian(mean, {name: torch.full_like(value, sigma) for name, value in mean.items()})
+
+
+def _gradient(start: Start, sigma: float) -> tuple[float, float]:
+    """Return the root mean square of a mini-batch's gradient at draws, over some batches, and the steps it took."""
+    source, params = start.generator(), trainable(start.model)
+    size = start.batch_size * start.accumulation
+    batches = min(max(round(PROBE * start.steps / 4), 1), 4, math.ceil(len(start.rows) / size))
+    posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
+    squares = []
+    for at in range(batches):
+        rows = start.rows[at * size : (at + 1) * size]
+        with posterior.sampled(start.model, source), torch.enable_grad():
+            total = [torch.zeros_like(p) for p in params.values()]
+            for i in range(0, len(rows), start.batch_size):
+                batch = start.batch(rows[i : i + start.batch_size])
+                batch = {name: value.to(total[0].device) for name, value in batch.items()}
+                loss = nn.functional.cross_entropy(start.forward(start.model, batch), batch["labels"], reduction="sum")
+                parts = torch.autograd.grad(loss / len(rows), list(params.values()), allow_unused=True)
+                total = [whole if part is None else whole + part for whole, part in zip(total, parts)]
+        squares.append(torch.cat([part.float().flatten() for part in total]).square().mean().item())
+    return math.sqrt(sum(squares) / batches), float(batches)

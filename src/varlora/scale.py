@@ -1,0 +1,164 @@
+r"""The scale of IVON's posterior, found by looking: how much noise an adapter bears, and the steps that go with it.
+
+**σ** is the largest standard deviation for which noise in all weights changes the predictions by no more than a bound:
+
+.. math:: \mathrm{KL}(\sigma) = \mathbb{E}_{x, \varepsilon} \, \mathrm{KL}\big(p(\cdot \mid x, m) \,\|\,
+    p(\cdot \mid x, m + \sigma\varepsilon)\big) \le b \sqrt{E}
+
+with E the epochs of training: the more often rows are seen, the more noise it takes against learning them by heart.
+The KL, and not the loss, because before training the loss is far from any minimum, and noise may lower it.
+
+**The learning rate** follows from σ. IVON's steps are clipped nearly everywhere, so a weight whose gradient is noise
+makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. σ is to be a fixed multiple of
+that distance: where less noise is drawn than weights wander by themselves, it hides nothing.
+
+**The noise grows** while training, as does the square of that distance: from a start at which B is zero, noise of full
+size drowns the gradient that tells B where to go.
+
+**h₀** is so large that what Price's estimates add to it by chance stays a small part of it; only then is σ what was
+found, from the first step to the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BOUND",
+    "Trial",
+    "first_hessian",
+    "kl_under_noise",
+    "largest_sigma",
+    "like_adamw",
+    "ramp",
+    "walk",
+]
+
+BOUND = 0.05
+"""b: nats that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
+SIGMA_PER_WALK = 2.4
+"""σ at the end of training, over the distance that a weight has wandered."""
+FLOOR = 0.1
+"""The least share of σ that is drawn: at the first steps."""
+STEADY = 20.0
+"""h₀ over the standard deviation of what chance adds to it."""
+TRIALS = 3
+"""Scales that are tried: KL grows as a power of σ, so each is a good guess at the next."""
+FURTHEST = 4.0
+"""A trial is at most so many times the one before, or so small a part of it."""
+
+
+class Trial(NamedTuple):
+    """A scale that was tried."""
+
+    sigma: float
+    kl: float
+    """In nats; infinite where a draw overflows."""
+
+
+def kl_under_noise(logits: Tensor, mean: Tensor) -> float:
+    """Return the KL divergence of the draws' predictions from the mean's, averaged over draws and rows.
+
+    Args:
+        logits: (S, N, C), -inf where a row does not have the answer.
+        mean: (N, C), at the mean.
+
+    Example:
+        >>> kl_under_noise(torch.zeros(3, 2, 4), torch.zeros(2, 4))
+        0.0
+    """
+    if logits.isnan().any() or (logits == math.inf).any():
+        return math.inf
+    log_p, log_q = mean.double().log_softmax(-1), logits.double().log_softmax(-1)
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.nan_to_num(nan=0.0).sum(-1).mean().item()  # 0 · (−∞ + ∞): an answer that a row does not have
+
+
+def largest_sigma(kl: Callable[[float], float], bound: float, start: float) -> tuple[float, list[Trial]]:
+    """Return the σ at which the KL meets a bound, and what was tried.
+
+    Args:
+        kl: KL at a σ, with the same noise for each.
+        bound: in nats.
+        start: σ to begin with.
+
+    Example:
+        >>> sigma, trials = largest_sigma(lambda sigma: 30 * sigma**2, bound=0.1, start=0.01)
+        >>> round(sigma, 4), len(trials)
+        (0.0577, 3)
+    """
+    trials: list[Trial] = []
+    sigma = start
+    for _ in range(TRIALS):
+        trials.append(Trial(sigma, kl(sigma)))
+        sigma = _next(sorted(trial for trial in trials if 0 < trial.kl < math.inf), bound, trials[-1])
+    return sigma, trials
+
+
+def _next(known: list[Trial], bound: float, last: Trial) -> float:
+    """Return σ where the line through the two trials nearest the bound, of log KL over log σ, meets it."""
+    if last not in known:
+        return last.sigma * (FURTHEST if last.kl == 0 else 1 / FURTHEST)
+    nearest = sorted(known, key=lambda trial: abs(math.log(trial.kl / bound)))[:2]
+    power = 2.0
+    if len(nearest) == 2 and nearest[0].sigma != nearest[1].sigma:
+        (a, kl_a), (b, kl_b) = nearest
+        power = min(max(math.log(kl_a / kl_b) / math.log(a / b), 1.0), 4.0)  # as σ² near 0, as σ⁴ where B is
+    factor = (bound / nearest[0].kl) ** (1 / power)
+    return nearest[0].sigma * min(max(factor, 1 / FURTHEST), FURTHEST)
+
+
+def walk(steps: int, beta1: float) -> float:
+    """Return how far a weight wanders whose gradient is noise, in units of αξ at the first step.
+
+    Its momentum is an average of white noise with decay β₁, whose signs k steps apart correlate by 2/π arcsin(β₁ᵏ); the
+    learning rate falls linearly to zero.
+
+    Example:
+        >>> round(walk(300, 0.9)), round(walk(300, 0.0))
+        (37, 10)
+    """
+    lags = torch.arange(1, 10_000, dtype=torch.float64)
+    together = 1 + 2 * (2 / math.pi * (beta1**lags).asin()).sum().item()
+    return math.sqrt(together * sum((1 - step / steps) ** 2 for step in range(steps)))
+
+
+def like_adamw(lr: float, beta1: float) -> float:
+    """Return the αξ with which weights that follow noise wander as far as with AdamW at a learning rate.
+
+    AdamW divides the average gradient by its root mean square: its walk is that of white noise, without the momentum's
+    correlation. (Weights that follow a steady gradient move by αξ, or by AdamW's learning rate, a step.)
+
+    Example:
+        >>> round(like_adamw(1e-4, 0.9), 6)
+        2.7e-05
+    """
+    return lr * walk(1000, 0.0) / walk(1000, beta1)
+
+
+def ramp(part: float) -> float:
+    """Return the share of σ that is drawn when a part of training, 0 to 1, is done: that of the walk's square.
+
+    Example:
+        >>> [round(ramp(part), 2) for part in (0.0, 0.1, 0.5, 1.0)]
+        [0.1, 0.27, 0.88, 1.0]
+    """
+    return max(FLOOR, 1 - (1 - part) ** 3)
+
+
+def first_hessian(gradient: float, sigma: float, steps: int, beta2: float) -> float:
+    """Return an h₀ that Price's estimates, ĝε/σ, leave where it is but for a twentieth.
+
+    Args:
+        gradient: root mean square of the entries of a mini-batch's gradient ĝ.
+        sigma: σ at the end of training.
+        steps: of training.
+        beta2: decay of the Hessian's average.
+    """
+    noise = math.sqrt(sum(ramp(step / steps) ** -2 for step in range(steps))) / sigma
+    return STEADY * (1 - beta2) * gradient * noise
