@@ -38,7 +38,9 @@ class FillUp(TrainerCallback):
 
 
 def train(run_dir: Path, **settings: Any) -> None:
-    helpers.run_fit(helpers.tiny_model(dropout=0.1), Ivon(lr=1.0, clip_radius=2e-2), run_dir, **settings)
+    helpers.run_fit(
+        helpers.tiny_model(dropout=0.1), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2), run_dir, **settings
+    )
 
 
 def main(folder: Path, whole: Path) -> None:

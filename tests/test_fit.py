@@ -31,7 +31,7 @@ from varlora.params import trainable
 from varlora.prompt import Encoded
 from varlora.run import load_tensors, verify_manifest
 
-METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, clip_radius=2e-2)]
+METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)]
 both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
 
@@ -177,7 +177,7 @@ def test_sigma_is_logged_like_the_loss(tmp_path):
     "settings", [{"mc_samples": 2}, {"hess_approx": "gradsq"}, {"mc_samples": 2, "hess_approx": "gradsq"}], ids=str
 )
 def test_every_kind_of_ivon_resumes_bit_for_bit(tmp_path, settings):
-    method = Ivon(lr=1.0, clip_radius=2e-2, beta2=0.9, **settings)
+    method = Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2, beta2=0.9, **settings)
     case = {"batch_size": 2, "accumulation": 2, "rows": helpers.make_rows(11), "checkpoint_every": 3}
     helpers.run_fit(helpers.tiny_model(dropout=0.1), method, tmp_path / "whole", **case)
     fit_until(helpers.tiny_model(dropout=0.1), method, tmp_path / "cut", 4, **case)
@@ -469,7 +469,7 @@ def test_training_arguments_pass_through(tmp_path):
 
 def test_clipping_acts(tmp_path):
     for folder, norm in (("tight", 1e-3), ("loose", 1e3)):
-        helpers.run_fit(helpers.tiny_model(), Ivon(lr=1e-6, clip_radius=1e9), tmp_path / folder, steps=2,
+        helpers.run_fit(helpers.tiny_model(), Ivon(lr=1e-6, ess=1e6, hess_init=1e-3, clip_radius=1e9), tmp_path / folder, steps=2,
                         training_arguments={"max_grad_norm": norm})  # fmt: skip
     start = helpers.bits(helpers.tiny_model())
     moved = {
@@ -544,7 +544,7 @@ def test_real_model_learns(shared, tmp_path):
     }
     answers = tuple(tokenizer.convert_tokens_to_ids(["\u2581a", "\u2581the"]))
     rows = [Encoded(text, tuple(tokenizer(text)["input_ids"]), answers, label, False) for text, label in texts.items()]
-    method = Ivon(lr=1.0, clip_radius=5e-3)
+    method = Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=5e-3)
     posterior = varlora.fit.fit(model, method, rows, tmp_path, pad_token_id=tokenizer.pad_token_id, steps=40)
     found = varlora.predict.predict(model, posterior, rows, pad_token_id=tokenizer.pad_token_id)
     assert found.probs.argmax(-1).tolist() == list(texts.values())

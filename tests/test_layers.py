@@ -12,7 +12,18 @@ import pytest
 SRC = Path(__file__).resolve().parents[1] / "src" / "varlora"
 
 LAYERS = {
-    0: {"errors", "optim", "params", "gradients", "posterior", "curvature", "metrics", "bootstrap", "temperature", "scale"},
+    0: {
+        "errors",
+        "optim",
+        "params",
+        "gradients",
+        "posterior",
+        "curvature",
+        "metrics",
+        "bootstrap",
+        "temperature",
+        "scale",
+    },
     1: {"tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
     3: {"run", "predictions", "checkpoint", "fit", "overhead", "predict", "calibration"},

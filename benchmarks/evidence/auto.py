@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         )
     },
 }
-GRID = {"ess": [1e5, 1e6, 1e7], "hess_init": [2e-4, 1e-3], "lr": [0.1, 0.3, 1.0]}
+GRID = {"ess": [1e5, 1e6, 1e7], "hess_init": [2e-4, 1e-3], "lr": [0.3, 1.0]}
 GROUPS: dict[str, dict[str, Any]] = {
     "auto": {"methods": {"ivon": {}}},
     "grid": {"methods": {"ivon": {}}, "search": {"ivon": GRID}},

@@ -67,7 +67,7 @@ class Row(NamedTuple):
 AVERAGING: dict[str, Any] = {"lr": 2e-2, "start": 0.3, "every": 1}
 ROWS = [
     Row("adamw", AdamW(lr=2e-2)),
-    Row("ivon", Ivon(lr=1.0, clip_radius=2e-2)),
+    Row("ivon", Ivon(lr=1.0, clip_radius=2e-2)),  # λ and h₀ are found
     Row("mc_dropout", McDropout(lr=2e-2), dropout=0.05),
     Row("swa", Swa(**AVERAGING)),
     Row("swag", Swag(**AVERAGING, rank=5)),

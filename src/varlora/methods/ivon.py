@@ -40,9 +40,9 @@ SLIGHT = 0.03
 """Rise that is borne in any case, as a share of the loss of chance."""
 MEMORY = 10
 """Comparisons that are averaged."""
-GAIN = 0.15
-"""By how much σ changes at a comparison, at the most; in its logarithm."""
-COLDEST = 0.1
+GAIN = 0.1
+"""By how much σ changes at a comparison, in its logarithm."""
+COLDEST = 0.2
 """Share of σ that is drawn at the least."""
 FIRST = 20
 """Steps that h₀ counts for, where the Hessian is the run's average."""
@@ -232,17 +232,20 @@ class Ivon(Method):
     def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
         """Average the losses, and hold the noise back while it takes too much of what training has gained.
 
-        Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go.
+        Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go. A
+        rise counts as too much if it is so by a standard error.
         """
         count = state["comparisons"] = state.get("comparisons", 0) + 1
         weight = max(1 / count, 1 / MEMORY)
-        for name in ("at_mean", "under_noise"):
-            state[name] = state.get(name, 0.0) * (1 - weight) + getattr(comparison, name) * weight
+        seen = {"at_mean": comparison.at_mean, "under_noise": comparison.under_noise}
+        seen["square"] = (comparison.under_noise - comparison.at_mean) ** 2
+        for name, value in seen.items():
+            state[name] = state.get(name, 0.0) * (1 - weight) + value * weight
         rise = state["under_noise"] - state["at_mean"]
+        error = math.sqrt(max(state["square"] - rise**2, 0.0) * weight / (2 - weight))  # of an average that forgets
         borne = max(BEARABLE * (comparison.chance - state["at_mean"]), SLIGHT * comparison.chance)
-        before = state.get("held_back", 1.0)
-        change = GAIN * min(max((borne - rise) / borne, -1.0), 1.0)
-        state["held_back"] = now = min(max(before * math.exp(change), COLDEST), 1.0)
+        change = GAIN * ((rise < borne) - (rise - error > borne))
+        state["held_back"] = now = min(max(state.get("held_back", 1.0) * math.exp(change), COLDEST), 1.0)
         if state.get("said") or now > 0.5 or 2 * comparison.step < comparison.total_steps:
             return None
         state["said"] = True
