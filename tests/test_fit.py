@@ -469,7 +469,8 @@ def test_training_arguments_pass_through(tmp_path):
 
 def test_clipping_acts(tmp_path):
     for folder, norm in (("tight", 1e-3), ("loose", 1e3)):
-        helpers.run_fit(helpers.tiny_model(), Ivon(lr=1e-6, ess=1e6, hess_init=1e-3, clip_radius=1e9), tmp_path / folder, steps=2,
+        method = Ivon(lr=1e-6, ess=1e6, hess_init=1e-3, clip_radius=1e9)
+        helpers.run_fit(helpers.tiny_model(), method, tmp_path / folder, steps=2,
                         training_arguments={"max_grad_norm": norm})  # fmt: skip
     start = helpers.bits(helpers.tiny_model())
     moved = {

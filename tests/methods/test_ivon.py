@@ -1,0 +1,306 @@
+"""IVON's method: what it finds before training, how the noise grows and is held back, and what it logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import plan
+
+from varlora import IVON, scale
+from varlora.demo.run import one_thread
+from varlora.errors import DamagedFileError
+from varlora.fit import _draw
+from varlora.methods import METHODS, Comparison, Ivon, Start, Temperature
+from varlora.methods.ivon import BEARABLE, COLDEST, MEMORY, PAPER, PROBE, _noisy
+from varlora.model import class_logits
+from varlora.params import copied, trainable
+
+ROWS = helpers.make_rows(64)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def start(**changes: Any) -> Start:
+    model = helpers.tiny_model().eval()
+    settings: dict[str, Any] = {"batch_size": 4, "steps": 400, "say": lambda words: None, **changes}
+    return Start(model, ROWS, partial(_draw, model, 0, settings.get("seed", 0)), class_logits, **settings)
+
+
+def found(method: Ivon, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    prepared = method.prepare(start(**changes))
+    assert prepared is not None
+    return dict(prepared.settings), dict(prepared.found)
+
+
+# --- what is found ---
+
+
+def test_it_finds_what_is_left_to_it() -> None:
+    settings, seen = found(Ivon())
+    sigma = 1 / math.sqrt(settings["ess"] * settings["hess_init"])
+    assert sigma == pytest.approx(seen["sigma"])
+    assert settings["lr"] * 1e-3 == pytest.approx(sigma / (scale.SIGMA_PER_WALK * scale.walk(400, 0.9)))
+    assert settings["noise_warmup"] is True
+    assert settings["cooling"] is True
+
+
+def test_noise_of_that_size_changes_predictions_as_much_as_the_bound_says() -> None:
+    """On all rows, of which it has looked at some."""
+    _, seen = found(Ivon(), steps=4000)
+    begin = start()
+    mean = copied(begin.model)
+    at_mean = begin.draw(_noisy(mean, 0.0), ROWS, 0)[0][0]
+    kl = scale.kl_under_noise(begin.draw(_noisy(mean, seen["sigma"]), ROWS, 64)[0], at_mean)
+    assert seen["bound"] == pytest.approx(scale.BOUND * math.sqrt(4000 * 4 / 64))
+    assert seen["bound"] / 1.7 < kl < seen["bound"] * 1.7
+
+
+def test_more_passes_over_the_rows_take_more_noise() -> None:
+    few, many = (found(Ivon(), steps=steps)[1]["sigma"] for steps in (100, 4000))
+    assert few < many
+
+
+def test_what_is_given_is_kept() -> None:
+    assert Ivon(**PAPER).prepare(start()) is None
+    settings, _ = found(Ivon(lr=0.5))
+    assert settings["lr"] == 0.5
+    settings, seen = found(Ivon(ess=1e6))
+    assert settings["ess"] == 1e6
+    assert settings["noise_warmup"] is False  # the scale is the user's
+    assert 1 / math.sqrt(1e6 * settings["hess_init"]) == pytest.approx(seen["sigma"])
+    settings, seen = found(Ivon(hess_init=2e-3, weight_decay=1e-3))
+    assert settings["hess_init"] == 2e-3
+    assert 1 / math.sqrt(settings["ess"] * 3e-3) == pytest.approx(seen["sigma"])
+    settings, seen = found(Ivon(ess=1e6, hess_init=1e-3))
+    assert seen["sigma"] == pytest.approx(0.0316, rel=1e-2)
+    assert settings["lr"] * 1e-3 == pytest.approx(0.0316 / (scale.SIGMA_PER_WALK * scale.walk(400, 0.9)), rel=1e-2)
+
+
+def test_a_learning_rate_may_be_said_in_adamws_terms() -> None:
+    settings, _ = found(Ivon(lr_like_adamw=1e-3))
+    assert settings["lr"] * 1e-3 == pytest.approx(scale.like_adamw(1e-3, 0.9))
+
+
+def test_lambda_may_be_a_multiple_of_the_root_of_the_rows() -> None:
+    settings, seen = found(Ivon(ess_per_root_row=5000.0))
+    assert settings["ess"] == 5000 * math.sqrt(64)
+    assert 1 / math.sqrt(settings["ess"] * settings["hess_init"]) == pytest.approx(seen["sigma"])
+
+
+def test_with_squared_gradients_the_first_hessian_is_what_they_average_to() -> None:
+    settings, seen = found(Ivon(hess_approx="gradsq"), accumulation=2)
+    assert settings["hess_init"] == pytest.approx(8 * seen["gradient"] ** 2)
+
+
+def test_the_seed_decides_what_it_looks_at() -> None:
+    one, again, other = (found(Ivon(), seed=seed)[0] for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+@pytest.mark.parametrize("steps", [400, 2000, 20_000])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_the_look_costs_what_it_may(steps: int, batch_size: int) -> None:
+    prepared = Ivon().prepare(start(steps=steps, batch_size=batch_size))
+    assert prepared is not None
+    least = (scale.TRIALS * 4 + 1) * 4 / (3 * batch_size) + 4  # four rows, and a gradient
+    assert prepared.steps <= max(PROBE * steps + 4, least)
+    assert Ivon(cooling=True).compare_every(steps) * 3 * PROBE >= 1  # a comparison is a third of a step
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    begin = start()
+    before, grads = helpers.bits(begin.model), [p.grad for p in trainable(begin.model).values()]
+    state = torch.get_rng_state()
+    Ivon().prepare(begin)
+    assert helpers.same(helpers.bits(begin.model), before)
+    assert [p.grad for p in trainable(begin.model).values()] == grads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not begin.model.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": 0.1, "lr_like_adamw": 1e-4}, "`lr` or `lr_like_adamw`"),
+        ({"ess": 1e6, "ess_per_root_row": 5000.0}, "`ess` or `ess_per_root_row`"),
+        ({"lr_like_adamw": -1.0}, "a number > 0"),
+        ({"clip_radius": math.inf}, "cannot be foreseen"),
+        ({"mc_samples": 2}, "`accumulation`"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
+    (problem,) = Ivon(**settings).problems(plan())
+    assert said in problem
+
+
+# --- while training ---
+
+
+def method(**settings: Any) -> Ivon:
+    return Ivon(**{**PAPER, "noise_warmup": True, "cooling": True, **settings})
+
+
+def optimizer_of(one: Ivon) -> IVON:
+    return one.optimizer(trainable(helpers.tiny_model()), 64, 4, 0)
+
+
+def test_the_noise_grows_to_its_full_size() -> None:
+    one = method()
+    optimizer, sizes = optimizer_of(one), []
+    for step in (1, 51, 101):
+        one.before_step(optimizer, step, 100, {})
+        sizes.append(next(iter(optimizer.mean_sigma().values())) / 0.0316)
+    assert sizes == pytest.approx([0.1, 0.5, 1.0], rel=1e-2)
+    one.before_step(optimizer, 101, 100, {"held_back": 0.5})
+    assert next(iter(optimizer.mean_sigma().values())) == pytest.approx(0.0158, rel=1e-2)
+
+
+def test_of_given_numbers_it_does_not() -> None:
+    one = Ivon(**PAPER)
+    optimizer = optimizer_of(one)
+    one.before_step(optimizer, 1, 100, {})
+    assert optimizer.param_groups[0]["ess"] == PAPER["ess"]
+    assert one.compare_every(1000) == 0
+
+
+def compare(one: Ivon, at_mean: float, under_noise: float, times: int, state: dict[str, Any], step: int = 90) -> list:
+    return [one.compared(Comparison(step, 100, at_mean, under_noise, 1.0), state) for _ in range(times)]
+
+
+def test_noise_is_held_back_while_it_takes_too_much_of_the_gain_and_let_go_after() -> None:
+    one, state = method(), {}
+    compare(one, 0.6, 0.6 + 0.9 * BEARABLE * 0.4, 20, state)
+    assert state["held_back"] == 1.0
+    compare(one, 0.6, 0.6 + 1.5 * BEARABLE * 0.4, 3 * MEMORY, state)
+    assert COLDEST <= state["held_back"] < 0.3
+    compare(one, 0.6, 0.6, 60, state)
+    assert state["held_back"] == 1.0
+
+
+def test_before_anything_is_learned_hardly_any_noise_is_borne() -> None:
+    one, state = method(), {}
+    compare(one, 1.1, 1.2, 60, state)
+    assert state["held_back"] == COLDEST
+
+
+def test_a_rise_within_its_error_is_none() -> None:
+    one, state = method(), {}
+    for i in range(60):
+        compare(one, 0.6, 0.6 + 0.22 + (0.9 if i % 2 else -0.9), 1, state)
+    assert state["held_back"] > 0.5
+
+
+def test_it_is_said_once_and_not_in_the_first_half() -> None:
+    one, state = method(), {}
+    assert not any(compare(one, 1.1, 1.4, 20, state, step=40))
+    (words,) = filter(None, compare(one, 1.1, 1.4, 20, state, step=60))
+    assert "1.400" in words
+    assert "chance's 1.000" in words
+    assert "`method.cooling=false`" in words
+
+
+def test_each_matrix_gets_the_prior_of_most_evidence(tmp_path: Path) -> None:
+    """1/(λδ) = mean(m² + v), at the choice before."""
+    one = method(weight_decay="auto", noise_warmup=False, cooling=False)
+    optimizer = optimizer_of(one)
+    assert len(optimizer.param_groups) == len(trainable(helpers.tiny_model()))
+    before = optimizer.posterior()
+    one.before_step(optimizer, 1, 100, {})
+    for group in optimizer.param_groups:
+        (name,) = group["param_names"]
+        second = before.mean[name].square().mean() + before.std[name].square().mean()
+        assert 1 / (group["ess"] * group["weight_decay"]) == pytest.approx(second.item(), rel=1e-5)
+    helpers.run_fit(helpers.tiny_model(), one, tmp_path, steps=12)
+
+
+def test_a_hessian_may_be_the_average_of_the_run() -> None:
+    one = method(hess_approx="gradsq", hess_average="run", beta2=0.999)
+    optimizer, betas = optimizer_of(one), []
+    for step in (1, 80, 5000):
+        one.before_step(optimizer, step, 10_000, {})
+        betas.append(optimizer.param_groups[0]["beta2"])
+    assert betas == pytest.approx([1 - 1 / 21, 0.99, 0.999])
+
+
+# --- in a run ---
+
+
+def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
+    said: list[str] = []
+    helpers.run_fit(
+        helpers.tiny_model(),
+        Ivon(clip_radius=2e-2),
+        tmp_path,
+        steps=60,
+        checkpoint_every=60,
+        training_arguments={"logging_steps": 1},
+        warn=said.append,
+    )
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert {"lr", "ess", "hess_init"} <= tuned["settings"].keys()
+    assert "sigma" in helpers.about(said, "learning rate")[0]
+    lines = helpers.logged(tmp_path)
+    sigma = [line["sigma"] for line in lines]
+    assert sigma[0] == pytest.approx(0.1 * tuned["found"]["sigma"], rel=0.02)
+    assert all(later > 0.99 * sooner for sooner, later in zip(sigma, sigma[1:]))
+    assert sigma[-1] == pytest.approx(tuned["found"]["sigma"] * lines[-1]["held_back"], rel=0.05)
+    last = lines[-1]
+    assert 0 <= last["signal_above_noise"] <= 1
+    assert last["hessian_over_first"] == pytest.approx(1, abs=0.1)
+    assert {"sigma/layer_00", "sigma/q_proj.lora_A", "loss_at_mean", "loss_under_noise", "held_back"} <= last.keys()
+
+
+def test_a_resumed_run_does_not_look_again(tmp_path: Path) -> None:
+    from conformance.test_methods import Crash
+
+    with pytest.raises(ConnectionAbortedError):
+        helpers.run_fit(helpers.tiny_model(), Ivon(), tmp_path, callbacks=[Crash(2)])
+    path = tmp_path / "tuned.json"
+    tuned = json.loads(path.read_text())
+    tuned["settings"]["ess"] *= 4
+    path.write_text(json.dumps(tuned))
+    helpers.run_fit(helpers.tiny_model(), Ivon(), tmp_path, resume=True, training_arguments={"logging_steps": 1})
+    assert json.loads(path.read_text()) == tuned
+    sigma = {line["step"]: line["sigma"] for line in helpers.logged(tmp_path)}
+    assert sigma[6] == pytest.approx(tuned["found"]["sigma"] / 2 * scale.ramp(5 / 6), rel=0.05)
+
+
+def test_a_damaged_file_of_what_was_found_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text(json.dumps({"settings": {"no": 1}}))
+    with pytest.raises(DamagedFileError, match=r"tuned\.json"):
+        helpers.run_fit(helpers.tiny_model(), Ivon(), tmp_path, resume=True)
+
+
+def test_a_method_on_top_finds_for_the_one_below(tmp_path: Path) -> None:
+    prepared = Temperature(of="ivon", settings={"beta1": 0.8}).prepare(start())
+    assert prepared is not None
+    settings = prepared.settings["settings"]
+    assert settings["beta1"] == 0.8
+    assert METHODS["ivon"](**settings).prepare(start()) is None
+
+
+def test_dropout_does_not_make_the_rise(tmp_path: Path) -> None:
+    """Loss at the mean and under noise have the same masks, and training sees the masks that it would have seen."""
+    logs = []
+    for cooling in (True, False):
+        one = method(ess=1e14, noise_warmup=False, cooling=cooling)  # without noise there is no rise
+        helpers.run_fit(
+            helpers.tiny_model(dropout=0.5), one, tmp_path / str(cooling), steps=30,
+            training_arguments={"logging_steps": 1},
+        )  # fmt: skip
+        logs.append(helpers.logged(tmp_path / str(cooling)))
+    assert logs[0][-1]["loss_at_mean"] == pytest.approx(logs[0][-1]["loss_under_noise"], rel=1e-3)
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]

@@ -1,0 +1,109 @@
+"""The scale that is found: each formula against a simulation or a closed form, with the optimizers themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from varlora import IVON, scale
+
+WEIGHTS = 4000
+
+
+def wandered(make: Callable[[nn.Parameter], torch.optim.Optimizer], steps: int) -> float:
+    """Root mean square of how far weights move whose gradients are noise, with a linearly falling learning rate."""
+    weight, source = nn.Parameter(torch.zeros(WEIGHTS)), torch.Generator().manual_seed(0)
+    optimizer = make(weight)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(steps):
+        if isinstance(optimizer, IVON):
+            optimizer.train()
+        weight.grad = torch.randn(WEIGHTS, generator=source)
+        optimizer.step()
+        schedule.step()
+    return weight.detach().square().mean().sqrt().item()
+
+
+def ivon(step: float, beta1: float = 0.9) -> Callable[[nn.Parameter], torch.optim.Optimizer]:
+    return lambda weight: IVON(
+        [("w", weight)], lr=step / 1e-3, ess=1.0, hess_init=1.0, beta1=beta1, clip_radius=1e-3, seed=0
+    )
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_weights_that_follow_noise_wander_as_far_as_foreseen(beta1: float) -> None:
+    assert wandered(ivon(1e-4, beta1), 300) == pytest.approx(1e-4 * scale.walk(300, beta1), rel=0.07)
+
+
+def test_with_adamws_learning_rate_they_wander_as_far_as_with_adamw() -> None:
+    adamw = wandered(lambda weight: torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0), 300)
+    assert wandered(ivon(scale.like_adamw(1e-3, 0.9)), 300) == pytest.approx(adamw, rel=0.12)
+
+
+def test_chance_moves_the_first_hessian_by_a_twentieth() -> None:
+    steps, sigma, beta2 = 400, 0.02, 1 - 1e-5
+    weight, source = nn.Parameter(torch.zeros(WEIGHTS)), torch.Generator().manual_seed(0)
+    h = scale.first_hessian(0.01, sigma, steps, beta2)
+    optimizer = IVON([("w", weight)], lr=0.0, ess=1.0, hess_init=h, beta2=beta2, seed=0)
+    for step in range(steps):
+        optimizer.param_groups[0]["ess"] = 1 / (h * (sigma * scale.ramp(step / steps)) ** 2)
+        optimizer.train()
+        weight.grad = 0.01 * torch.randn(WEIGHTS, generator=source)
+        optimizer.step()
+    moved = optimizer.state[weight]["hess"] / h - 1
+    assert moved.std().item() == pytest.approx(1 / scale.STEADY, rel=0.15)
+
+
+# --- the change of the predictions ---
+
+
+def test_kl_is_that_of_the_draws_from_the_mean() -> None:
+    source = torch.Generator().manual_seed(0)
+    mean, logits = torch.randn(5, 3, generator=source), torch.randn(4, 5, 3, generator=source)
+    expected = nn.functional.kl_div(
+        logits.log_softmax(-1), mean.log_softmax(-1).expand(4, 5, 3), log_target=True, reduction="sum"
+    )
+    assert scale.kl_under_noise(logits, mean) == pytest.approx(expected.item() / 20, rel=1e-5)
+
+
+def test_an_answer_that_a_row_lacks_does_not_matter() -> None:
+    mean, logits = torch.randn(5, 3), torch.randn(4, 5, 3)
+    wider = [nn.functional.pad(one, (0, 2), value=-math.inf) for one in (logits, mean)]
+    assert scale.kl_under_noise(*wider) == pytest.approx(scale.kl_under_noise(logits, mean), rel=1e-6)
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_draw_that_overflows_changes_the_predictions_without_bound(lost: float) -> None:
+    assert scale.kl_under_noise(torch.full((2, 3, 4), lost), torch.zeros(3, 4)) == math.inf
+
+
+@pytest.mark.parametrize("start", [0.003, 0.05, 0.6])
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.0, 4.0])
+def test_the_largest_sigma_meets_the_bound(power: float, start: float) -> None:
+    answer = 0.04
+    sigma, trials = scale.largest_sigma(lambda sigma: 0.1 * (sigma / answer) ** power, 0.1, start)
+    assert sigma == pytest.approx(answer, rel=0.02 if 0.01 < start < 0.2 else 0.1)
+    assert trials[0].sigma == start
+    assert len(trials) == scale.TRIALS
+
+
+@pytest.mark.parametrize("start", [0.01, 0.1])
+def test_also_where_the_power_changes_on_the_way(start: float) -> None:
+    """As with LoRA: the noise of B acts as σ², that of both as σ⁴."""
+
+    def kl(sigma: float) -> float:
+        return 20 * sigma**2 + 8000 * sigma**4
+
+    sigma, _ = scale.largest_sigma(kl, 0.1, start)
+    assert kl(sigma) == pytest.approx(0.1, rel=0.1)
+
+
+def test_where_draws_overflow_it_is_smaller_and_where_nothing_changes_larger() -> None:
+    narrow, _ = scale.largest_sigma(lambda sigma: math.inf if sigma > 0.1 else sigma**2, 0.1, 10.0)
+    assert narrow < 1.0
+    wide, _ = scale.largest_sigma(lambda sigma: 0.0, 0.1, 0.1)
+    assert wide == pytest.approx(0.1 * scale.FURTHEST**scale.TRIALS)
