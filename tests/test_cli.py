@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 
 import varlora
 from varlora.cli import main
@@ -23,7 +24,7 @@ from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(__file__).parent / "assets"
-VERBS = ("train", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo")
+VERBS = ("train", "tune", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo")
 
 
 class Result(NamedTuple):
@@ -111,7 +112,8 @@ def test_train_evaluate_report_predict(varlora_, options, tmp_path, method):
     assert f"{method} on boolq" in lines[0]
     steps = [line for line in lines if re.search(r"step \d/3 +loss \d\.\d{3}", line)]
     assert len(steps) == 3
-    assert all(("σ 3.16e-02" in line) == (method == "ivon") for line in steps)
+    assert all(bool(re.search(r"σ \d\.\d\de-\d\d", line)) == (method == "ivon") for line in steps)
+    assert ("Found by a look at the training rows" in result.out) == (method == "ivon")
     assert lines[-2] == f"The adapter and its posterior are in {run / 'adapter'}."
     assert lines[-1] == f"Next: varlora evaluate {run}"
     assert "\x1b" not in result.out  # no terminal, no colours
@@ -548,7 +550,23 @@ def test_a_terminal_without_unicode(options, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert b"? 3.16e-02" in result.stdout
+    assert re.search(rb"\? \d\.\d\de-\d\d", result.stdout)
+
+
+def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options, tmp_path):
+    out = tmp_path / "found.yaml"
+    result = varlora_("tune", *options, "--out", out, "--learning-rate-like-adamw", 1e-3)
+    assert result.code == 0, result.err
+    assert "change of the predictions" in result.out
+    recipe = yaml.safe_load(out.read_text())
+    assert {"lr", "ess", "hess_init", "noise_warmup"} <= recipe["method"].keys()
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    assert "exists already" in error_of(varlora_("tune", *options, "--out", out))
+    assert varlora_("tune", *options, "--out", out, "--overwrite").code == 0
+    assert varlora_("train", out, "--run-dir", tmp_path / "run").code == 0
+    assert not (tmp_path / "run" / "tuned.json").exists()  # nothing was left to find
+    nothing = error_of(varlora_("tune", *options, "--method", "adamw", "--out", tmp_path / "other.yaml"))
+    assert "Nothing is left to `adamw` to find" in nothing
 
 
 def test_the_demo_refuses_another_task(varlora_, tmp_path):

@@ -222,7 +222,7 @@ def test_all_problems_are_reported_at_once():
         ({"lora": {"dtype": "int8"}}, "`lora.dtype` to be one of float32"),
         ({"method": 5}, "`method` to be a name or a mapping, but got 5"),
         ({"method": {"name": ["x"]}}, "Unknown method `['x']`"),
-        ({"method": {"ess": "much"}}, "`method.ess` to be a number, but got 'much'"),
+        ({"method": {"ess": "much"}}, "`method.ess` to be a number or auto, but got 'much'"),
         ({"method": {"es": 1}}, "Unknown setting `method.es`. Did you mean `ess`"),
         ({"method": {"lr": -1}}, "`method`: Expected `lr` to be a learning rate >= 0"),
         ({"method": {"hess_approx": "foo"}}, "`method`: Expected `hess_approx`"),

@@ -232,6 +232,28 @@ def test_training_curves_are_means_over_seeds(rows):
     assert (by_method["ivon"].layers.x, by_method["ivon"].layers.y) == ((0, 1), pytest.approx((0.075, 0.3)))
 
 
+def test_the_scale_is_shown_and_a_sign_that_it_does_not_suit(tmp_path):
+    run = write_run(tmp_path / "run", "boolq", "ivon", 1)
+    lines = [
+        {"loss": 1.0, "step": step, "sigma": 0.1, "sigma/layer_00": 0.1, "sigma/q_proj.lora_A": 0.1 * step}
+        | {"signal_above_noise": 0.2, "hessian_over_first": 1 + step / 10}
+        | {"loss_at_mean": 0.4, "loss_under_noise": 0.4 + step / 100, "loss_of_chance": 0.7}
+        for step in (10, 20)
+    ]
+    (run / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = training(read_runs([run])[0])
+    assert found.rise.y == pytest.approx((0.1, 0.2))
+    assert found.hessian.y == pytest.approx((2, 3))
+    assert found.signal.y == pytest.approx((0.2, 0.2))
+    assert found.matrices["q_proj.lora_A"].y == pytest.approx((1, 2))
+    text = build_report([run], tmp_path / "report").files["report.html"].read_text()
+    assert "Signs that a scale does not suit" in text
+    assert "moved to 3 times its first value" in text
+    assert "Noise takes back more than half" in text
+    assert "σ by kind of matrix" in text
+    assert "q_proj.lora_A" in text
+
+
 def test_long_logs_are_averaged_to_what_a_screen_shows(tmp_path):
     run = write_run(tmp_path / "run")
     log(run, [float(i) for i in range(1000)])

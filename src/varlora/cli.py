@@ -1,4 +1,4 @@
-"""The command line: train, calibrate, evaluate, predict, report, reproduce, ls, validate, demo."""
+"""The command line: train, tune, calibrate, evaluate, predict, report, reproduce, ls, validate, demo."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ examples:
   varlora train --method laplace_kfac --from runs/boolq-my-model-adamw-seed0
   varlora train --method ensemble --from runs/boolq-my-model-ivon-seed0 runs/boolq-my-model-ivon-seed1
   varlora train --resume --run-dir runs/boolq-my-model-ivon-seed0
+"""
+TUNE_EXAMPLES = """\
+What `train` does first, alone: a short look at model and training rows finds the scale of the noise, and the learning
+rate and Hessian that go with it. They are printed, drawn, and written into a recipe.
+
+examples:
+  varlora tune --task my-task.yaml --model my-model/ --steps 2000
+  varlora tune --task boolq --model my-model/ --learning-rate-like-adamw 5e-5 --out boolq.yaml
+  varlora train tuned.yaml
 """
 CALIBRATE_EXAMPLES = """\
 The factor of the variance, the share of weights pruned, the temperature and the number of draws are chosen together on
@@ -188,7 +197,38 @@ def _settings(
     if resume and run_dir and not (recipe or arguments.task or arguments.model):
         recipe = settings_of(Path(run_dir)).to_dict()
     options = {name: getattr(arguments, name) for name in SETTINGS_OPTIONS}
+    options["method.lr_like_adamw"] = arguments.learning_rate_like_adamw
     return load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
+
+
+def _tune(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.config import recipe_of
+    from varlora.diagram import scale_diagram
+    from varlora.run import write_bytes, write_text
+    from varlora.workflow import tune
+
+    say = _speaker(console)
+    settings = _settings(arguments)[0]
+    out, picture = arguments.out, arguments.out.with_suffix(".png")
+    for path in (out, picture):
+        if path.exists() and not arguments.overwrite:
+            raise VarloraError(f"{path} exists already. Pass `--overwrite`, or another `--out`.")
+    tuned, prepared = tune(settings, say=say)
+    found, written = prepared.found, [out]
+    if "trials" in found:
+        table = Table("sigma", "change of the predictions (KL, nats)")
+        for trial in found["trials"]:
+            table.add_row(f"{trial['sigma']:.4g}", f"{trial['kl']:.4g}")
+        console.print(table)
+        say(
+            f"On {found['rows']} training rows. A change of {found['bound']:.3g} is borne, as {found['epochs']:.1f} "
+            "epochs are to come."
+        )
+        write_bytes(picture, scale_diagram(found["trials"], found["bound"], found["sigma"])["png"])
+        written.append(picture)
+    write_text(out, f"# Found by `varlora tune`, at the cost of {prepared.steps:.0f} steps.\n" + recipe_of(tuned))
+    say(f"Written: {', '.join(map(str, written))}")
+    say(f"Next: varlora train {out}")
 
 
 def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
@@ -454,6 +494,11 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing run")
 
+    tune = verb("tune", _tune, "Find the scale of IVON's noise and what goes with it, without training.", TUNE_EXAMPLES)
+    _settings_arguments(tune)
+    tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="recipe to write (default: tuned.yaml)")
+    tune.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
     calibrate = verb(
         "calibrate", _calibrate, "Choose on held-out rows how a posterior is best used.", CALIBRATE_EXAMPLES
     )
@@ -553,6 +598,12 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="a task's name (see `varlora ls tasks`), or a task file for your own data")
     parser.add_argument("--method", help="how to reach a posterior (see `varlora ls methods`; default: ivon)")
     _common_arguments(parser, "any setting: method.ess=1e6 lora.rank=16")
+    parser.add_argument(
+        "--learning-rate-like-adamw",
+        type=float,
+        metavar="LR",
+        help="ivon: the AdamW learning rate to match in step size, in place of method.lr",
+    )
     parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: 1)")
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: 500)")
     for flag, text in (

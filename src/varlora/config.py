@@ -26,7 +26,16 @@ from varlora.model import LoRA
 from varlora.run import read_json
 from varlora.tasks import get_task
 
-__all__ = ["Settings", "assign_all", "convert_all", "load_settings", "read_recipe", "settings_from", "settings_of"]
+__all__ = [
+    "Settings",
+    "assign_all",
+    "convert_all",
+    "load_settings",
+    "read_recipe",
+    "recipe_of",
+    "settings_from",
+    "settings_of",
+]
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,27 @@ class Settings:
         plain["run_dir"] = str(self.folder)
         plain["sources"] = list(self.sources)
         return plain
+
+
+def recipe_of(settings: Settings) -> str:
+    """Return settings as a recipe in YAML: those that differ from the defaults, so that the same run can be made again.
+
+    Example:
+        >>> print(recipe_of(Settings(task="boolq", model="m", steps=5, method_settings={"lr": 0.1})).strip())
+        task: boolq
+        model: m
+        steps: 5
+        method:
+          name: ivon
+          lr: 0.1
+    """
+    plain, bare = settings.to_dict(), dataclasses.asdict(METHODS[settings.method]())
+    own = {name: value for name, value in plain.pop("method_settings").items() if value != bare[name]}
+    method = {"name": plain.pop("method"), **own}
+    defaults = dataclasses.asdict(Settings(task="", model=""))
+    defaults |= {"sources": [], "run_dir": plain["run_dir"] if settings.run_dir is None else None}
+    changed = {name: value for name, value in plain.items() if value != defaults[name]}
+    return yaml.safe_dump({**changed, "method": method}, sort_keys=False, allow_unicode=True)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -391,7 +421,7 @@ def _in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("nothing" if arg is type(None) else _in_words(arg) for arg in args)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin is tuple:
         return "a list"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, "a mapping")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,16 @@ class Training:
     """Mean standard deviation of the posterior by step, where the method logs it."""
     layers: Curve | None
     """The same by layer, where training ended."""
+    signal: Curve | None = None
+    """Share of weights whose mean exceeds their standard deviation, by step."""
+    rise: Curve | None = None
+    """Loss under noise less that at the mean, of training rows, by step."""
+    hessian: Curve | None = None
+    """Mean Hessian over its first value, by step."""
+    matrices: Mapping[str, Curve] = field(default_factory=dict)
+    """Mean σ by step, for each kind of matrix."""
+    end: Mapping[str, float] = field(default_factory=dict)
+    """What was logged last, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +144,32 @@ def training(runs: Sequence[EvaluatedRun]) -> Training | None:
     names = sorted({name for end in ends for name in end if name.startswith("sigma/layer_")})
     values = [[end[name] for end in ends if name in end] for name in names]
     layers = Curve(tuple(float(name[-2:]) for name in names), tuple(map(_average, values))) if names else None
-    return Training(loss, sigma if sigma.x else None, layers)
+    for log in logs:
+        for entry in log:
+            if "loss_under_noise" in entry and "loss_at_mean" in entry:
+                entry["rise"] = entry["loss_under_noise"] - entry["loss_at_mean"]
+    kinds = sorted({name for end in ends for name in end if name.startswith("sigma/") and name not in names})
+    return Training(
+        loss,
+        _if_any(sigma),
+        layers,
+        signal=_if_any(_mean_by_step(logs, "signal_above_noise")),
+        rise=_if_any(_mean_by_step(logs, "rise")),
+        hessian=_if_any(_mean_by_step(logs, "hessian_over_first")),
+        matrices={name.removeprefix("sigma/"): _mean_by_step(logs, name) for name in kinds},
+        end={name: _average([end[name] for end in ends if name in end]) for name in _numbers(ends)},
+    )
+
+
+def _if_any(curve: Curve) -> Curve | None:
+    return curve if curve.x else None
+
+
+def _numbers(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names under which entries have finite numbers."""
+    names = {name for entry in entries for name in entry}
+    values = {name: [entry[name] for entry in entries if name in entry] for name in names}
+    return sorted(n for n in names if all(isinstance(v, int | float) and math.isfinite(v) for v in values[n]))
 
 
 def out_of_distribution(row: Row) -> list[Outside]:

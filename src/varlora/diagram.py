@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -27,6 +27,7 @@ __all__ = [
     "STYLE",
     "reliability_diagram",
     "reliability_panel",
+    "scale_diagram",
     "slice_panel",
     "slices_diagram",
 ]
@@ -36,6 +37,29 @@ STYLE: list[Any] = [
     {"font.size": 8, "axes.linewidth": 0.6, "hatch.linewidth": 0.6, "svg.hashsalt": "varlora"},
 ]
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#555555"  # Okabe and Ito's colours, told apart by colour-blind readers
+
+
+def scale_diagram(trials: Sequence[Mapping[str, float]], bound: float, sigma: float) -> dict[str, bytes]:
+    """Return what noise of each scale that was tried does to the predictions, as `png` and `svg`.
+
+    Args:
+        trials: `sigma` and `kl` of each.
+        bound: the KL that is borne, in nats.
+        sigma: what was found.
+    """
+    shown = sorted((trial["sigma"], trial["kl"]) for trial in trials if 0 < trial["kl"] < math.inf)
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.loglog(*zip(*shown), "o", color=BLUE, label="tried") if shown else axes.loglog()
+        axes.axhline(bound, color=GREY, linewidth=0.8, linestyle="--", label="bound")
+        axes.plot([sigma], [bound], "D", color=ORANGE, label=f"found: {sigma:.3g}")
+        axes.set_xlabel("σ of the noise in every weight")
+        axes.set_ylabel("change of the predictions, KL in nats")
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.legend(frameon=False)
+        return _images(figure)
 
 
 def reliability_diagram(rows: Sequence[Row], bins: int) -> dict[str, bytes]:

@@ -56,6 +56,7 @@ __all__ = [
     "conclude",
     "fit",
     "left_to_parent",
+    "start_of",
 ]
 
 OURS = {
@@ -201,21 +202,8 @@ def fit(
         remove_unused_columns=False,
         **{**defaults, **(training_arguments or {})},
     )
-    model.eval()
-    start_with = Start(
-        model,
-        rows,
-        partial(_draw, model, pad_token_id, seed),
-        class_logits,
-        calibration=calibration,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        seed=seed,
-        say=warn,
-        steps=steps,
-        accumulation=accumulation,
-    )
-    method = _prepared(method, start_with, run_dir, resume)
+    begin = start_of(model, rows, steps=steps, accumulation=accumulation, seed=seed, **every)
+    method = _prepared(method, begin, run_dir, resume)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
     state: dict[str, Any] = {}
     watch = _Watch(method, optimizer, params, state, max_not_finite, _chance(rows), warn)
@@ -256,6 +244,35 @@ def fit(
     if watch.not_finite:
         warn(f"{watch.not_finite} of {steps} steps were left out because loss or gradient was not finite.")
     return conclude(model, method, rows, run_dir, optimizer=optimizer, state=state, seed=seed, **every)
+
+
+def start_of(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    steps: int,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    calibration: Sequence[Encoded] = (),
+    seed: int = 0,
+    warn: Callable[[str], None] = print,
+) -> Start:
+    """Return what a method looks at before training; the arguments are those of `fit`. The model is in `eval` then."""
+    model.eval()
+    return Start(
+        model,
+        rows,
+        partial(_draw, model, pad_token_id, seed),
+        class_logits,
+        calibration=calibration,
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        seed=seed,
+        say=warn,
+        steps=steps,
+        accumulation=accumulation,
+    )
 
 
 def _prepared(method: Method, start: Start, run_dir: Path, resume: bool) -> Method:

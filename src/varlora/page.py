@@ -22,6 +22,7 @@ from varlora.curves import (
     series_of,
     training,
 )
+from varlora.diagnosis import signs
 from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
 from varlora.results import Row, Skipped, origin_cells
@@ -90,6 +91,7 @@ def html_page(
     styles = charts.looks(names)
     logged = _logs(tasks)
     outside, problems = _outside(rows)
+    matrices, kinds = _matrices(logged)
     templates = environment(autoescape=True)
     templates.filters |= {"short": _short, "breakable": _breakable, "percent": lambda value: f"{100 * value:.0f}"}
     runs = list({run.run: run for row in rows for run in row.runs}.values())
@@ -99,7 +101,8 @@ def html_page(
         methods=list(dict.fromkeys(row.method for row in rows)),
         seeds=len({str(run.settings["seed"]) for run in runs}),
         runs=runs,
-        legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks, logged).items()},
+        legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks, logged).items()}
+        | {"matrices": kinds},
         bins=bins,
         results=_typeset([table for table in tables if table.name != "table3"]),
         settings_tables=_typeset([table for table in tables if table.name == "table3"]),
@@ -115,6 +118,8 @@ def html_page(
         coverage=_coverage(tasks, styles),
         draws=_draws(tasks, styles),
         training=_training(logged, styles),
+        matrices=matrices,
+        signs=_signs(logged),
         outside=outside,
         slices=_slices(rows),
         slice_rows=[_slice_cells(row) for row in rows if row.slices],
@@ -244,6 +249,9 @@ def _training(logged: Mapping[str, Mapping[str, Training]], styles: Mapping[str,
             ("loss", "Loss", "step", "loss (nats)", "", False),
             ("sigma", "Mean σ", "step", "σ", "y", False),
             ("layers", "σ by layer, at the end", "layer", "σ", "y", True),
+            ("signal", "Weights whose signal exceeds their noise", "step", "share", "", False),
+            ("rise", "What noise costs", "step", "loss under noise − at the mean (nats)", "", False),
+            ("hessian", "How far the Hessian has moved", "step", "mean Hessian / h₀", "", False),
         )
         figures = []
         for key, title, x, y, scale, markers in parts:
@@ -254,6 +262,34 @@ def _training(logged: Mapping[str, Mapping[str, Training]], styles: Mapping[str,
         if figures:
             found[task] = figures
     return found
+
+
+def _matrices(logged: Mapping[str, Mapping[str, Training]]) -> tuple[Charts, list[tuple[str, Markup]]]:
+    """Return σ of each kind of matrix by step, a chart for each method, and what the lines are."""
+    names = list(
+        dict.fromkeys(name for of_task in logged.values() for log in of_task.values() for name in log.matrices)
+    )
+    styles, found = charts.looks(names), {}
+    for task, of_task in logged.items():
+        figures = [
+            _chart(method, "", charts.lines(log.matrices, styles, f"matrices {method} {task}", f"{method}: σ by step",
+                                            x="step", y="σ", log="y", markers=False))
+            for method, log in of_task.items()
+            if log.matrices
+        ]  # fmt: skip
+        if figures:
+            found[task] = figures
+    return found, _legend("matrices", set(names), styles)
+
+
+def _signs(logged: Mapping[str, Mapping[str, Training]]) -> list[tuple[str, str, str]]:
+    """Return task, method and sentence for each warning sign."""
+    return [
+        (task, name, sentence)
+        for task, of_task in logged.items()
+        for name, log in of_task.items()
+        for sentence in signs(log.end)
+    ]
 
 
 def _legends(

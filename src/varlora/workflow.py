@@ -21,7 +21,8 @@ from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.fit import conclude, fit
+from varlora.fit import conclude, fit, start_of
+from varlora.methods import Prepared
 from varlora.model import base_fingerprint, load_model
 from varlora.overhead import Overhead, measure_overhead
 from varlora.params import trainable
@@ -47,6 +48,7 @@ __all__ = [
     "train",
     "training_costs",
     "training_rows",
+    "tune",
     "validate",
 ]
 
@@ -267,6 +269,43 @@ def validate(settings: Settings) -> list[str]:
     found.append(f"First prompt: {example.prompt!r}")
     found.append("Answers and their tokens: " + ", ".join(f"{a!r} {t!r}" for a, t in zip(example.answers, tokens)))
     return found
+
+
+def tune(settings: Settings, *, say: Say = print) -> tuple[Settings, Prepared]:
+    """Find the settings that are left to the method, as `train` would, without training.
+
+    Args:
+        settings: of the run; checked already by themselves.
+        say: told in words what a user should know.
+
+    Returns:
+        The settings with what was found, and what was seen.
+
+    Raises:
+        VarloraError: nothing is left to the method; or a problem with data or model.
+    """
+    method = settings.build_method()
+    examples, held_out = training_rows(get_task(settings.task), settings, say)
+    model, tokenizer = _load_base(settings)
+    rows, calibration = (_encode(model, tokenizer, of, settings, say).rows if of else [] for of in (examples, held_out))
+    start = start_of(
+        model,
+        rows,
+        pad_token_id=_pad(tokenizer),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        calibration=calibration,
+        seed=settings.seed,
+        warn=say,
+    )
+    prepared = method.prepare(start)
+    if prepared is None:
+        raise VarloraError(
+            f"Nothing is left to `{settings.method}` to find: all its settings are given. "
+            "Leave out `lr`, `ess` or `hess_init` of ivon, or set them to auto."
+        )
+    return dataclasses.replace(settings, method_settings={**settings.method_settings, **prepared.settings}), prepared
 
 
 def training_costs(

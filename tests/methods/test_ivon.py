@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -255,7 +256,7 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     lines = helpers.logged(tmp_path)
     sigma = [line["sigma"] for line in lines]
     assert sigma[0] == pytest.approx(0.1 * tuned["found"]["sigma"], rel=0.02)
-    assert all(later > 0.99 * sooner for sooner, later in zip(sigma, sigma[1:]))
+    assert all(later > 0.99 * sooner for sooner, later in itertools.pairwise(sigma))
     assert sigma[-1] == pytest.approx(tuned["found"]["sigma"] * lines[-1]["held_back"], rel=0.05)
     last = lines[-1]
     assert 0 <= last["signal_above_noise"] <= 1

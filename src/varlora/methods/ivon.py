@@ -237,6 +237,7 @@ class Ivon(Method):
         """
         count = state["comparisons"] = state.get("comparisons", 0) + 1
         weight = max(1 / count, 1 / MEMORY)
+        state["chance"] = comparison.chance
         seen = {"at_mean": comparison.at_mean, "under_noise": comparison.under_noise}
         seen["square"] = (comparison.under_noise - comparison.at_mean) ** 2
         for name, value in seen.items():
@@ -291,7 +292,8 @@ class Ivon(Method):
             for name, std in posterior.std.items()
         )
         logged |= {"signal_above_noise": heard / size, "hessian_over_first": moved / size / first["hess_init"]}
-        logged |= {f"loss_{name}": state[name] for name in ("at_mean", "under_noise") if name in state}
+        losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
+        logged |= {name: state[key] for key, name in losses.items() if key in state}
         return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
 
 
