@@ -44,7 +44,7 @@ def test_with_adamws_learning_rate_they_wander_as_far_as_with_adamw() -> None:
     assert wandered(ivon(scale.like_adamw(1e-3, 0.9)), 300) == pytest.approx(adamw, rel=0.12)
 
 
-def test_chance_moves_the_first_hessian_by_a_twentieth() -> None:
+def test_chance_moves_the_first_hessian_by_a_hundredth() -> None:
     steps, sigma, beta2 = 400, 0.02, 1 - 1e-5
     weight, source = nn.Parameter(torch.zeros(WEIGHTS)), torch.Generator().manual_seed(0)
     h = scale.first_hessian(0.01, sigma, steps, beta2)

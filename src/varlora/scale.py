@@ -45,8 +45,8 @@ SIGMA_PER_WALK = 2.4
 """σ at the end of training, over the distance that a weight has wandered."""
 FLOOR = 0.1
 """The least share of σ that is drawn: at the first steps."""
-STEADY = 20.0
-"""h₀ over the standard deviation of what chance adds to it."""
+STEADY = 100.0
+"""h₀ over the standard deviation of what chance adds to it, with gradients as they are at first; they may grow."""
 TRIALS = 3
 """Scales that are tried: KL grows as a power of σ, so each is a good guess at the next."""
 FURTHEST = 4.0
@@ -152,7 +152,7 @@ def ramp(part: float) -> float:
 
 
 def first_hessian(gradient: float, sigma: float, steps: int, beta2: float) -> float:
-    """Return an h₀ that Price's estimates, ĝε/σ, leave where it is but for a twentieth.
+    """Return an h₀ that Price's estimates, ĝε/σ, leave where it is but for a hundredth.
 
     Args:
         gradient: root mean square of the entries of a mini-batch's gradient ĝ.
