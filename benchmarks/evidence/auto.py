@@ -9,6 +9,7 @@ calibrated on its held-out rows as well. Hours on two cores; stopped at any poin
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import sys
@@ -73,7 +74,8 @@ def plan_of(setting: str, group: str, work: Path, seeds: int) -> Any:
         "calibration_fraction": 0.2,
         "token_budget": 2048,
         "search_seeds": 1,
-        **GROUPS[group],
+        "methods": list(GROUPS[group]["methods"]),
+        "search": GROUPS[group].get("search", {}),
     }
     if task := own.pop("task", None):
         values |= {"model": str(shared_folder() / "models" / own.pop("model")), "token_budget": 1024}
@@ -81,7 +83,12 @@ def plan_of(setting: str, group: str, work: Path, seeds: int) -> Any:
         values["calibration_fraction"] = HELD_OUT[task]
     else:
         values |= {"model": "src/varlora/demo/bundled/base", "tasks": DEMO}
-    return plan_from(None, work / setting / group, values | own)
+    given = [
+        f"methods.{method}.{name}={json.dumps(value)}"
+        for method, settings in GROUPS[group]["methods"].items()
+        for name, value in settings.items()
+    ]
+    return plan_from(None, work / setting / group, values | own, given)
 
 
 def results_of(plan: Any, workers: int) -> dict[str, Any]:
