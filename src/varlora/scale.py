@@ -41,7 +41,7 @@ __all__ = [
 
 BOUND = 0.05
 """b: nats that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
-SIGMA_PER_WALK = 2.4
+SIGMA_PER_WALK = 1.8
 """σ at the end of training, over the distance that a weight has wandered."""
 FLOOR = 0.1
 """The least share of σ that is drawn: at the first steps."""

@@ -1,0 +1,129 @@
+"""Write the tables of benchmarks/results/auto.json into docs/scale.md, between its markers, and draw its picture.
+
+A marker names a setting, `<!-- auto: demo-400 -->`; what follows up to `<!-- end -->` is made. A line averages over the
+setting's tasks within each seed, and then over seeds, with the standard error over these.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.style
+from _common import RESULTS, ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from varlora.diagram import BLUE, GREY, ORANGE, STYLE
+from varlora.metrics import standard_error
+from varlora.run import read_json, write_text
+
+DOCUMENT = ROOT / "docs" / "scale.md"
+PICTURE = RESULTS / "auto.png"
+MARKER = re.compile(r"(<!-- auto: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = {
+    ("auto", "ivon"): "IVON, left to itself",
+    ("grid", "ivon"): "IVON, best of the grid",
+    ("paper", "ivon"): "IVON, the paper's values",
+    ("peers", "adamw"): "AdamW, best of 3",
+    ("peers", "swag"): "SWAG, on the best AdamW",
+    ("no-warmup", "ivon"): "auto, noise of full size at once",
+    ("no-cooling", "ivon"): "auto, never held back",
+    ("prior", "ivon"): "auto, prior by evidence",
+    ("learned", "ivon"): "auto, Hessian of the run's squared gradients",
+    ("root", "ivon"): "auto, λ = 5000 √N",
+}
+METRICS = (("accuracy", "ACC %", 100, 1), ("ece", "ECE x100", 100, 1), ("nll", "NLL", 1, 3))
+
+
+class Line(NamedTuple):
+    """A group's numbers in a setting."""
+
+    group: str
+    method: str
+    how: str
+    """`x10` or the like, `+T` or `calibrated`; empty for a point."""
+    values: dict[str, list[float]]
+    """By metric, one for each seed."""
+    runs: int
+    """Trainings that it took for each that is reported."""
+
+
+def lines_of(setting: Mapping[str, Any]) -> Iterator[Line]:
+    """Yield the lines of a setting, as its posteriors are used and as they are calibrated."""
+    for (group, method), _ in NAMES.items():
+        if group not in setting:
+            continue
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for row in setting[group]["rows"]:
+            name, _, how = row["label"].partition(" ")
+            if name == method:
+                found.setdefault(how, []).append(row)
+        for how, rows in found.items():
+            if "+T" in how or (how.startswith("@")):
+                continue
+            values = {
+                metric: [sum(seed) / len(rows) for seed in zip(*(row[metric] for row in rows), strict=True)]
+                for metric, *_ in METRICS
+            }
+            yield Line(group, method, how, values, setting[group]["candidates"][method])
+
+
+def table(setting: Mapping[str, Any]) -> str:
+    """Return a setting's table in Markdown."""
+    heads = [head for _, head, *_ in METRICS]
+    out = [f"| | | trainings tried | {' | '.join(heads)} |", f"| --- | --- | ---: |{' ---: |' * len(heads)}"]
+    for line in lines_of(setting):
+        cells = []
+        for metric, _, factor, decimals in METRICS:
+            values = [factor * value for value in line.values[metric]]
+            error = standard_error(values) if len(values) > 1 else math.nan
+            text = f"{sum(values) / len(values):.{decimals}f}"
+            cells.append(text if math.isnan(error) else f"{text} ± {error:.{decimals}f}")
+        name = NAMES[line.group, line.method]
+        out.append(f"| {name} | {line.how or 'a point'} | {line.runs} | {' | '.join(cells)} |")
+    seeds = sorted({len(group["seeds"]) for group in setting.values()})
+    return "\n".join([*out, "", f"Seeds: {', '.join(map(str, seeds))}; ± is the standard error over them."])
+
+
+def documented(text: str, settings: Mapping[str, Any]) -> str:
+    """Return a document with what stands between its markers made anew."""
+    return MARKER.sub(lambda found: f"{found[1]}\n{table(settings[found[2].strip()])}\n\n{found[3]}", text)
+
+
+def picture(settings: Mapping[str, Any]) -> Figure:
+    """Draw the NLL of each line, a panel for each setting."""
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(8.4, 2.0 * len(settings) + 0.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(len(settings), 1, squeeze=False)[:, 0]
+        for panel, (name, setting) in zip(panels, settings.items(), strict=True):
+            _panel(panel, name, list(lines_of(setting)))
+        return figure
+
+
+def _panel(panel: Any, name: str, lines: Sequence[Line]) -> None:
+    shown = [line for line in lines if line.group in ("auto", "grid", "paper", "peers")]
+    for at, line in enumerate(reversed(shown)):
+        values = line.values["nll"]
+        color = ORANGE if line.group == "auto" else BLUE if line.method == "ivon" else GREY
+        panel.plot(values, [at] * len(values), ".", color=color, alpha=0.4)
+        filled = color if line.how == "calibrated" else "white"
+        panel.plot(sum(values) / len(values), at, "o", color=color, markerfacecolor=filled)
+    panel.set_yticks(range(len(shown)), [f"{NAMES[one.group, one.method]} {one.how}" for one in reversed(shown)])
+    panel.set_title(name, fontsize=8, loc="left")
+    panel.set_xlabel("NLL; dots are seeds, filled is calibrated")
+    panel.grid(axis="x", alpha=0.3, linewidth=0.5)
+
+
+if __name__ == "__main__":
+    results = read_json(RESULTS / "auto.json")["settings"]
+    write_text(DOCUMENT, documented(DOCUMENT.read_text(encoding="utf-8"), results))
+    picture(results).savefig(PICTURE, dpi=150, metadata={"Software": None})
+    print(f"wrote {DOCUMENT.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
