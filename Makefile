@@ -58,6 +58,8 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/evidence/run.py
 	$(BIN)/python benchmarks/evidence/document.py
+	$(BIN)/python benchmarks/evidence/auto.py
+	$(BIN)/python benchmarks/evidence/scale.py
 
 # Needs a CUDA device that holds Llama-2-7B in 16 bit.
 bench-gpu: $(VENV)/.installed

@@ -6,9 +6,11 @@
 | `adapter/` | a plain PEFT checkpoint of the mean, with the posterior beside it |
 | `member-<k>/` | training of an ensemble's member k: its adapter, log and checkpoints |
 | `predictions.safetensors` | logits of every draw, labels, row ids |
+| `predictions-calibrated.safetensors` | of the calibrated posterior, if `adapter/calibration.json` says how to use it |
 | `predictions-tau-<tau>.safetensors`, `predictions-ood-<task>.safetensors` | at other variances, of other tasks' rows |
 | `metrics.json` | metrics at the mean and with S draws |
 | `predictions-calibration.safetensors`, `metrics-calibration.json` | the same of the rows that were held out |
+| `tuned.json` | settings that were left to the method, and what it saw when it looked for them |
 | `training.jsonl` | what was logged while training |
 | `checkpoint-<step>/` | training checkpoints |
 """

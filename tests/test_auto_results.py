@@ -1,0 +1,60 @@
+"""docs/scale.md is made from benchmarks/results/auto.json, and the plans behind it are what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _path() -> Iterator[None]:
+    folder = str(ROOT / "benchmarks" / "evidence")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def settings() -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / "auto.json").read_text(encoding="utf-8"))["settings"]
+
+
+def test_the_document_is_made_from_the_results(settings: Any) -> None:
+    scale = importlib.import_module("scale")
+    text = scale.DOCUMENT.read_text(encoding="utf-8")
+    assert "<!-- auto: " in text
+    assert scale.documented(text, settings) == text
+    assert scale.PICTURE.is_file()
+
+
+def test_nothing_failed_and_every_line_has_its_seeds(settings: Any) -> None:
+    for groups in settings.values():
+        for group in groups.values():
+            assert group["failed"] == []
+            for row in group["rows"]:
+                assert len(row["nll"]) == len(group["seeds"])
+
+
+def test_what_ivon_found_cost_what_it_may(settings: Any) -> None:
+    auto = importlib.import_module("auto")
+    for name, groups in settings.items():
+        for found in groups.get("auto", {}).get("found", []):
+            assert found["steps"] <= 0.05 * auto.SETTINGS[name]["steps"]
+
+
+def test_each_group_keeps_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    auto = importlib.import_module("auto")
+    for group, wanted in auto.GROUPS.items():
+        plan = auto.plan_of("demo-400", group, tmp_path, 2)
+        assert plan.methods == wanted["methods"]
+        assert plan.search == wanted.get("search", {})
+        assert (plan.seeds, plan.calibrate) == ((0, 1), True)
