@@ -34,7 +34,7 @@ from varlora.predictions import save_predictions
 STEPS, ACCUMULATION, EVERY = 8, 2, 2
 STOPPED = 3  # exit status of a run that was interrupted after a checkpoint
 LONG, MOMENTS = 60, (200, 25)  # of the first rank, which writes, and of another
-METHODS = {"adamw": AdamW(lr=2e-2), "ivon": Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)}
+METHODS = {"adamw": AdamW(lr=2e-2), "ivon": Ivon(lr=1.0, clip_radius=2e-2)}
 DEATHS = ("in a forward pass", "while a checkpoint is written", "while the adapter is written")
 
 

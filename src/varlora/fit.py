@@ -202,6 +202,7 @@ def fit(
         remove_unused_columns=False,
         **{**defaults, **(training_arguments or {})},
     )
+    _ = arguments.device  # which sets up the process group, where there is one
     begin = start_of(model, rows, steps=steps, accumulation=accumulation, seed=seed, **every)
     method = _prepared(method, begin, run_dir, resume)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
@@ -284,7 +285,7 @@ def _prepared(method: Method, start: Start, run_dir: Path, resume: bool) -> Meth
     told: list[Any] = [None]
     if ranks()[0] == 0:
         if resume and path.is_file():
-            told = [read_json(path)["settings"]]
+            told = [_stored_settings(path)]
         elif (found := method.prepare(start)) is not None:
             told = [dict(found.settings)]
             write_json(path, {"settings": told[0], "found": found.found, "steps": found.steps})
@@ -296,6 +297,14 @@ def _prepared(method: Method, start: Start, run_dir: Path, resume: bool) -> Meth
         return cast(Method, replace(cast(Any, method), **told[0]))
     except TypeError as error:
         raise DamagedFileError(f"{path} does not hold settings of {method.name}: {error}. Train a new run.") from error
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    stored = read_json(path)
+    settings = stored.get("settings") if isinstance(stored, Mapping) else None
+    if not isinstance(settings, Mapping):
+        raise DamagedFileError(f"Expected settings in {path}, but there are none. Train a new run.")
+    return dict(settings)
 
 
 def _chance(rows: Sequence[Encoded]) -> float:

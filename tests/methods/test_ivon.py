@@ -279,8 +279,9 @@ def test_a_resumed_run_does_not_look_again(tmp_path: Path) -> None:
     assert sigma[6] == pytest.approx(tuned["found"]["sigma"] / 2 * scale.ramp(5 / 6), rel=0.05)
 
 
-def test_a_damaged_file_of_what_was_found_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "tuned.json").write_text(json.dumps({"settings": {"no": 1}}))
+@pytest.mark.parametrize("held", ['{"settings": {"no": 1}}', "{}", "[]", "{"])
+def test_a_damaged_file_of_what_was_found_is_refused_by_name(held: str, tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text(held)
     with pytest.raises(DamagedFileError, match=r"tuned\.json"):
         helpers.run_fit(helpers.tiny_model(), Ivon(), tmp_path, resume=True)
 
