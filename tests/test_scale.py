@@ -44,13 +44,14 @@ def test_with_adamws_learning_rate_they_wander_as_far_as_with_adamw() -> None:
     assert wandered(ivon(scale.like_adamw(1e-3, 0.9)), 300) == pytest.approx(adamw, rel=0.12)
 
 
-def test_chance_moves_the_first_hessian_by_a_hundredth() -> None:
+@pytest.mark.parametrize("growth", [0.0, 0.25, 1.0])
+def test_chance_moves_the_first_hessian_by_a_hundredth(growth: float) -> None:
     steps, sigma, beta2 = 400, 0.02, 1 - 1e-5
     weight, source = nn.Parameter(torch.zeros(WEIGHTS)), torch.Generator().manual_seed(0)
-    h = scale.first_hessian(0.01, sigma, steps, beta2)
+    h = scale.first_hessian(0.01, sigma, steps, beta2, growth)
     optimizer = IVON([("w", weight)], lr=0.0, ess=1.0, hess_init=h, beta2=beta2, seed=0)
     for step in range(steps):
-        optimizer.param_groups[0]["ess"] = 1 / (h * (sigma * scale.ramp(step / steps)) ** 2)
+        optimizer.param_groups[0]["ess"] = 1 / (h * (sigma * scale.ramp(step / steps, growth)) ** 2)
         optimizer.train()
         weight.grad = 0.01 * torch.randn(WEIGHTS, generator=source)
         optimizer.step()

@@ -12,8 +12,8 @@ The KL, and not the loss, because before training the loss is far from any minim
 makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. σ is to be a fixed multiple of
 that distance: where less noise is drawn than weights wander by themselves, it hides nothing.
 
-**The noise grows** linearly while training: from a start at which B is zero, noise of full size drowns the gradient
-that tells B where to go, and what is learned by heart under little noise is undone under more.
+**The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
+gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
 
 **h₀** is so large that what Price's estimates add to it by chance stays a small part of it; only then is σ what was
 found, from the first step to the last.
@@ -32,6 +32,7 @@ __all__ = [
     "BOUND",
     "Trial",
     "first_hessian",
+    "growth",
     "kl_under_noise",
     "largest_sigma",
     "like_adamw",
@@ -45,6 +46,8 @@ SIGMA_PER_WALK = 1.8
 """σ at the end of training, over the distance that a weight has wandered."""
 FLOOR = 0.1
 """The least share of σ that is drawn: at the first steps."""
+GROWTH, LEAST_GROWTH = 3.5, 0.25
+"""Epochs over which the noise grows, and the least share of training."""
 STEADY = 100.0
 """h₀ over the standard deviation of what chance adds to it, with gradients as they are at first; they may grow."""
 TRIALS = 3
@@ -141,17 +144,31 @@ def like_adamw(lr: float, beta1: float) -> float:
     return lr * walk(1000, 0.0) / walk(1000, beta1)
 
 
-def ramp(part: float) -> float:
-    """Return the share of σ that is drawn when a part of training, 0 to 1, is done.
+def growth(epochs: float) -> float:
+    """Return the share of training over which the noise grows: three and a half epochs, and a quarter at the least.
 
     Example:
-        >>> [ramp(part) for part in (0.0, 0.3, 1.0)]
-        [0.1, 0.3, 1.0]
+        >>> growth(2.0), growth(7.0), growth(100.0)
+        (1.0, 0.5, 0.25)
     """
-    return max(FLOOR, part)
+    return min(max(GROWTH / epochs, LEAST_GROWTH), 1.0)
 
 
-def first_hessian(gradient: float, sigma: float, steps: int, beta2: float) -> float:
+def ramp(part: float, growth: float) -> float:
+    """Return the share of σ that is drawn when a part of training is done.
+
+    Args:
+        part: of training, 0 to 1.
+        growth: share of training over which the noise grows; 0: none.
+
+    Example:
+        >>> [ramp(part, growth=0.5) for part in (0.0, 0.25, 0.5, 1.0)]
+        [0.1, 0.5, 1.0, 1.0]
+    """
+    return min(max(part / growth, FLOOR), 1.0) if growth else 1.0
+
+
+def first_hessian(gradient: float, sigma: float, steps: int, beta2: float, growth: float) -> float:
     """Return an h₀ that Price's estimates, ĝε/σ, leave where it is but for a hundredth.
 
     Args:
@@ -159,6 +176,7 @@ def first_hessian(gradient: float, sigma: float, steps: int, beta2: float) -> fl
         sigma: σ at the end of training.
         steps: of training.
         beta2: decay of the Hessian's average.
+        growth: share of training over which the noise grows.
     """
-    noise = math.sqrt(sum(ramp(step / steps) ** -2 for step in range(steps))) / sigma
+    noise = math.sqrt(sum(ramp(step / steps, growth) ** -2 for step in range(steps))) / sigma
     return STEADY * (1 - beta2) * gradient * noise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -53,7 +52,7 @@ def test_it_finds_what_is_left_to_it() -> None:
     sigma = 1 / math.sqrt(settings["ess"] * settings["hess_init"])
     assert sigma == pytest.approx(seen["sigma"])
     assert settings["lr"] * 1e-3 == pytest.approx(sigma / (scale.SIGMA_PER_WALK * scale.walk(400, 0.9)))
-    assert settings["noise_warmup"] is True
+    assert settings["noise_warmup"] == scale.growth(25)
     assert settings["cooling"] is True
 
 
@@ -79,7 +78,7 @@ def test_what_is_given_is_kept() -> None:
     assert settings["lr"] == 0.5
     settings, seen = found(Ivon(ess=1e6))
     assert settings["ess"] == 1e6
-    assert settings["noise_warmup"] is False  # the scale is the user's
+    assert settings["noise_warmup"] == 0  # the scale is the user's
     assert 1 / math.sqrt(1e6 * settings["hess_init"]) == pytest.approx(seen["sigma"])
     settings, seen = found(Ivon(hess_init=2e-3, weight_decay=1e-3))
     assert settings["hess_init"] == 2e-3
@@ -140,6 +139,7 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"lr_like_adamw": -1.0}, "a number > 0"),
         ({"clip_radius": math.inf}, "cannot be foreseen"),
         ({"mc_samples": 2}, "`accumulation`"),
+        ({"noise_warmup": 1.5}, "a share of training"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -151,7 +151,7 @@ def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], 
 
 
 def method(**settings: Any) -> Ivon:
-    return Ivon(**{**PAPER, "noise_warmup": True, "cooling": True, **settings})
+    return Ivon(**{**PAPER, "noise_warmup": 1.0, "cooling": True, **settings})
 
 
 def optimizer_of(one: Ivon) -> IVON:
@@ -167,6 +167,15 @@ def test_the_noise_grows_to_its_full_size() -> None:
     assert sizes == pytest.approx([0.1, 0.5, 1.0], rel=1e-2)
     one.before_step(optimizer, 101, 100, {"held_back": 0.5})
     assert next(iter(optimizer.mean_sigma().values())) == pytest.approx(0.0158, rel=1e-2)
+
+
+def test_over_the_first_epochs() -> None:
+    """Of 64 rows in 400 steps of 4: 25 epochs."""
+    settings, _ = found(Ivon())
+    assert settings["noise_warmup"] == 0.25
+    assert found(Ivon(), steps=32)[0]["noise_warmup"] == 1.0
+    assert found(Ivon(noise_warmup=0.7))[0]["noise_warmup"] == 0.7
+    assert found(Ivon(noise_warmup=0.0))[0]["cooling"] is False
 
 
 def test_of_given_numbers_it_does_not() -> None:
@@ -215,7 +224,7 @@ def test_it_is_said_once_and_not_in_the_first_half() -> None:
 
 def test_each_matrix_gets_the_prior_of_most_evidence(tmp_path: Path) -> None:
     """1/(λδ) = mean(m² + v), at the choice before."""
-    one = method(weight_decay="auto", noise_warmup=False, cooling=False)
+    one = method(weight_decay="auto", noise_warmup=0.0, cooling=False)
     optimizer = optimizer_of(one)
     assert len(optimizer.param_groups) == len(trainable(helpers.tiny_model()))
     before = optimizer.posterior()
@@ -256,7 +265,6 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     lines = helpers.logged(tmp_path)
     sigma = [line["sigma"] for line in lines]
     assert sigma[0] == pytest.approx(0.1 * tuned["found"]["sigma"], rel=0.02)
-    assert all(later > 0.99 * sooner for sooner, later in itertools.pairwise(sigma))
     assert sigma[-1] == pytest.approx(tuned["found"]["sigma"] * lines[-1]["held_back"], rel=0.05)
     last = lines[-1]
     assert 0 <= last["signal_above_noise"] <= 1
@@ -276,7 +284,9 @@ def test_a_resumed_run_does_not_look_again(tmp_path: Path) -> None:
     helpers.run_fit(helpers.tiny_model(), Ivon(), tmp_path, resume=True, training_arguments={"logging_steps": 1})
     assert json.loads(path.read_text()) == tuned
     sigma = {line["step"]: line["sigma"] for line in helpers.logged(tmp_path)}
-    assert sigma[6] == pytest.approx(tuned["found"]["sigma"] / 2 * scale.ramp(5 / 6), rel=0.05)
+    assert sigma[6] == pytest.approx(
+        tuned["found"]["sigma"] / 2 * scale.ramp(5 / 6, tuned["settings"]["noise_warmup"]), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("held", ['{"settings": {"no": 1}}', "{}", "[]", "{"])
@@ -298,7 +308,7 @@ def test_dropout_does_not_make_the_rise(tmp_path: Path) -> None:
     """Loss at the mean and under noise have the same masks, and training sees the masks that it would have seen."""
     logs = []
     for cooling in (True, False):
-        one = method(ess=1e14, noise_warmup=False, cooling=cooling)  # without noise there is no rise
+        one = method(ess=1e14, noise_warmup=0.0, cooling=cooling)  # without noise there is no rise
         helpers.run_fit(
             helpers.tiny_model(dropout=0.5), one, tmp_path / str(cooling), steps=30,
             training_arguments={"logging_steps": 1},

@@ -95,10 +95,10 @@ class Ivon(Method):
     """Estimator of the Hessian: price or gradsq."""
     hess_average: Literal["decay", "run"] = "decay"
     """Whether the Hessian is an average with decay β₂, or at first that of the run so far, until β₂ is reached."""
-    noise_warmup: bool | Auto = "auto"
-    """Whether the noise grows to its full size while training; auto: where `ess` is found."""
+    noise_warmup: float | Auto = "auto"
+    """Share of training over which the noise grows to its full size; 0: none; auto: where `ess` is found, by epochs."""
     cooling: bool | Auto = "auto"
-    """Whether σ is lowered while noise takes back too much of what training has gained; auto: as noise_warmup."""
+    """Whether σ is lowered while noise takes back too much of what training has gained; auto: where the noise grows."""
     rescale_lr: bool = False
     """Whether to multiply the learning rate by h₀ + δ."""
     debias: bool = True
@@ -112,6 +112,10 @@ class Ivon(Method):
                 f"Expected `accumulation` to be at least `method.mc_samples`, but got {plan.accumulation} for "
                 f"{self.mc_samples} draws a step: each draw takes a micro-batch of its own. "
                 f"Set `accumulation={self.mc_samples}`."
+            )
+        if self.noise_warmup != "auto" and not 0 <= self.noise_warmup <= 1:
+            found.append(
+                f"Expected `noise_warmup` to be a share of training within 0 and 1, but got {self.noise_warmup}."
             )
         for name, other in (("lr_like_adamw", "lr"), ("ess_per_root_row", "ess")):
             value = getattr(self, name)
@@ -132,12 +136,17 @@ class Ivon(Method):
         given = {name: getattr(self, name) for name in PAPER if getattr(self, name) != "auto"}
         if self.ess_per_root_row is not None:
             given["ess"] = self.ess_per_root_row * math.sqrt(len(start.rows))
-        found: dict[str, Any] = {}
+        epochs = max(start.steps * start.batch_size * start.accumulation / len(start.rows), 1.0)
+        growth = self.noise_warmup
+        if growth == "auto":
+            growth = 0.0 if "ess" in given else scale.growth(epochs)
+        cooling = growth > 0 if self.cooling == "auto" else self.cooling
+        found: dict[str, Any] = {"epochs": epochs}
         delta, cost = 0.0 if self.weight_decay == "auto" else self.weight_decay, 0.0
         if {"ess", "hess_init"} <= given.keys():
             sigma = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
         else:
-            sigma, seen, cost = self._probe(start)
+            sigma, seen, cost = _probe(start, scale.BOUND * math.sqrt(epochs))
             found |= seen
         if "hess_init" not in given:
             gradient, passes = _gradient(start, sigma)
@@ -148,7 +157,7 @@ class Ivon(Method):
                 if "ess" in given
                 else start.batch_size * start.accumulation * gradient**2
                 if self.hess_approx == "gradsq"
-                else scale.first_hessian(gradient, sigma, start.steps, self.beta2)
+                else scale.first_hessian(gradient, sigma, start.steps, self.beta2, growth)
             )
         given.setdefault("ess", 1 / (sigma**2 * (given["hess_init"] + delta)))
         if "lr" not in given:
@@ -164,29 +173,8 @@ class Ivon(Method):
             f"{given['lr']:.3g} (a weight moves by {found['step']:.2g} a step at the most), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
-        both = {"noise_warmup": self._warms, "cooling": self._cools, "lr_like_adamw": None, "ess_per_root_row": None}
-        return Prepared({**given, **both}, found, cost)
-
-    def _probe(self, start: Start) -> tuple[float, dict[str, Any], float]:
-        """Return the largest σ that the adapter bears, what was seen, and its cost in training steps."""
-        epochs = start.steps * start.batch_size * start.accumulation / len(start.rows)
-        bound = scale.BOUND * math.sqrt(max(epochs, 1.0))
-        passes = scale.TRIALS * DRAWS + 1  # forward passes of a row; a training step has three
-        a_step = 3 * start.batch_size * start.accumulation
-        count = min(max(int(PROBE * start.steps * a_step / passes), ROWS[0]), ROWS[1], len(start.rows))
-        order = torch.randperm(len(start.rows), generator=torch.Generator().manual_seed(start.seed)).tolist()
-        rows = [start.rows[i] for i in order[:count]]
-        mean = {name: p.float() for name, p in copied(start.model).items()}
-        at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
-
-        def kl(sigma: float) -> float:
-            return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, DRAWS)[0], at_mean)
-
-        weights = torch.cat([value.flatten() for value in mean.values()])
-        first = weights.square().mean().sqrt().item() or 1.0
-        sigma, trials = scale.largest_sigma(kl, bound, first)
-        seen = {"bound": bound, "epochs": epochs, "rows": count, "trials": [trial._asdict() for trial in trials]}
-        return sigma, seen, passes * count / a_step
+        rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
+        return Prepared({**given, **rest}, found, cost)
 
     # --- training ---
 
@@ -199,20 +187,12 @@ class Ivon(Method):
             groups, settings["weight_decay"] = [{"params": [named]} for named in params.items()], 0.0
         return IVON(groups, batch_size=batch_size, seed=seed, **settings)
 
-    @property
-    def _warms(self) -> bool:
-        return self.ess == "auto" if self.noise_warmup == "auto" else self.noise_warmup
-
-    @property
-    def _cools(self) -> bool:
-        return self._warms if self.cooling == "auto" else self.cooling
-
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
         assert isinstance(optimizer, IVON)
-        if self.noise_warmup is True or self.cooling is True:
-            share = scale.ramp((step - 1) / total_steps) if self.noise_warmup is True else 1.0
-            assert self.ess != "auto"
+        growth = 0.0 if self.noise_warmup == "auto" else self.noise_warmup
+        if self.ess != "auto" and (growth or self.cooling is True):
+            share = scale.ramp((step - 1) / total_steps, growth)
             for group in optimizer.param_groups:
                 group["ess"] = self.ess / (share * state.get("held_back", 1.0)) ** 2
         if self.hess_average == "run":
@@ -295,6 +275,26 @@ class Ivon(Method):
         losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
         logged |= {name: state[key] for key, name in losses.items() if key in state}
         return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
+
+
+def _probe(start: Start, bound: float) -> tuple[float, dict[str, Any], float]:
+    """Return the σ at which noise changes the predictions by a bound, what was seen, and its cost in training steps."""
+    passes = scale.TRIALS * DRAWS + 1  # forward passes of a row; a training step has three
+    a_step = 3 * start.batch_size * start.accumulation
+    count = min(max(int(PROBE * start.steps * a_step / passes), ROWS[0]), ROWS[1], len(start.rows))
+    order = torch.randperm(len(start.rows), generator=torch.Generator().manual_seed(start.seed)).tolist()
+    rows = [start.rows[i] for i in order[:count]]
+    mean = {name: p.float() for name, p in copied(start.model).items()}
+    at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
+
+    def kl(sigma: float) -> float:
+        return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, DRAWS)[0], at_mean)
+
+    weights = torch.cat([value.flatten() for value in mean.values()])
+    first = weights.square().mean().sqrt().item() or 1.0
+    sigma, trials = scale.largest_sigma(kl, bound, first)
+    seen = {"bound": bound, "rows": count, "trials": [trial._asdict() for trial in trials]}
+    return sigma, seen, passes * count / a_step
 
 
 def _noisy(mean: Mapping[str, Tensor], sigma: float) -> DiagonalGaussian:
