@@ -184,6 +184,8 @@ def test_of_given_numbers_it_does_not() -> None:
     one.before_step(optimizer, 1, 100, {})
     assert optimizer.param_groups[0]["ess"] == PAPER["ess"]
     assert one.compare_every(1000) == 0
+    assert Ivon(**PAPER, noise_warmup=0.5).compare_every(1000) > 0
+    assert Ivon(**PAPER, noise_warmup=0.5, cooling=False).compare_every(1000) == 0
 
 
 def compare(one: Ivon, at_mean: float, under_noise: float, times: int, state: dict[str, Any], step: int = 90) -> list:

@@ -191,7 +191,7 @@ class Ivon(Method):
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
         assert isinstance(optimizer, IVON)
         growth = 0.0 if self.noise_warmup == "auto" else self.noise_warmup
-        if self.ess != "auto" and (growth or self.cooling is True):
+        if self.ess != "auto" and (growth or self.compare_every(total_steps)):
             share = scale.ramp((step - 1) / total_steps, growth)
             for group in optimizer.param_groups:
                 group["ess"] = self.ess / (share * state.get("held_back", 1.0)) ** 2
@@ -207,7 +207,8 @@ class Ivon(Method):
 
     def compare_every(self, total_steps: int) -> int:
         """A comparison takes one forward pass, a third of a step; a run without noise to be cooled needs none."""
-        return math.ceil(1 / (3 * PROBE)) if self.cooling is True else 0
+        grows = self.noise_warmup not in ("auto", 0.0)
+        return math.ceil(1 / (3 * PROBE)) if (grows if self.cooling == "auto" else self.cooling) else 0
 
     def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
         """Average the losses, and hold the noise back while it takes too much of what training has gained.
