@@ -251,7 +251,7 @@ def test_folder_is_written_whole_or_not_at_all(tmp_path):
         assert not path.exists()
     verify_manifest(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
-    with pytest.raises(TypeError), atomic_folder(path) as folder:
+    with pytest.raises(AttributeError), atomic_folder(path) as folder:
         write_text(folder / "x.txt", None)
     assert (path / "x.txt").read_text() == "old"
     with atomic_folder(path) as folder:

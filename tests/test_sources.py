@@ -294,7 +294,7 @@ def test_settings_of_the_wrapped_method_are_read_as_its_own(base):
         {**base, "method": {"name": "ensemble", "of": "ivon", "settings": {"ess": "1e5"}, "size": "2"}}
     )
     assert settings.method_settings["settings"]["ess"] == 1e5
-    assert settings.to_dict()["method_settings"]["settings"]["hess_init"] == 1e-3
+    assert settings.to_dict()["method_settings"]["settings"]["hess_init"] == "auto"
     assert settings.to_dict()["method_settings"]["size"] == 2
 
 

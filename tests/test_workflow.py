@@ -55,7 +55,7 @@ def silent(text: str) -> None:
 
 def test_the_run_directory_holds_what_the_architecture_says(run_dir):
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["settings"]["method_settings"]["ess"] == 1e6  # the method's defaults are filled in
+    assert config["settings"]["method_settings"]["ess"] == "auto"  # the method's defaults are filled in
     assert config["settings"]["seed"] == 0
     assert {"versions", "commit", "machine", "time", "task_version", "prompt_version"} <= config.keys()
     assert (config["training_rows"], config["cut"]) == (3, 0)

@@ -208,7 +208,7 @@ def check(plan: Plan) -> None:
             problems.append(f"Expected `search.{method}` to be lists of values by setting, but got {space!r}.")
     for method, settings in plan.methods.items():
         if method not in unknown and METHODS[method].concludes_from == ANY:
-            of = settings.get("of", "adamw")
+            of = settings.get("of", METHODS[method].of)
             if of not in METHODS or METHODS[of].concludes_from == ANY:
                 problems.append(f"Expected `methods.{method}.of` to be a method that trains by itself, but got `{of}`.")
             size = settings.get("size", 2)
@@ -273,7 +273,7 @@ def _base(plan: Plan, method: str) -> str | None:
     """Return the method that another one builds on, if any."""
     takes = METHODS[method].concludes_from + METHODS[method].continues_from
     if takes == ANY:
-        return str(plan.methods.get(method, {}).get("of", "adamw"))
+        return str(plan.methods.get(method, {}).get("of", METHODS[method].of))
     return next((name for name in takes if name in ("adamw", *plan.methods)), None)
 
 
