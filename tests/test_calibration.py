@@ -88,13 +88,13 @@ def test_nothing_is_chosen_that_no_trial_has_and_every_pass_is_counted() -> None
 def test_fewer_draws_are_taken_if_they_do_as_well() -> None:
     problem = Linear(noise=0.3)
     search = calibrate(problem.posterior, problem.draw, samples=32)
-    if search.chosen.tau:
-        logits, labels = problem.draw(problem.posterior.scale(search.chosen.tau), 32)
-        all_of_them = at_best_temperature(logits, labels)
-        taken = at_best_temperature(logits[: search.chosen.samples], labels)
-        assert taken <= (1 + BEARABLE) * all_of_them
-        if search.chosen.samples > 1:
-            assert at_best_temperature(logits[: search.chosen.samples // 2], labels) > (1 + BEARABLE) * all_of_them
+    assert search.chosen.tau > 0
+    posterior = search.chosen.applied(problem.posterior).inner
+    logits, labels = problem.draw(posterior, 32)
+    all_of_them = at_best_temperature(logits, labels)
+    assert at_best_temperature(logits[: search.chosen.samples], labels) <= (1 + BEARABLE) * all_of_them
+    if search.chosen.samples > 1:
+        assert at_best_temperature(logits[: search.chosen.samples // 2], labels) > (1 + BEARABLE) * all_of_them
 
 
 def test_weights_that_are_noise_alone_are_pruned() -> None:
@@ -133,7 +133,7 @@ def test_a_negative_number_of_draws_is_refused() -> None:
 def test_applied_it_scales_prunes_and_divides() -> None:
     posterior = DiagonalGaussian({"w": torch.tensor([1.0, 0.1, 3.0, 4.0])}, {"w": torch.ones(4)})
     used = Calibration(4.0, 0.25, 2.0, 1.5, 8).applied(posterior)
-    assert used.temperature, used.temperature_mean == (2.0, 1.5)
+    assert (used.temperature, used.temperature_mean) == (2.0, 1.5)
     assert used.inner.marginal_std()["w"].tolist() == [2.0, 0.0, 2.0, 2.0]
 
 
