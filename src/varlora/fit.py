@@ -261,19 +261,31 @@ def start_of(
 ) -> Start:
     """Return what a method looks at before training; the arguments are those of `fit`. The model is in `eval` then."""
     model.eval()
-    return Start(
-        model,
-        rows,
-        partial(_draw, model, pad_token_id, seed),
-        class_logits,
-        calibration=calibration,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        seed=seed,
-        say=warn,
-        steps=steps,
-        accumulation=accumulation,
-    )
+    given = _given(model, rows, pad_token_id, batch_size, calibration, seed, warn)
+    return Start(**given, steps=steps, accumulation=accumulation)
+
+
+def _given(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    pad_token_id: int,
+    batch_size: int,
+    calibration: Sequence[Encoded],
+    seed: int,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return what a method is given to look at a model with, before training and after it."""
+    return {
+        "model": model,
+        "rows": rows,
+        "draw": partial(_draw, model, pad_token_id, seed),
+        "forward": class_logits,
+        "calibration": calibration,
+        "pad_token_id": pad_token_id,
+        "batch_size": batch_size,
+        "seed": seed,
+        "say": warn,
+    }
 
 
 def _prepared(method: Method, start: Start, run_dir: Path, resume: bool) -> Method:
@@ -373,22 +385,8 @@ def conclude(
         The posterior.
     """
     model.eval()
-    posterior = method.posterior(
-        Trained(
-            model,
-            rows,
-            partial(_draw, model, pad_token_id, seed),
-            class_logits,
-            calibration=calibration,
-            pad_token_id=pad_token_id,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            state=state or {},
-            sources=sources,
-            seed=seed,
-            say=warn,
-        )
-    )
+    given = _given(model, rows, pad_token_id, batch_size, calibration, seed, warn)
+    posterior = method.posterior(Trained(**given, optimizer=optimizer, state=state or {}, sources=sources))
     if ranks()[0] == 0:
         save_adapter(model, posterior, run_dir / "adapter")
     if ranks()[1] > 1:
