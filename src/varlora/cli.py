@@ -22,6 +22,7 @@ from varlora.errors import Interrupted, VarloraError
 
 if TYPE_CHECKING:
     from varlora.config import Settings
+    from varlora.drawing import Drawing
 
 __all__ = ["main"]
 
@@ -281,6 +282,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             taus=arguments.taus,
             ood=arguments.ood,
             calibrated=arguments.calibrate,
+            how=_drawing(arguments),
             say=say,
             progress=rows_progress(console, "evaluate"),
         )
@@ -306,6 +308,13 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     say(f"Next: varlora report {' '.join(map(str, arguments.runs))}")
 
 
+def _drawing(arguments: argparse.Namespace) -> Drawing:
+    """Return how draws are to be made and run."""
+    from varlora.drawing import Drawing
+
+    return Drawing(noise=arguments.noise, last_layers=arguments.last_layers, tolerance=arguments.tolerance)
+
+
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.run import write_text
@@ -328,7 +337,13 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         say(f"{rows.skipped} malformed rows were left out; the first: {rows.problems[0]}")
     loaded = load(arguments.run_dir, model=arguments.model)
     answers = answer_rows(
-        loaded, rows.examples, samples=arguments.samples, tau=arguments.tau, seed=arguments.seed, say=say
+        loaded,
+        rows.examples,
+        samples=arguments.samples,
+        tau=arguments.tau,
+        seed=arguments.seed,
+        how=_drawing(arguments),
+        say=say,
     )
     text = "".join(json.dumps(answer) + "\n" for answer in answers)  # in ASCII, which every pipe passes on
     if arguments.output == "-":
@@ -640,6 +655,18 @@ def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--model", help="where the base lies now, if not where it was")
+    parser.add_argument(
+        "--noise",
+        choices=("independent", "antithetic", "latin"),
+        default="independent",
+        help="what the draws are to one another (default: independent)",
+    )
+    parser.add_argument(
+        "--last-layers", type=int, metavar="K", help="draw the last K adapted layers alone (default: all)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, help="stop drawing for a row at this standard error of its probabilities"
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from varlora.calibration import calibrate as search_calibration
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
+from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import conclude, fit, start_of
 from varlora.methods import Prepared
@@ -367,6 +368,7 @@ def evaluate(
     tau: float = 1.0,
     seed: int = 0,
     token_budget: int = 4096,
+    how: Drawing = PLAIN,
     data_dir: str | None = None,
     model: str | None = None,
     temperature: bool = True,
@@ -389,6 +391,7 @@ def evaluate(
         tau: factor of the posterior variance.
         seed: seed of the draws.
         token_budget: tokens a batch, padding included.
+        how: how the draws are made and run.
         data_dir: where the data lie now, if not where they were.
         model: where the base lies now, if not where it was.
         temperature: fit a temperature on the held-out rows as well, if there are any.
@@ -422,7 +425,7 @@ def evaluate(
         if split == "calibration":  # other data may hold out rows that were trained on
             _check_same(run_dir, "held_out", _checksum(encoded.rows), f"the held-out rows of {task.name}")
         with (progress or _no_progress)(len(encoded.rows)) as advance:
-            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, **draws}
+            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, "how": how, **draws}
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
         slices = tuple(example.slice for example in examples)
@@ -538,7 +541,8 @@ def _stored(run_dir: Path, like: Predictions) -> Predictions | None:
         found = load_predictions(path)
     except DamagedFileError:
         return None  # they are made anew
-    same = all(found.meta.get(key) == like.meta[key] for key in ("samples", "tau", "seed", "task", "task_version"))
+    keys = ("samples", "tau", "seed", "task", "task_version", *(of.name for of in dataclasses.fields(Drawing)))
+    same = all(found.meta.get(key) == like.meta.get(key) for key in keys)
     return found if same else None
 
 
@@ -576,6 +580,7 @@ def answer_rows(
     samples: int | None = None,
     tau: float | None = None,
     seed: int = 0,
+    how: Drawing = PLAIN,
     say: Say = print,
 ) -> Iterable[dict[str, Any]]:
     """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
@@ -587,6 +592,7 @@ def answer_rows(
         tau: factor of the posterior's variance, of what was trained and without the rest of what was chosen; left out:
             what was chosen, else 1.
         seed: seed of the draws.
+        how: how the draws are made and run.
         say: told in words what a user should know.
     """
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
@@ -594,7 +600,8 @@ def answer_rows(
     used = dataclasses.replace(loaded, posterior=loaded.calibrated) if chosen else loaded
     if samples is None:
         samples = chosen.samples if chosen else 10
-    predictions = _predict(used, encoded.rows, samples=samples, tau=1.0 if tau is None else tau, seed=seed)
+    tau = 1.0 if tau is None else tau
+    predictions = _predict(used, encoded.rows, samples=samples, tau=tau, seed=seed, how=how)
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
         probabilities = dict(zip(example.answers, probs))
