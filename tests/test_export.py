@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varlora import client
 from varlora.checkpoint import save_adapter
+from varlora.cli import _parser
 from varlora.config import settings_from
 from varlora.data import collate
 from varlora.draws import distinct, drawn, draws_of
@@ -330,6 +331,14 @@ def test_scripts_say_what_is_meant_whatever_the_base_is_called(
         assert given == ["-m", "sglang.launch_server", "--model-path", base, *common, *many]
     assert not (tmp_path / "hacked").exists()
     assert subprocess.run(["bash", "-n", out / name]).returncode == 0
+
+
+def test_the_commands_of_the_page_can_be_parsed() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    lines = [line.split()[1:] for line in text.splitlines() if line.startswith("varlora ")]
+    assert {line[0] for line in lines} == {"export", "evaluate", "push"}
+    for line in lines:
+        _parser().parse_args(line)
 
 
 # --- the client ---

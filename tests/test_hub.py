@@ -1,4 +1,4 @@
-"""A pushed adapter is loaded as what it was, plain PEFT loads it too, and a stranger's files are refused or harmless."""
+"""A pushed adapter is loaded as what it was, by plain PEFT too, and a stranger's files are refused or harmless."""
 
 from __future__ import annotations
 
@@ -119,10 +119,8 @@ def resealed(folder: Path) -> Path:
     """Write the checksums anew, as a stranger would who changes files."""
     for name in ("manifest.json", "calibration.json"):
         (folder / name).unlink(missing_ok=True)
-    listed = {
-        name: digest for name, digest in checksums(folder).items() if name not in ("README.md", "reliability.png")
-    }
-    write_json(folder / "manifest.json", listed)
+    listed = checksums(folder)
+    write_json(folder / "manifest.json", {n: d for n, d in listed.items() if n in READ and n != "README.md"})
     return folder
 
 
@@ -206,9 +204,10 @@ def test_a_posterior_of_another_base_is_refused_by_name(pushed: Path, bundled: P
     with torch.no_grad():
         model.get_input_embeddings().weight += 1
     model.save_pretrained(other)
-    for base in (other, save_base(tmp_path / "smaller")):
-        with pytest.raises(DamagedFileError, match=f"{base} to be what .*pushed was trained with"):
-            from_pretrained(pushed, model=str(base), say=silent)
+    with pytest.raises(DamagedFileError, match=f"adapter of {BASE}, .*{other} to be what .*pushed was trained with"):
+        from_pretrained(pushed, model=str(other), say=silent)
+    with pytest.raises(DamagedFileError, match=f"adapter of {BASE}, .*to be of this model"):
+        from_pretrained(pushed, model=str(save_base(tmp_path / "smaller")), say=silent)
 
 
 @pytest.mark.parametrize(

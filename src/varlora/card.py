@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ COLUMNS = (  # name, the hub's heading, ours, factor, decimals
     ("nll", "Negative log-likelihood (nats)", "NLL", 1, 3),
     ("brier", "Brier score", "Brier", 1, 3),
 )
-MARKS = "\\`*_{}[]<>()#+-.!|~$&:@"
-"""What Markdown, or the hub's dialect of it, may read as more than text."""
+MARKS = re.compile(r"[\\`*_{}\[\]<>()#!|~$&:@]|(?<=www)\.")
+"""What Markdown, or the hub's dialect of it, may read as more than text within a line."""
 
 
 def model_card(run_dir: Path, name: str, settings: Settings) -> tuple[str, bytes | None]:
@@ -90,13 +91,13 @@ def model_card(run_dir: Path, name: str, settings: Settings) -> tuple[str, bytes
 
 
 def escaped(value: object) -> str:
-    r"""Return a text as one line that Markdown shows as it is.
+    r"""Return a text as a part of a line that Markdown shows as it is.
 
     Example:
         >>> print(escaped("<b>*a*\n# b"))
         \<b\>\*a\* \# b
     """
-    return "".join(f"\\{char}" if char in MARKS else char for char in " ".join(str(value).split()))
+    return MARKS.sub(lambda mark: f"\\{mark[0]}", " ".join(str(value).split()))
 
 
 def _rows(run_dir: Path) -> list[Row]:

@@ -207,7 +207,12 @@ def from_pretrained(
     folder = _folder(name_or_path, revision)
     facts, settings = _checked(folder, str(name_or_path), model)
     say(f"{name_or_path} is an adapter of {settings.model}" + (f", which is loaded from {model}." if model else "."))
-    return load_parts(settings, folder, facts.get("base"), name=str(name_or_path), model=model, device=device)
+    try:
+        return load_parts(settings, folder, facts.get("base"), name=str(name_or_path), model=model, device=device)
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{name_or_path} is an adapter of {settings.model}, and was not loaded. {error}"
+        ) from error
 
 
 def _folder(name_or_path: str | Path, revision: str | None) -> Path:

@@ -134,9 +134,9 @@ def load_parts(
         VarloraError: the base cannot be loaded.
     """
     loaded, tokenizer = _load_base(settings, model, device)
+    posterior = load_posterior(loaded, adapter)
     if trained_on not in (None, base_fingerprint(loaded)):
         raise _other(f"the base model {model or settings.model}", name)
-    posterior = load_posterior(loaded, adapter)
     load_adapter(loaded, adapter)
     return Loaded(loaded, posterior, tokenizer, settings, load_calibration(adapter))
 
