@@ -45,6 +45,7 @@ __all__ = [
     "check_unchanged",
     "evaluate",
     "load",
+    "load_parts",
     "rows_of_split",
     "train",
     "training_costs",
@@ -106,11 +107,39 @@ def load(run_dir: str | Path, *, model: str | None = None, device: str | None = 
         raise VarloraError(
             f"{run_dir} has no adapter yet: training is not finished. Go on with `varlora train --resume`."
         )
+    trained_on = read_json(run_dir / "config.json").get("base")
+    return load_parts(settings, run_dir / "adapter", trained_on, name=str(run_dir), model=model, device=device)
+
+
+def load_parts(
+    settings: Settings,
+    adapter: Path,
+    trained_on: str | None,
+    *,
+    name: str,
+    model: str | None = None,
+    device: str | None = None,
+) -> Loaded:
+    """Load a base, and an adapter with its posterior and calibration on it.
+
+    Args:
+        settings: those that it was trained with.
+        adapter: the folder of the adapter's files.
+        trained_on: checksum of the base that it was trained on, if that is known.
+        name: what messages call it.
+        model: the base, if it is no longer where it was.
+        device: where to load it to; left out: the current GPU, else the CPU.
+
+    Raises:
+        DamagedFileError: a file is absent, altered or of another model.
+        VarloraError: the base cannot be loaded.
+    """
     loaded, tokenizer = _load_base(settings, model, device)
-    posterior = load_posterior(loaded, run_dir / "adapter")
-    _check_same(run_dir, "base", base_fingerprint(loaded), f"the base model {model or settings.model}")
-    load_adapter(loaded, run_dir / "adapter")
-    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(run_dir / "adapter"))
+    posterior = load_posterior(loaded, adapter)
+    if trained_on not in (None, base_fingerprint(loaded)):
+        raise _other(f"the base model {model or settings.model}", name)
+    load_adapter(loaded, adapter)
+    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(adapter))
 
 
 def train(
@@ -193,10 +222,14 @@ def _checksum(rows: Sequence[Encoded]) -> str:
 def _check_same(run_dir: Path, key: str, checksum: str, what: str) -> None:
     """Refuse a base or rows that are not those which a run was trained with; they may lie elsewhere, not differ."""
     if read_json(run_dir / "config.json").get(key, checksum) != checksum:
-        raise DamagedFileError(
-            f"Expected {what} to be what {run_dir} was trained with, but its checksum differs. "
-            "Pass the original, or train a new run."
-        )
+        raise _other(what, str(run_dir))
+
+
+def _other(what: str, run: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"Expected {what} to be what {run} was trained with, but its checksum differs. "
+        "Pass the original, or train a new run."
+    )
 
 
 def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
