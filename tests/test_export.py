@@ -25,7 +25,8 @@ from varlora.checkpoint import save_adapter
 from varlora.cli import _parser
 from varlora.config import settings_from
 from varlora.data import collate
-from varlora.draws import distinct, drawn, draws_of
+from varlora.drawing import Drawing
+from varlora.draws import distinct
 from varlora.errors import VarloraError
 from varlora.export import _script, export
 from varlora.metrics import average_probs
@@ -42,7 +43,6 @@ from varlora.posterior import (
     Point,
     Posterior,
     Tempered,
-    draw_logits_by_loop,
 )
 from varlora.run import file_digest, write_json
 from varlora.tasks import get_task, load_rows
@@ -169,7 +169,7 @@ def test_adapters_in_plain_peft_give_the_probabilities_of_the_draws(
             assert any("no adapter can serve" in words for words in said)
             posterior = posterior.weights
             expected = average_probs(
-                draw_logits_by_loop(posterior, trained.model, batch, samples, generator, class_logits)
+                posterior.drawn(samples, generator, Drawing(stacked=False)).logits(trained.model, batch, class_logits)
             )
         else:
             predicted = list(answer_rows(load(run_dir), examples, samples=samples, seed=3, say=silent))
@@ -193,7 +193,7 @@ def test_draws_are_those_of_the_posterior_bit_for_bit(trained: Loaded, kind: str
 
     of_weights = posterior.weights if kind == "linearised" else posterior
     of_weights.draw_logits(trained.model, None, 5, torch.Generator().manual_seed(1), looked)
-    draws = draws_of(posterior, 5, torch.Generator().manual_seed(1))
+    draws = [draw.weights for draw in posterior.drawn(5, torch.Generator().manual_seed(1)).models()]
     found = [torch.cat([draw[name].flatten() for name in copied(trained.model)]) for draw in draws]
     if kind in ("mixture", "tempered"):  # which run member after member, and then take their logits in turn
         assert {tuple(one.tolist()) for one in found} <= {tuple(one.tolist()) for one in seen}
@@ -204,9 +204,9 @@ def test_draws_are_those_of_the_posterior_bit_for_bit(trained: Loaded, kind: str
 
 def test_what_is_drawn_again_is_exported_once(trained: Loaded) -> None:
     members = [Point(other(trained, seed)) for seed in range(3)]
-    found = distinct(drawn(Mixture(members), 10, torch.Generator().manual_seed(0)))
+    found = distinct(Mixture(members).drawn(10, torch.Generator().manual_seed(0)).models())
     assert [draw.weight for draw in found] == [4, 3, 3]
-    assert len(distinct(drawn(gaussian(trained).scale(0), 4, torch.Generator()))) == 1
+    assert len(distinct(gaussian(trained).scale(0).drawn(4, torch.Generator()).models())) == 1
 
 
 def test_a_point_is_its_mean_alone_and_that_is_said(trained: Loaded, tmp_path: Path) -> None:

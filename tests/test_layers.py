@@ -72,7 +72,7 @@ WITHIN = {
     "curvature": {"errors", "drawing", "posterior"},
     "bootstrap": {"metrics"},
     "temperature": {"metrics"},
-    "draws": {"errors", "posterior"},
+    "draws": {"drawing", "posterior"},
     "metrics": {"errors"},
     "prompt": {"tasks"},
     "data": {"tasks", "prompt"},

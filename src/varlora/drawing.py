@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varlora.errors import ConfigError
 
-__all__ = ["PLAIN", "Drawing", "Drawn", "Forward", "Latin", "Source", "normal", "uniform"]
+__all__ = ["PLAIN", "Draw", "Drawing", "Drawn", "Forward", "Latin", "Source", "normal", "uniform"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable."""
@@ -68,6 +68,17 @@ PLAIN = Drawing()
 """As it is done where nothing is said."""
 
 
+class Draw(NamedTuple):
+    """One of the models whose probabilities are averaged."""
+
+    weights: Mapping[str, Tensor]
+    """By parameter name."""
+    temperature: float = 1.0
+    """What its logits are divided by."""
+    weight: float = 1.0
+    """How often it was drawn."""
+
+
 class Drawn(Protocol):
     """A posterior whose draws are made: S fixed models, the same for every batch."""
 
@@ -78,6 +89,10 @@ class Drawn(Protocol):
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
+        ...
+
+    def models(self) -> list[Draw]:
+        """The draws as weights, in the order of their logits; of draws of logits, those of their Gaussian."""
         ...
 
 

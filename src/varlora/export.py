@@ -19,7 +19,8 @@ import torch
 
 from varlora import client
 from varlora.config import Settings
-from varlora.draws import Draw, distinct, drawn, means, same_weights
+from varlora.drawing import Draw
+from varlora.draws import distinct, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior, Pruned
@@ -91,7 +92,7 @@ def export(
     known, questions = _answers(run_dir, loaded, answers, say)
     on = next(iter(trainable(loaded.model).values())).device
     generator = torch.Generator(on).manual_seed(seed)
-    draws = distinct(drawn(posterior, samples, generator) if samples else means(posterior))
+    draws = distinct(posterior.drawn(samples, generator).models() if samples else means(posterior))
     notes = _notes(posterior, samples, draws, loaded.settings)
     for note in notes:
         say(note)

@@ -21,7 +21,7 @@ from varlora.blocks import (
     resumed,
     state_at,
 )
-from varlora.drawing import PLAIN, Drawing, Forward
+from varlora.drawing import PLAIN, Draw, Drawing, Forward
 from varlora.params import check_same_parameters, swapped, trainable
 
 __all__ = ["Stack", "stacked"]
@@ -99,6 +99,11 @@ class Stack:
             {**self.below, **{name: value[index] for name, value in self.weights.items()}}
             for index in range(self.distinct)
         ]
+
+    def models(self) -> list[Draw]:
+        """Return the S draws."""
+        draws = self.draws()
+        return [Draw(draws[index]) for index in self.order]
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Return the class logits of each draw, (S, B, C).

@@ -176,6 +176,10 @@ class Gaussian(Posterior, Protocol):
         """The weights' mean by parameter name."""
         ...
 
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
+        """See `Posterior`."""
+        ...
+
     def scale(self, tau: float) -> Gaussian:
         """The same Gaussian with `tau` times the covariance."""
         ...

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from varlora.drawing import PLAIN, Drawing, Drawn, Forward, normal
+from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward, normal
 from varlora.gradients import one_pass
 from varlora.posterior.base import Gaussian, check_draws, pack, unpack
 
@@ -77,7 +77,7 @@ class Linearised:
     def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
         """The predictive with the noise of max(n, 256) draws fixed; they are antithetic, whatever `how` says."""
         check_draws(n, 1)
-        return _LinearisedDraws(self, max(n, DRAWS), generator.device, generator.get_state())
+        return _LinearisedDraws(self, n, generator.device, generator.get_state())
 
     def scale(self, tau: float) -> Linearised:
         """Return the predictive with `tau` times the covariance."""
@@ -117,11 +117,18 @@ class _LinearisedDraws:
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
-        generator = torch.Generator(self.device)
-        generator.set_state(self.state)
         logits, covariance = self.of.covariance(model, batch, forward)
         self.rows.append(len(logits))
-        return gaussian_logits(logits, covariance, self.n, generator)
+        return gaussian_logits(logits, covariance, max(self.n, DRAWS), self._source())
+
+    def models(self) -> list[Draw]:
+        """Draws of the Gaussian's weights, as many as were asked for: what the linearised model is near to."""
+        return self.of.weights.drawn(self.n, self._source()).models()
+
+    def _source(self) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        generator.set_state(self.state)
+        return generator
 
 
 def gaussian_logits(logits: Tensor, covariance: Tensor, n: int, generator: torch.Generator) -> Tensor:

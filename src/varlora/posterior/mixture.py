@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from varlora.drawing import PLAIN, Drawing, Drawn, Forward
+from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward
 from varlora.errors import VarloraError
 from varlora.posterior.base import Posterior, check_draws, pack, unpack
 from varlora.stack import Stack
@@ -121,11 +121,16 @@ class _MixedDraws:
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
-        draws = [part.logits(model, batch, forward) for part in self.parts]
-        most = max(len(logits) for logits in draws)
+        return torch.stack(self._mixed([list(part.logits(model, batch, forward)) for part in self.parts]))
+
+    def models(self) -> list[Draw]:
+        """The members' draws in turn."""
+        return self._mixed([part.models() for part in self.parts])
+
+    def _mixed(self, draws: Sequence[Sequence[T]]) -> list[T]:
+        most = max(map(len, draws))
         # where the draws of one cost nothing, it gives more than it was asked for, and so do the others
-        shares = [most] * len(draws) if most > max(self.shares) else self.shares
-        return torch.stack(in_turn([list(logits) for logits in draws], shares))
+        return in_turn(draws, [most] * len(draws) if most > max(self.shares) else self.shares)
 
 
 def in_turn(of_each: Sequence[Sequence[T]], shares: Sequence[int]) -> list[T]:

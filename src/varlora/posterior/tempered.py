@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from varlora.drawing import PLAIN, Drawing, Drawn, Forward
+from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward
 from varlora.posterior.base import Posterior, pack, unpack
 
 __all__ = ["Tempered"]
@@ -94,3 +94,7 @@ class _TemperedDraws:
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
         return self.inner.logits(model, batch, forward) / self.temperature
+
+    def models(self) -> list[Draw]:
+        """The inner posterior's draws, with the temperature."""
+        return [draw._replace(temperature=draw.temperature * self.temperature) for draw in self.inner.models()]
