@@ -14,6 +14,7 @@ Quality: finished runs, with few draws of each kind, against the average of many
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -51,10 +52,12 @@ from varlora.model import LoRA, class_logits, load_model
 from varlora.params import copied
 from varlora.posterior import DiagonalGaussian
 from varlora.predict import predict
+from varlora.run import read_json, write_text
 from varlora.tasks import get_task
 from varlora.workflow import _encode, load, rows_of_split
 
 LENGTH, ANSWERS = 40, 4
+DOCUMENT = ROOT / "docs" / "inference.md"
 REFERENCE = 256
 """Draws whose average stands for the posterior's."""
 KINDS = {
@@ -216,8 +219,11 @@ def quality_of(run: Path, args: Any) -> dict[str, Any]:
 
     quarter = max(1, layers // 4)
     found: dict[str, Any] = {"rows": len(rows), "last_layers": quarter, "reference": numbers(REFERENCE, Drawing())}
+    found["few"] = {}
     for n in args.few:
-        found[str(n)] = {name: [numbers(n, how, seed) for seed in range(args.repeats)] for name, how in KINDS.items()}
+        found["few"][str(n)] = {
+            name: [numbers(n, how, seed) for seed in range(args.repeats)] for name, how in KINDS.items()
+        }
     ten = max(args.few)
     found["last quarter"] = numbers(REFERENCE, Drawing(last_layers=quarter))
     found["stop early"] = {
@@ -230,46 +236,75 @@ def quality_of(run: Path, args: Any) -> dict[str, Any]:
 # --- tables ---
 
 
-def print_speed(name: str, found: dict[str, Any]) -> None:
-    """Print one base's table."""
+Titled = tuple[str, list[str], list[list[str]]]
+"""Title, columns and rows of a table."""
+WAYS = ("loop", "mixed", "stack", "quarter")
+
+
+def speed_table(name: str, found: dict[str, Any]) -> Titled:
+    """Return one base's table."""
     table = []
     for cell in found["cells"]:
         ways = cell["ways"]
         table.append(
             [str(cell["draws"]), str(cell["batch"])]
-            + [f"{ways[way]['rows_per_second']:.1f}" for way in ("loop", "mixed", "stack", "quarter")]
-            + [f"{ways[way]['loop_to_it']['median_of_rounds']:.2f}" for way in ("mixed", "stack", "quarter")]
+            + [f"{ways[way]['rows_per_second']:.0f}" for way in WAYS]
+            + [f"{ways[way]['loop_to_it']['median_of_rounds']:.2f}" for way in WAYS[1:]]
             + [f"{ways[way]['to_one_pass']['median_of_rounds']:.1f}" for way in ("loop", "stack", "quarter")]
             + [f"{ways['stack']['limit_seconds'] / ways['stack']['seconds']['median']:.0%}"]
-            + [f"{ways[way]['peak_bytes'] / 1e6:.0f}" for way in ("loop", "mixed", "stack", "quarter")]
+            + [f"{ways[way]['peak_bytes'] / 1e6:.0f}" for way in WAYS]
         )
-    columns = ["S", "B", *(f"{way} rows/s" for way in ("loop", "mixed", "stack", "quarter"))]
-    columns += [f"loop / {way}" for way in ("mixed", "stack", "quarter")]
+    columns = ["S", "B", *(f"{way} rows/s" for way in WAYS), *(f"loop / {way}" for way in WAYS[1:])]
     columns += [f"{way} / one pass" for way in ("loop", "stack", "quarter")]
-    columns += ["stack: limit / time", *(f"{way} MB" for way in ("loop", "mixed", "stack", "quarter"))]
-    print_table(f"{name}: {found['layers']} layers, the last {found['last_layers']} drawn in `quarter`", columns, table)
+    columns += ["limit / stack", *(f"{way} MB" for way in WAYS)]
+    title = f"{name}: {found['layers']} layers, the last {found['last_layers']} of them drawn in `quarter`"
+    return title, columns, table
 
 
-def print_quality(runs: dict[str, Any], few: Sequence[int]) -> None:
-    """Print the runs' average NLL above that of many draws, in percent."""
+def quality_tables(runs: dict[str, Any]) -> list[Titled]:
+    """Return the runs' average NLL above that of many draws, in percent."""
+    first = next(iter(runs.values()))
 
     def above(pick: Callable[[dict[str, Any]], list[dict[str, float]]]) -> str:
         parts = []
         for found in runs.values():
             mine = [one["nll"] for one in pick(found)]
             parts.append(100 * (sum(mine) / len(mine) / found["reference"]["nll"] - 1))
-        return f"{sum(parts) / len(parts):+.2f}"
+        error = statistics.stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else float("nan")
+        return f"{sum(parts) / len(parts):+.2f} ± {error:.2f}"
 
-    table = [[f"{n} draws", *(above(lambda found, n=n, kind=kind: found[str(n)][kind]) for kind in KINDS)] for n in few]
-    print_table(f"NLL above {REFERENCE} independent draws, %", ["", *KINDS], table)
-    first = next(iter(runs.values()))
-    table = [["last quarter", above(lambda found: [found["last quarter"]]), str(REFERENCE)]]
+    few = [
+        [n, *(above(lambda found, n=n, kind=kind: found["few"][n][kind]) for kind in KINDS)]  # type: ignore[misc]
+        for n in first["few"]
+    ]
+    less = [["last quarter of the layers", str(REFERENCE), above(lambda found: [found["last quarter"]])]]
     for tolerance in first["stop early"]:
         passes = [found["stop early"][tolerance]["passes_a_row"] for found in runs.values()]
-        cells = above(lambda found, tolerance=tolerance: [found["stop early"][tolerance]])
-        table.append([f"tolerance {tolerance}", cells, f"{sum(passes) / len(passes):.1f}"])
-    table.append(["all draws", above(lambda found: [found["all draws"]]), f"{first['all draws']['passes_a_row']:.0f}"])
-    print_table(f"NLL above {REFERENCE} independent draws, %", ["", "%", "passes a row"], table)
+        cell = above(lambda found, tolerance=tolerance: [found["stop early"][tolerance]])  # type: ignore[misc]
+        less.append([f"tolerance {tolerance}", f"{sum(passes) / len(passes):.1f}", cell])
+    less.append(["all draws", f"{first['all draws']['passes_a_row']:.0f}", above(lambda found: [found["all draws"]])])
+    rise = f"NLL above that of {REFERENCE} independent draws, %"
+    return [
+        (f"{rise}, by number and kind of draws", ["draws", *KINDS], few),
+        (f"{rise}, of what leaves something out", ["", "draws a row", "NLL"], less),
+    ]
+
+
+def tables_of(found: dict[str, Any]) -> list[Titled]:
+    """Return all tables of a result."""
+    tables = [speed_table(name, of) for name, of in found["speed"].items()]
+    return tables + (quality_tables(found["quality"]) if found["quality"] else [])
+
+
+def documented(text: str, found: dict[str, Any]) -> str:
+    """Return the document with the tables of a result between its markers."""
+    parts = []
+    for title, columns, rows in tables_of(found):
+        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+        parts.append(f"{title}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    begin, end = "<!-- inference -->\n", "<!-- end -->"
+    before, _, rest = text.partition(begin)
+    return before + begin + "\n".join(parts) + end + rest.partition(end)[2]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -283,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--runs", nargs="*", type=Path, default=[], help="finished runs for the part on quality")
     made.add_argument("--few", nargs="+", type=count, default=[2, 4, 8, 16], help="draws of each kind (2 4 8 16)")
     made.add_argument("--repeats", type=count, default=3, help="seeds of few draws (default: %(default)s)")
+    made.add_argument("--document", action="store_true", help="write the tables into docs/inference.md as well")
     made.add_argument("--limit", type=count, default=200, help="rows of each run (default: %(default)s)")
     args = made.parse_args(argv)
     set_up(args)
@@ -304,14 +340,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if base == folder:
                 settings["dtype"] = "bfloat16"
             speed[name] = speed_of(base, settings, args, device)
-            print_speed(name, speed[name])
+            print_table(*speed_table(name, speed[name]))
     quality = {}
     for run in args.runs:
         quality[os.path.join(*run.resolve().parts[-3:])] = quality_of(run, args)
         print(f"quality of {run}", flush=True)
-    if quality:
-        print_quality(quality, args.few)
+    for table in quality_tables(quality) if quality else []:
+        print_table(*table)
     write_result(args.out, "inference", args, device, speed=speed, quality=quality)
+    if args.document:
+        write_text(DOCUMENT, documented(DOCUMENT.read_text(encoding="utf-8"), read_json(args.out)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape"):
+        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape", "inference"):
             del sys.modules[name]
 
 
@@ -298,3 +298,52 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
     monkeypatch.setattr("varlora.workflow.fit", never)
     with pytest.raises(AssertionError, match="repeated"):
         demo.main(arguments)
+
+
+def test_the_inference_benchmark_measures_speed_limits_and_quality(load, out, bundled, tmp_path, capsys):
+    inference = load("inference")
+    run = helpers_run(tmp_path)
+    flags = "--draws 1 2 --rows 2 --rounds 2 --few 2 4 --repeats 1 --limit 8"
+    inference.main([*flags.split(), "--bases", str(bundled), "--runs", str(run), "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    base = written["speed"]["base"]
+    assert [(cell["draws"], cell["batch"]) for cell in base["cells"]] == [(1, 2), (2, 2)]
+    for cell in base["cells"]:
+        ways = cell["ways"]
+        assert set(ways) == {"loop", "stack", "quarter", "mixed", "one pass"}
+        assert ways["loop"]["operations"] == cell["draws"] * ways["one pass"]["operations"]
+        assert ways["stack"]["operations"] < ways["loop"]["operations"]
+        assert ways["stack"]["differs_from_loop"] < 1e-4
+        assert ways["mixed"]["differs_from_loop"] < 1e-4
+        assert all(way["peak_bytes"] > 0 and way["limit_seconds"] > 0 for way in ways.values())
+    (quality,) = written["quality"].values()
+    assert quality["rows"] == 8
+    assert set(quality["few"]["2"]) == {"independent", "antithetic", "latin"}
+    assert 4 <= quality["stop early"]["0.04"]["passes_a_row"] <= quality["all draws"]["passes_a_row"] == 16
+    page = inference.documented("before\n<!-- inference -->\nold\n<!-- end -->\nafter\n", written)
+    assert "old" not in page
+    assert "| loop / stack |" in page
+    assert page.startswith("before")
+    assert page.endswith("after\n")
+    assert "NLL" in capsys.readouterr().out
+
+
+def helpers_run(folder):
+    """Train a run of a few steps on one of the demo's tasks."""
+    from varlora.config import load_settings
+    from varlora.demo.base import BUNDLED
+    from varlora.workflow import train
+
+    values = {"task": str(BUNDLED / "tasks" / "two_choices.yaml"), "model": str(BUNDLED / "base"), "steps": 4}
+    values |= {"method": "ivon", "run_dir": str(folder / "run"), "calibration_fraction": 0.1}
+    given = ["method.lr=0.3", "method.ess=1e6", "method.hess_init=1e-3"]
+    (settings,) = load_settings(None, values, given)
+    return train(settings, say=lambda text: None)
+
+
+def test_the_document_on_inference_is_made_from_the_results(load):
+    inference = load("inference")
+    found = json.loads((FOLDER / "results" / "inference.json").read_text(encoding="utf-8"))
+    text = inference.DOCUMENT.read_text(encoding="utf-8")
+    assert inference.documented(text, found) == text
