@@ -24,7 +24,9 @@ from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(__file__).parent / "assets"
-VERBS = ("train", "tune", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo")
+VERBS = (
+    *("train", "tune", "calibrate", "evaluate", "predict", "serve", "report", "reproduce", "ls", "validate", "demo"),
+)
 
 
 class Result(NamedTuple):

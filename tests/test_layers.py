@@ -50,6 +50,7 @@ LAYERS = {
         "plan",
         "reproduce",
         "demo",
+        "serve",
         "cli",
     },
 }
@@ -85,6 +86,7 @@ WITHIN = {
     "grid": {"config", "workflow", "quiet"},
     "plan": {"config", "sources", "workflow"},
     "reproduce": {"plan", "workflow", "grid", "results", "table", "tables", "paper", "typeset", "report"},
+    "serve": {"templating", "workflow"},
     "demo": {"config", "workflow", "progress", "results", "report"},
     "cli": {
         "config",
@@ -102,6 +104,7 @@ WITHIN = {
         "plan",
         "reproduce",
         "demo",
+        "serve",
     },
 }
 """What a file imports from its own layer: the base modules of its kind, and nothing else."""
