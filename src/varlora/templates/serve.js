@@ -73,9 +73,10 @@ function show(found) {
 function advised(one, risk, p) {
   if (!risk) return "";
   const source = risk.held_out ? `${risk.held_out} held-out rows` : "the expected error";
-  if (risk.confidence === null) return `Better abstain: no confidence keeps the risk at ${percent(risk.target)}, by ${source}.`;
-  const against = `${percent(risk.confidence)} are needed for a risk of ${percent(risk.target)}, by ${source}`;
-  return one.abstain ? `Better abstain: ${against}, and ${percent(p)} are fewer.` : `Sure enough: ${against}.`;
+  const target = `a risk of ${percent(risk.target)}`;
+  if (risk.confidence === null) return `Better abstain: no confidence is enough for ${target}, by ${source}.`;
+  const needs = `${target} needs ${percent(risk.confidence)}, by ${source}`;
+  return one.abstain ? `Better abstain: ${needs}; this answer has ${percent(p)}.` : `Sure enough: ${needs}.`;
 }
 
 function row(answer, one, drawn) {
