@@ -37,6 +37,8 @@ from varlora.workflow import answer_rows, load, train
 
 TOLERANCE = 1e-4
 """How far probabilities may be from those of `answer_rows`: other rows beside them in a batch change the rounding."""
+FRESH = 10.0
+"""Seconds for which a connection that is idle is used again; the service closes it after 30."""
 
 
 @dataclass
@@ -85,30 +87,43 @@ class Traffic:
         return Sent(json.dumps(body).encode(), ids, [self.expected[i] for i in chosen])
 
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter, float]
+"""Two ends, and since when it is idle."""
+
+
 class Client:
     """HTTP/1.1 over connections that are kept, as little of it as is needed."""
 
     def __init__(self, port: int) -> None:
         self.port, self.head = port, f"Host: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.idle: list[Connection] = []
+        self.aside: list[Connection] = []  # idle for so long that the service may close them at any moment
 
     async def send(self, sent: Sent) -> None:
         """Send a request, wait for its response, and check it."""
         begun = time.perf_counter()
         try:
-            connection = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = await self._connected()
             head = f"POST /v1/answer HTTP/1.1\r\n{self.head}Content-Length: {len(sent.body)}\r\n\r\n"
-            connection[1].write(head.encode() + sent.body)
-            sent.status, headers, body = await _response(connection[0])
+            writer.write(head.encode() + sent.body)
+            sent.status, headers, body = await _response(reader)
         except (OSError, asyncio.IncompleteReadError) as error:
             sent.problems.append(f"lost: {type(error).__name__}")
             return
         sent.seconds = time.perf_counter() - begun
         if headers.get("connection") == "close":
-            connection[1].close()
+            writer.close()
         else:
-            self.idle.append(connection)
+            self.idle.append((reader, writer, time.perf_counter()))
         _check(sent, headers, body)
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self.idle:
+            reader, writer, since = connection = self.idle.pop()
+            if time.perf_counter() - since < FRESH:
+                return reader, writer
+            self.aside.append(connection)
+        return await asyncio.open_connection("127.0.0.1", self.port)
 
     async def get(self, path: str) -> bytes:
         """Return what is at a path."""
@@ -119,14 +134,20 @@ class Client:
         return body
 
     async def close(self) -> int:
-        """Ask for the last time on every connection; return how many had anything but that one answer to give."""
+        """Ask for the last time on every connection; return how many had anything but that one answer to give.
+
+        One that the service has closed meanwhile has none.
+        """
         more = 0
-        for reader, writer in self.idle:
-            writer.write(f"GET /healthz HTTP/1.1\r\n{self.head}Connection: close\r\n\r\n".encode())
-            everything = await reader.read()
-            more += everything.count(b"HTTP/1.1") != 1 or b'{"status":"ok"}' not in everything
+        for reader, writer, _ in [*self.idle, *self.aside]:
+            try:
+                writer.write(f"GET /healthz HTTP/1.1\r\n{self.head}Connection: close\r\n\r\n".encode())
+                everything = await reader.read()
+            except OSError:
+                continue
+            answers = everything.count(b"HTTP/1.1 ")
+            more += answers > 1 or (answers == 1 and b'{"status":"ok"}' not in everything)
             writer.close()
-        self.idle.clear()
         return more
 
 

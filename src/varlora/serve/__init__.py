@@ -78,6 +78,7 @@ def serve(
         Requests for answers that were answered with 200.
 
     Raises:
+        KeyboardInterrupt: a second signal came while it finished what it had taken.
         VarloraError: the extra `serve` is not installed, an argument is wrong, the address is taken, or see `load`.
     """
     _check_installed()
@@ -94,8 +95,9 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         say(f"Serving {run_dir} at http://{name}:{sock.getsockname()[1]}/ (Ctrl+C ends it)")
         server.run(sockets=[sock])
-    if server.signals < 2:
-        service.engine.close()
+    if server.signals > 1:
+        raise KeyboardInterrupt
+    service.engine.close()
     answered = service.counters.answered()
     say(f"Stopped: {answered} requests were answered.")
     return answered
