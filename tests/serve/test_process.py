@@ -86,8 +86,9 @@ def test_without_requests_a_signal_ends_it_and_with_requests_a_second_one_does()
             until(lambda: service.get("/readyz").json == {"status": "stopping"})
             assert found.poll() is None
             found.send_signal(signal.SIGTERM)
-            found.communicate(timeout=30)
+            out, _ = found.communicate(timeout=30)
     assert found.returncode == 130
+    assert out.endswith("Ended at once: what was taken is not answered.\n")
     with process() as found:
         assert Live(found.port, None).get("/readyz").json == {"status": "ready"}
         found.send_signal(signal.SIGINT)

@@ -8,6 +8,8 @@ The engine's thread alone touches the model. Draws are the same S models for eve
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +61,7 @@ def serve(
     limits: Limits | None = None,
     say: Say = print,
 ) -> int:
-    """Serve a run until a signal ends it.
+    """Serve a run until a signal ends it; a second signal ends the process, with status 130.
 
     Args:
         run_dir: a trained run.
@@ -78,7 +80,6 @@ def serve(
         Requests for answers that were answered with 200.
 
     Raises:
-        KeyboardInterrupt: a second signal came while it finished what it had taken.
         VarloraError: the extra `serve` is not installed, an argument is wrong, the address is taken, or see `load`.
     """
     _check_installed()
@@ -96,7 +97,9 @@ def serve(
         say(f"Serving {run_dir} at http://{name}:{sock.getsockname()[1]}/ (Ctrl+C ends it)")
         server.run(sockets=[sock])
     if server.signals > 1:
-        raise KeyboardInterrupt
+        say("Ended at once: what was taken is not answered.")
+        sys.stdout.flush()
+        os._exit(130)  # the engine's thread is within a pass, which would abort the interpreter's own end
     service.engine.close()
     answered = service.counters.answered()
     say(f"Stopped: {answered} requests were answered.")
