@@ -54,6 +54,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/training_profile.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/serve_load.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/evidence/run.py

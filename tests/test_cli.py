@@ -25,7 +25,7 @@ from varlora.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(__file__).parent / "assets"
 VERBS = (
-    *("train", "tune", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo"),
+    *("train", "tune", "calibrate", "evaluate", "predict", "serve", "report", "reproduce", "ls", "validate", "demo"),
     *("export", "push"),
 )
 

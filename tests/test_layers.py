@@ -58,6 +58,7 @@ LAYERS = {
         "card",
         "hub",
         "demo",
+        "serve",
         "cli",
     },
 }
@@ -99,6 +100,7 @@ WITHIN = {
     "export": {"config", "templating", "workflow"},
     "card": {"config", "diagram", "results", "templating"},
     "hub": {"card", "config", "workflow"},
+    "serve": {"templating", "workflow"},
     "demo": {"config", "workflow", "progress", "results", "report"},
     "cli": {
         "config",
@@ -118,6 +120,7 @@ WITHIN = {
         "export",
         "hub",
         "demo",
+        "serve",
     },
 }
 """What a file imports from its own layer: the base modules of its kind, and nothing else."""

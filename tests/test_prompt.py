@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from varlora import prompt
 from varlora.errors import TaskError, VarloraError
 from varlora.prompt import answer_tokens, encode, prompt_ids
 from varlora.tasks import TASKS, Example, load_rows
@@ -248,3 +249,13 @@ def test_real_prompt_is_tokenised_to_the_letter(shared):
         encoded = encode(tokenizer, row, max_length=256)
         assert encoded.cut or list(encoded.input_ids) == tokenizer(row.prompt)["input_ids"]
         assert encoded.input_ids[-1] == tokenizer.convert_tokens_to_ids(":")
+
+
+def test_strangers_answers_do_not_fill_the_memory(bundled, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(bundled)
+    monkeypatch.setattr(prompt, "REMEMBERED", 5)
+    first = answer_tokens(tokenizer, ("red", "blue"))
+    for i in range(20):
+        answer_tokens(tokenizer, (f"red {i}", "blue"))
+        assert len(prompt._CACHE[tokenizer]) <= 5
+    assert answer_tokens(tokenizer, ("red", "blue")) == first

@@ -1,4 +1,4 @@
-"""The command line: train, tune, calibrate, evaluate, predict, report, reproduce, ls, validate, demo, export, push."""
+"""The command line: one function and one part of the parser for each verb."""
 
 from __future__ import annotations
 
@@ -70,6 +70,14 @@ PREDICT_EXAMPLES = """\
 examples:
   varlora predict runs/my-run --input questions.jsonl --output answers.jsonl
   echo '{"sentence": "a fine film"}' | varlora predict runs/my-run
+"""
+SERVE_EXAMPLES = """\
+POST a question and its answers to /v1/answer; a page to ask on is at /. docs/serve.md says the rest.
+
+examples:
+  varlora serve runs/my-run
+  varlora serve runs/my-run --port 0 --risk 0.05 --queue 1024 --batch-tokens 16384
+  varlora serve runs/my-run --host 0.0.0.0 --allowed-hosts ask.example.org
 """
 REPORT_EXAMPLES = """\
 examples:
@@ -372,6 +380,16 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         say(f"{len(rows.examples)} rows are in {arguments.output}.")
 
 
+def _serve(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.serve import Limits, serve
+
+    names = ("queue", "batch_tokens", "max_body", "max_rows", "max_answers", "max_tau")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    options = ("host", "port", "model", "samples", "tau", "seed", "risk", "allowed_hosts")
+    settings = {name: getattr(arguments, name) for name in options}
+    serve(arguments.run_dir, limits=Limits(**given), say=_speaker(console), **settings)
+
+
 def _report(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.report import build_report, to_table
 
@@ -608,6 +626,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows and count them")
     _draw_arguments(predict, "what `calibrate` chose, else ")
 
+    serve = verb("serve", _serve, "Answer questions over HTTP, in batches, with a page to ask on.", SERVE_EXAMPLES)
+    _serve_arguments(serve)
+
     report = verb("report", _report, "Make a page of tables and pictures from evaluated runs.", REPORT_EXAMPLES)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
@@ -648,6 +669,25 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--base-model", help="the base's name on the hub, where the run has a folder's")
     push.add_argument("--folder", type=Path, help="write the repository's files here and upload nothing")
     return parser
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone, 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: any that is free (default: 8000)")
+    parser.add_argument(
+        "--risk", type=float, help="share of the answers given that may be wrong, which decides when to abstain"
+    )
+    parser.add_argument(
+        "--allowed-hosts", nargs="+", default=(), metavar="NAME", help="names in the Host header (default: by --host)"
+    )
+    parser.add_argument("--queue", type=_at_least_one, help="rows that may wait (default: 256)")
+    parser.add_argument("--batch-tokens", type=_at_least_one, help="tokens a batch (default: 4096)")
+    parser.add_argument("--max-body", type=_at_least_one, help="bytes of a request (default: 262144)")
+    parser.add_argument("--max-rows", type=_at_least_one, help="rows of a request (default: 64)")
+    parser.add_argument("--max-answers", type=_at_least_one, help="answers of a question (default: 64)")
+    parser.add_argument("--max-tau", type=float, help="largest factor of the variance in a request (default: 4)")
+    _draw_arguments(parser, "what `calibrate` chose, else ")
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:

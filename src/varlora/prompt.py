@@ -127,6 +127,9 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, example: Example, max_length:
     return best
 
 
+REMEMBERED = 4096
+"""Sets of answers whose tokens are remembered for a tokenizer."""
+
 _Key = tuple[tuple[str, ...], bool, bool, str]
 _CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[_Key, tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -156,6 +159,8 @@ def answer_tokens(
     key = (tuple(answers), chat, after_space, str(tokenizer.chat_template) if chat else "")
     known = _CACHE.setdefault(tokenizer, {})
     if key not in known:
+        if len(known) >= REMEMBERED:  # a service is asked for answers of strangers' making
+            known.clear()
         known[key] = _find_answer_tokens(tokenizer, key[0], chat, after_space)
     return known[key]
 

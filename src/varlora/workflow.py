@@ -46,6 +46,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_parts",
+    "longest_prompt",
     "rows_of_split",
     "train",
     "training_costs",
@@ -665,15 +666,21 @@ def _load_base(settings: Settings, model: str | None = None, device: str | None 
 def _encode(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: Settings, say: Say
 ) -> EncodedSet:
+    length = longest_prompt(model, settings, say)
+    encoded = encode_all(tokenizer, examples, length, settings.chat)
+    if encoded.cut:
+        say(f"{encoded.cut} of {len(examples)} prompts were longer than {length} tokens and have been cut.")
+    return encoded
+
+
+def longest_prompt(model: nn.Module, settings: Settings, say: Say) -> int | None:
+    """Return the tokens of the longest prompt that a run takes, which is never more than the model's context."""
     config: Any = model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if settings.max_length is not None and settings.max_length > context:
         say(f"`max_length` {settings.max_length} is more than the model's context; {context} tokens are used.")
     length = min(settings.max_length or math.inf, context)
-    encoded = encode_all(tokenizer, examples, None if length == math.inf else int(length), settings.chat)
-    if encoded.cut:
-        say(f"{encoded.cut} of {len(examples)} prompts were longer than {length} tokens and have been cut.")
-    return encoded
+    return None if length == math.inf else int(length)
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:

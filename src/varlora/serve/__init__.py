@@ -1,0 +1,265 @@
+"""`varlora serve`: a finished run behind HTTP, with batches, limits, metrics and a page to ask on.
+
+    request -> guard -> app: body within limits -> asking: encoded rows -> engine: queue, batches, draws -> JSON
+
+The engine's thread alone touches the model. Draws are the same S models for every request, as those of `predict` are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.posterior.base import check_tau
+from varlora.predict import predict
+from varlora.predictions import Predictions, load_predictions
+from varlora.prompt import Encoded
+from varlora.serve.base import Limits, Use
+from varlora.tasks import Task, get_task
+from varlora.templating import environment
+from varlora.workflow import Loaded, load, longest_prompt
+
+__all__ = ["Limits", "Service", "make_service", "serve"]
+
+Say = Callable[[str], None]
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HELD_OUT = "predictions-calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that is put together, and not yet listening."""
+
+    app: Any
+    """The ASGI application, a `Guard`."""
+    engine: Any
+    """Works the queue off."""
+    counters: Any
+    """What was counted."""
+
+
+def serve(
+    run_dir: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: str | None = None,
+    samples: int | None = None,
+    tau: float | None = None,
+    seed: int = 0,
+    risk: float | None = None,
+    allowed_hosts: Sequence[str] = (),
+    limits: Limits | None = None,
+    say: Say = print,
+) -> int:
+    """Serve a run until a signal ends it; a second signal ends the process, with status 130.
+
+    Args:
+        run_dir: a trained run.
+        host: where to listen; the default is reached from this machine alone.
+        port: 0: any that is free.
+        model: where the base lies now, if not where it was.
+        samples: draws; 0: only the mean; left out: what `calibrate` chose, else 10.
+        tau: factor of the variance of what was trained; left out: what `calibrate` chose, else 1.
+        seed: seed of the draws.
+        risk: share of the answers given that may be wrong, for requests that say none.
+        allowed_hosts: what the Host header may name; left out: the loopback's names if `host` is one, else any.
+        limits: what is taken at most.
+        say: told in words what a user should know.
+
+    Returns:
+        Requests for answers that were answered with 200.
+
+    Raises:
+        VarloraError: the extra `serve` is not installed, an argument is wrong, the address is taken, or see `load`.
+    """
+    _check_installed()
+    from varlora.serve.process import Server, listen
+
+    limits = limits or Limits()
+    _check_use(samples, tau, risk, limits)
+    with listen(host, port) as sock:
+        loaded = load(run_dir, model=model)
+        hosts = tuple(allowed_hosts) or (LOOPBACK if host in LOOPBACK else ())
+        settings: dict[str, Any] = {"samples": samples, "tau": tau, "seed": seed, "risk": risk, "hosts": hosts}
+        service = make_service(loaded, run_dir, limits=limits, say=say, **settings)
+        server = Server(service.app, stop=service.engine.stop, busy=lambda: service.app.in_progress > 0)
+        name = f"[{host}]" if ":" in host else host
+        say(f"Serving {run_dir} at http://{name}:{sock.getsockname()[1]}/ (Ctrl+C ends it)")
+        server.run(sockets=[sock])
+    if server.signals > 1:
+        say("Ended at once: what was taken is not answered.")
+        sys.stdout.flush()
+        os._exit(130)  # the engine's thread is within a pass, which would abort the interpreter's own end
+    service.engine.close()
+    answered = service.counters.answered()
+    say(f"Stopped: {answered} requests were answered.")
+    return answered
+
+
+def make_service(
+    loaded: Loaded,
+    run_dir: str | Path,
+    *,
+    limits: Limits | None = None,
+    samples: int | None = None,
+    tau: float | None = None,
+    seed: int = 0,
+    risk: float | None = None,
+    hosts: Sequence[str] = (),
+    say: Say = print,
+) -> Service:
+    """Put a service together; see `serve` for the arguments. Its engine is to be closed by the caller."""
+    _check_installed()
+    from varlora.serve.abstain import of_expected_error, of_held_out
+    from varlora.serve.app import PATHS, Parts, make_app
+    from varlora.serve.asking import Ask, Asker, parse
+    from varlora.serve.counters import Counters
+    from varlora.serve.engine import Engine
+    from varlora.serve.guard import Guard
+
+    limits = limits or Limits()
+    _check_use(samples, tau, risk, limits)
+    task = get_task(loaded.settings.task)
+    counters = Counters()
+    default = _default_use(loaded, samples, tau)
+    held_out = None if default.calibrated else _held_out(Path(run_dir), default, seed, say)
+
+    def threshold(risk: float, use: Use) -> Any:
+        if held_out is None or use != default:
+            return of_expected_error(risk)
+        return of_held_out(held_out.probs, held_out.labels, risk)
+
+    engine = Engine(_draw(loaded, seed), queue=limits.queue, batch_tokens=limits.batch_tokens, watch=counters)
+    counters.queue(lambda: engine.waiting)
+    longest = longest_prompt(loaded.model, loaded.settings, say)
+    asker = Asker(task, loaded.tokenizer, limits, longest, loaded.settings.chat)
+    about = _about(loaded, task, default, limits, risk, held_out, asker.own_choices)
+    by_hand = 10 if samples is None else samples
+    parts = Parts(
+        engine=engine,
+        asker=asker,
+        parse=parse,
+        schema=Ask.model_json_schema(ref_template="#/components/schemas/{model}"),
+        threshold=threshold,
+        counters=counters,
+        limits=limits,
+        default=default,
+        by_hand=lambda tau: default if not default.calibrated and tau == default.tau else Use(False, tau, by_hand),
+        risk=risk,
+        about=about,
+        files=_page(about, task, asker.own_choices),
+    )
+    guard = Guard(make_app(parts), paths=PATHS, hosts=hosts, count=counters.request, say=say)
+    return Service(guard, engine, counters)
+
+
+def _check_installed() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise VarloraError(
+            f"`varlora serve` needs {', '.join(missing).replace('_', '-')}, which are not installed. "
+            'Install them: pip install "varlora[serve]"'
+        )
+
+
+def _check_use(samples: int | None, tau: float | None, risk: float | None, limits: Limits) -> None:
+    from varlora.serve.abstain import check_risk
+
+    if samples is not None and samples < 0:
+        raise VarloraError(f"Expected `samples` to be a number of draws >= 0, but got {samples}. Pass 0 for the mean.")
+    if tau is not None:
+        check_tau(tau)
+    if risk is not None:
+        check_risk(risk)
+
+
+def _default_use(loaded: Loaded, samples: int | None, tau: float | None) -> Use:
+    """How `answer_rows` draws: as calibrated, unless a factor of the variance is given."""
+    chosen = loaded.calibration if tau is None else None
+    if samples is None:
+        samples = chosen.samples if chosen else 10
+    return Use(chosen is not None, 1.0 if tau is None else tau, samples)
+
+
+def _draw(loaded: Loaded, seed: int) -> Callable[[Sequence[Encoded], Use], Tensor]:
+    calibrated = loaded.calibrated
+    pad = int(loaded.tokenizer.pad_token_id or 0)
+
+    def draw(rows: Sequence[Encoded], use: Use) -> Tensor:
+        posterior = calibrated if use.calibrated else loaded.posterior
+        tokens = max(len(row.input_ids) for row in rows) * len(rows)  # one batch: the engine has made it
+        settings: dict[str, Any] = {"samples": use.samples, "tau": use.tau, "seed": seed, "token_budget": tokens}
+        return predict(loaded.model, posterior, rows, pad_token_id=pad, **settings).logits
+
+    return draw
+
+
+def _held_out(run_dir: Path, use: Use, seed: int, say: Say) -> Predictions | None:
+    """Return the run's predictions of its held-out rows, if they were drawn as the service draws."""
+    path = run_dir / HELD_OUT
+    if not path.is_file():
+        return None
+    try:
+        found = load_predictions(path)
+    except DamagedFileError as error:
+        say(f"Thresholds of confidence come from the expected error, as the held-out rows cannot be read: {error}")
+        return None
+    meta = {"samples": str(use.samples), "tau": repr(use.tau), "seed": str(seed)}
+    if any(found.meta.get(name) != value for name, value in meta.items()) or (found.labels < 0).any():
+        return None
+    return found
+
+
+def _about(
+    loaded: Loaded,
+    task: Task,
+    use: Use,
+    limits: Limits,
+    risk: float | None,
+    held_out: Predictions | None,
+    own_choices: bool,
+) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "method": loaded.settings.method,
+        "model": Path(loaded.settings.model).name,
+        "fields": list(task.fields),
+        "wording": "task" if own_choices else "verbatim",
+        "calibrated": use.calibrated,
+        "tau": use.tau,
+        "samples": use.samples,
+        "risk": risk,
+        "held_out": 0 if held_out is None else len(held_out.labels),
+        "limits": {name: getattr(limits, name) for name in ("queue", "max_body", "max_rows", "max_answers", "max_tau")},
+    }
+
+
+def _page(about: dict[str, Any], task: Task, own_choices: bool) -> dict[str, tuple[str, str]]:
+    templates = environment(autoescape=True)
+    question, answers = ("", ()) if own_choices else _blank(task)
+    html = templates.get_template("serve.html.jinja").render(about=about, question=question, answers="\n".join(answers))
+    script, style = (templates.get_template(f"serve.{kind}").render() for kind in ("js", "css"))
+    return {
+        "/": ("text/html", html),
+        "/page.js": ("text/javascript", script),
+        "/page.css": ("text/css", style),
+    }
+
+
+def _blank(task: Task) -> tuple[str, tuple[str, ...]]:
+    """The task's prompt with its fields in braces, to be filled in by hand, and its answers."""
+    try:
+        example = task.example({**{name: f"{{{name}}}" for name in task.fields}, task.label: None}, 0)
+    except VarloraError:
+        return "", ()
+    return example.prompt, example.answers

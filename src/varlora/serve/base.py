@@ -1,0 +1,108 @@
+"""What the parts of the service share: its limits, how a row is to be drawn, what comes of it, and refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from varlora.errors import VarloraError
+from varlora.prompt import Encoded
+
+__all__ = ["Draw", "Drawn", "Limits", "Refused", "Use", "Watch"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the service takes at most.
+
+    Example:
+        >>> Limits(queue=8).max_rows
+        8
+    """
+
+    queue: int = 256
+    """Rows that wait; a request that does not fit is refused with 503."""
+    batch_tokens: int = 4096
+    """Tokens of a batch, padding included, for each draw; a longer row goes alone."""
+    max_body: int = 256 * 1024
+    """Bytes of a request's body."""
+    max_rows: int = 64
+    """Rows of a request; never more than the queue holds."""
+    max_answers: int = 64
+    """Answers of a question."""
+    max_tau: float = 4.0
+    """The largest factor of the variance that a request may ask for."""
+    body_seconds: float = 10.0
+    """Seconds in which a request's body has to arrive."""
+    max_reading: int = 256
+    """Requests whose bodies are read at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "batch_tokens", "max_body", "max_rows", "max_reading"):
+            if getattr(self, name) < 1:
+                raise VarloraError(f"Expected `{name}` to be a whole number >= 1, but got {getattr(self, name)}.")
+        if self.max_answers < 2:
+            raise VarloraError(f"Expected `max_answers` to be a number of answers >= 2, but got {self.max_answers}.")
+        for name in ("max_tau", "body_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise VarloraError(f"Expected `{name}` to be a number > 0, but got {getattr(self, name)}.")
+        object.__setattr__(self, "max_rows", min(self.max_rows, self.queue))
+
+
+class Refused(VarloraError):
+    """A request or a row that is not answered: says why in words, by a code, and as an HTTP status."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+        """Seconds after which to try again."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a row is to be drawn; rows that are to be drawn alike share batches."""
+
+    calibrated: bool
+    """Whether the posterior is used as `varlora calibrate` chose."""
+    tau: float
+    """Factor of the variance, beside what was chosen."""
+    samples: int
+    """Draws; 0: the mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What the draws say of one row with C answers."""
+
+    probs: Tensor
+    """(C,) float64: probabilities averaged over the draws."""
+    draws: Tensor
+    """(S, C) float64: the probabilities of each draw."""
+    uncertainty: dict[str, float]
+    """`total`, `aleatoric` and `epistemic`, in nats."""
+
+
+Draw = Callable[[Sequence[Encoded], Use], Tensor]
+"""`draw(rows, use)`: class logits of S fixed models for B rows, (S, B, C), -inf where a row lacks the answer."""
+
+
+class Watch(Protocol):
+    """Who is told what the engine does; called from its thread, and from others that cancel."""
+
+    def rows(self, outcome: str, count: int) -> None:
+        """Rows were `answered`, `failed` or `dropped`."""
+
+    def batch(self, rows: int, seconds: float) -> None:
+        """A batch was drawn."""
+
+    def waited(self, seconds: float) -> None:
+        """A row has left the queue."""
+
+    def out_of_memory(self) -> None:
+        """A batch did not fit and was halved."""

@@ -1,0 +1,128 @@
+"""What stands before every request: the Host header, security headers, counting, and no traceback to anybody.
+
+An ASGI middleware, around the whole application.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CSP", "Guard", "error_json"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Nothing inline, nothing from elsewhere, and no other page around this one."""
+HEADERS = (
+    (b"content-security-policy", CSP.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
+    (b"cache-control", b"no-store"),
+)
+GONE = 499
+"""Status under which a request is counted whose client did not wait for the answer."""
+
+
+def error_json(code: str, message: str) -> dict[str, Any]:
+    """Return the body of every refusal."""
+    return {"error": {"code": code, "message": message}}
+
+
+class Guard:
+    """The middleware.
+
+    Args:
+        app: the application.
+        paths: those that are counted by their name; all others are `other`.
+        hosts: what the Host header may name, without port; nothing: any. A page elsewhere whose name is made to point
+            here (DNS rebinding) sends its own name.
+        count: told path, status and seconds of each request.
+        say: told of what should not happen, without anybody's text.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        *,
+        paths: Sequence[str],
+        hosts: Sequence[str],
+        count: Callable[[str, int, float], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.app, self.paths, self.count, self.say = app, frozenset(paths), count, say
+        self.hosts = frozenset(host.lower().strip("[]") for host in hosts)
+        self.in_progress = 0
+        """Requests that are not answered yet."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 0
+
+        async def guarded(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                given = {name for name, _ in message.get("headers", ())}
+                more = [(name, value) for name, value in HEADERS if name not in given]
+                message = {**message, "headers": [*message.get("headers", ()), *more]}
+            await send(message)
+
+        self.in_progress += 1
+        try:
+            if self._is_welcome(scope):
+                await self.app(scope, receive, guarded)
+            else:
+                await _answer(guarded, 400, error_json("host", "The Host header names no host of this service."))
+        except Exception as error:
+            self.say(f"A request failed: {_where(error)}.")
+            if not status:
+                await _answer(guarded, 500, error_json("internal", "The service made a mistake; its log says where."))
+        finally:
+            self.in_progress -= 1
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.count(path, status or GONE, time.perf_counter() - begun)
+
+    def _is_welcome(self, scope: Scope) -> bool:
+        if not self.hosts:
+            return True
+        given = [value for name, value in scope["headers"] if name == b"host"]
+        if len(given) != 1:
+            return False
+        host = given[0].decode("latin-1").lower()
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        return name in self.hosts
+
+
+async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
+    text = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
+
+
+def _where(error: BaseException) -> str:
+    """Name an error's kind and the line that it came from; its words may quote a question, so they are left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

@@ -1,0 +1,107 @@
+"""The process: a socket, uvicorn on it, and what a signal does.
+
+At the first SIGTERM or SIGINT new requests are refused with 503 while those that were taken are finished; then the
+sockets close and the process ends with status 0. At the second it ends at once. uvicorn's own handling raises the
+signal again when all is done, so that the status would be the signal's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from varlora.errors import VarloraError
+
+__all__ = ["Server", "listen"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: name or address of this machine.
+        port: 0: any that is free.
+
+    Raises:
+        VarloraError: the address is no address of this machine, or is taken.
+
+    Example:
+        >>> with listen("127.0.0.1", 0) as found:
+        ...     found.getsockname()[0]
+        '127.0.0.1'
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise VarloraError(
+            f"Expected `host` and `port` to be free on this machine, but {host}:{port} cannot be listened at ({why}). "
+            "Give another `--port`, 0 for any."
+        ) from error
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a stop that finishes what was taken.
+
+    Args:
+        app: the application.
+        stop: called at the first signal: take no new requests.
+        busy: whether a request is not answered yet.
+    """
+
+    def __init__(self, app: Any, *, stop: Callable[[], None], busy: Callable[[], bool]) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=30,
+        )
+        super().__init__(config)
+        self.stop, self.busy = stop, busy
+        self.signals = 0
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Within the context signals stop the server, if this is the main thread."""
+        loop = asyncio.get_running_loop()
+        try:
+            before = {number: signal.signal(number, lambda *_: self._signalled(loop)) for number in SIGNALS}
+        except ValueError:  # another thread: who runs it there calls `finish`
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _signalled(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.signals += 1
+        if self.signals > 1:
+            self.should_exit = self.force_exit = True
+        else:
+            loop.call_soon_threadsafe(self.finish)
+
+    def finish(self) -> None:
+        """Take no new requests, answer those that were taken, and end; to be called in the server's loop."""
+        self.stop()
+        self._finishing = asyncio.ensure_future(self._finished())
+
+    async def _finished(self) -> None:
+        while self.busy():
+            await asyncio.sleep(0.02)
+        self.should_exit = True

@@ -1,0 +1,133 @@
+"""The real process: it starts, says where, is stopped by signals under load, and ends with 0 when all is answered."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from serve_helpers import Live, silent, task_rows, trained, until
+
+from varlora.cli import main
+from varlora.errors import VarloraError
+from varlora.serve import serve
+
+
+@contextmanager
+def process(*options):
+    """Run `varlora serve` on a free port; killed in the end, should it still run."""
+    command = [sys.executable, "-m", "varlora.cli", "serve", str(trained()), "--port", "0", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as found:
+        try:
+            found.port = int(found.stdout.readline().rpartition("http://127.0.0.1:")[2].partition("/")[0])
+            yield found
+        finally:
+            found.kill()
+
+
+def test_sigterm_under_load_finishes_what_was_taken(tmp_path):
+    rows, statuses, broken, stopped = task_rows()[:8], [], [], threading.Event()
+
+    def ask():
+        """Ask one question after the other, each on its own connection, until nobody listens."""
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", found.port, timeout=60)
+            try:
+                connection.request(
+                    "POST", "/v1/answer", json.dumps({"rows": rows}), {"content-type": "application/json"}
+                )
+                response = connection.getresponse()
+                body = json.loads(response.read())
+                assert response.status != 200 or [one["id"] for one in body["results"]] == [row["id"] for row in rows]
+                statuses.append(response.status)
+            except (OSError, http.client.HTTPException) as error:
+                broken.append((stopped.is_set(), error))
+                return
+            finally:
+                connection.close()
+
+    with process("--samples", "3") as found:
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(statuses) >= 6)
+        stopped.set()
+        found.send_signal(signal.SIGTERM)
+        out, err = found.communicate(timeout=60)
+        for thread in threads:
+            thread.join()
+    assert found.returncode == 0
+    assert all(after for after, _ in broken), broken
+    assert set(statuses) <= {200, 503}
+    assert out.splitlines()[-1] == f"Stopped: {statuses.count(200)} requests were answered."
+    assert "Traceback" not in err
+    assert rows[0]["question"] not in out + err
+
+
+def test_without_requests_a_signal_ends_it_and_with_requests_a_second_one_does():
+    with process("--samples", "200") as found:
+        service = Live(found.port, None)
+        assert service.get("/readyz").json == {"status": "ready"}
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(4):  # some minutes of work
+                pool.submit(service.ask, rows=task_rows()[:64])
+            until(lambda: b"queue_rows 0.0" not in service.get("/metrics").body)
+            found.send_signal(signal.SIGINT)
+            until(lambda: service.get("/readyz").json == {"status": "stopping"})
+            assert found.poll() is None
+            found.send_signal(signal.SIGTERM)
+            out, _ = found.communicate(timeout=30)
+    assert found.returncode == 130
+    assert out.endswith("Ended at once: what was taken is not answered.\n")
+    with process() as found:
+        assert Live(found.port, None).get("/readyz").json == {"status": "ready"}
+        found.send_signal(signal.SIGINT)
+        out, _ = found.communicate(timeout=30)
+    assert found.returncode == 0
+    assert out.endswith("Stopped: 0 requests were answered.\n")
+
+
+def test_an_address_that_is_taken_is_said(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(trained()), "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port} cannot be listened at" in error
+    assert "--port" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"samples": -1}, "`samples`"),
+        ({"tau": -1.0}, "`tau`"),
+        ({"risk": 1.5}, "`risk`"),
+        ({"port": 70_000}, "`port`"),
+        ({"host": "no.such.host.example."}, "cannot be listened at"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(settings, reason):
+    with pytest.raises(VarloraError, match=reason):
+        serve(trained(), say=silent, **{"port": 0, **settings})
+
+
+def test_what_is_no_run(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "none"), "--port", "0"]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    with pytest.raises(VarloraError, match=r'needs uvicorn.*pip install "varlora\[serve\]"'):
+        serve(trained(), port=0, say=silent)
