@@ -23,6 +23,7 @@ LAYERS = {
         "bootstrap",
         "temperature",
         "scale",
+        "draws",
     },
     1: {"tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
@@ -50,6 +51,7 @@ LAYERS = {
         "plan",
         "reproduce",
         "demo",
+        "integrations",
         "cli",
     },
 }
@@ -62,6 +64,7 @@ WITHIN = {
     "curvature": {"errors", "posterior"},
     "bootstrap": {"metrics"},
     "temperature": {"metrics"},
+    "draws": {"errors", "posterior"},
     "metrics": {"errors"},
     "prompt": {"tasks"},
     "data": {"tasks", "prompt"},
@@ -86,6 +89,7 @@ WITHIN = {
     "plan": {"config", "sources", "workflow"},
     "reproduce": {"plan", "workflow", "grid", "results", "table", "tables", "paper", "typeset", "report"},
     "demo": {"config", "workflow", "progress", "results", "report"},
+    "integrations": {"workflow"},
     "cli": {
         "config",
         "diagram",
