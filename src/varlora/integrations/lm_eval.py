@@ -8,6 +8,12 @@ every other request's, as a probability and as a whole:
 `is_greedy` is of this p too: each yₜ is the token v with the largest p(y₍<t₎ v | x). So draws that make the tokens
 before it more probable have more say on the next, which is what the average of whole texts' probabilities means.
 
+Whole likelihoods also weigh a choice by how much a draw says any of the choices at all. Where a run was trained to
+choose among answers, as varlora's tasks are, draws differ in that by chance; `normalise_choices` takes it out, so that
+each draw has the same say, as in `varlora evaluate`:
+
+    loglikelihood of choice c = log 1/S Σₛ exp(llₛ(c)) / Σ_c' exp(llₛ(c'))
+
 The harness's own model class, `HFLM`, does the rest: tokens, templates, generation, and all of it where there is but
 one model to run. On the harness's command line:
 
@@ -20,6 +26,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +60,8 @@ __all__ = ["VarloraLM", "main"]
 Say = Callable[[str], None]
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request as the harness hands it on: its texts, the context's tokens, the continuation's tokens."""
+Row = tuple[Any, ...]
+"""What tells one row's choices from another's."""
 
 SETTINGS = (
     "add_bos_token",
@@ -79,6 +88,8 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         samples: draws; 0: only the mean; left out: what `varlora calibrate` chose, else 10.
         tau: factor of the posterior's variance, of what was trained and without the rest of what was chosen; left out:
             what was chosen, else 1. A temperature of class logits has no part in the likelihood of texts.
+        normalise_choices: make the choices of each multiple-choice row probabilities among themselves before draws are
+            averaged. Lengths are then no matter of theirs: read `acc`, not `acc_norm`. At the mean it changes nothing.
         seed: seed of the draws.
         model: the base, if it is no longer where it was.
         device: where to load it to; left out, or a GPU where there is none: the current GPU, else the CPU.
@@ -98,6 +109,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         *,
         samples: int | None = None,
         tau: float | None = None,
+        normalise_choices: bool = False,
         seed: int = 0,
         model: str | None = None,
         device: str | None = None,
@@ -110,13 +122,14 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
             raise VarloraError(
                 f"`VarloraLM` needs lm-eval, which cannot be imported: {ABSENT}. Run: pip install varlora[lm-eval]"
             ) from ABSENT
-        _check(samples, tau, seed, settings)
+        _check(samples, tau, normalise_choices, seed, settings)
         where = run.settings.run_dir if isinstance(run, Loaded) else str(run)
         if not isinstance(run, Loaded):
             device = None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
             run = load(run, model=model, device=device)
         chosen = run.calibration if tau is None else None
-        self.say, self.seed = say, seed
+        self.say, self.seed, self.normalise_choices = say, seed, normalise_choices
+        self._rows: Sequence[Row] | None = None
         self.samples = samples if samples is not None else chosen.samples if chosen else 10
         self.posterior: Posterior = run.calibrated if chosen else run.posterior.scale(1.0 if tau is None else tau)
         self.facts: dict[str, Any] = {
@@ -127,6 +140,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
             "samples": self.samples,
             "tau": chosen.tau if chosen else 1.0 if tau is None else tau,
             "pruned": chosen.pruned if chosen else 0.0,
+            "normalise_choices": normalise_choices,
             "seed": seed,
         }
         with _without_warnings("lm_eval.models.huggingface"):  # of a model that is not given by name
@@ -153,6 +167,14 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         """Return the models that are averaged, the same ones at every call."""
         device = torch.device(self.device)
         return fixed_models(self.posterior, self.model, self.samples, torch.Generator(device).manual_seed(self.seed))
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return for each request its loglikelihood in nats, of the average over draws, and whether it is greedy."""
+        self._rows = _rows(requests) if self.normalise_choices else None
+        try:
+            return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
+        finally:
+            self._rows = None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the loglikelihood of each whole text, in nats: of the average over draws of its probability.
@@ -209,18 +231,26 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         if cut:
             self.say(f"{cut} contexts were too long for {self.max_length} tokens and have been cut from the left.")
         size = override_bs or self._batch_size_for(requests[groups[order[0]][0]] if order else None)
-        found: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+        lls = torch.empty(len(models), len(requests), dtype=torch.float64)  # (S, N)
+        is_greedy = torch.empty(len(requests), dtype=torch.bool)
         with tqdm(total=len(requests), disable=disable_tqdm, desc=f"Loglikelihoods, {len(models)} draws") as bar:
             for at in range(0, len(order), size):
                 batch = order[at : at + size]
                 lasts = [[requests[index][2][-1] for index in groups[group]] for group in batch]
-                for group, of_group in zip(batch, self._scored(batch, lasts)):
-                    for index, answer in zip(groups[group], of_group):
-                        found[index] = answer
-                        if requests[index][0] is not None:
-                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-                    bar.update(len(of_group))
-        return found
+                for group, scores in zip(batch, self._scored(batch, lasts)):
+                    indices = groups[group]
+                    lls[:, indices], is_greedy[indices] = scores
+                    bar.update(len(indices))
+                    if self._rows is None:  # or what is found here is not the end of it
+                        self._cache([requests[index] for index in indices], _averaged(scores[0], models), scores[1])
+        if self._rows is not None:
+            lls = _among_choices(lls, self._rows)
+        return list(zip(_averaged(lls, models).tolist(), is_greedy.tolist()))
+
+    def _cache(self, requests: Sequence[Pair], lls: Tensor, is_greedy: Tensor) -> None:
+        for (texts, _, _), *answer in zip(requests, lls.tolist(), is_greedy.tolist()):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, tuple(answer))
 
     def _batch_size_for(self, longest: Pair | None) -> int:
         if self.batch_size != "auto":
@@ -231,8 +261,11 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
     @torch.no_grad()
     def _scored(
         self, batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], lasts: Sequence[Sequence[int]]
-    ) -> Iterator[list[tuple[float, bool]]]:
-        """Yield for each (context, all but the last token) and each of its last tokens what the average says."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each (context, all but the last token) what is found for its k last tokens.
+
+        That is the loglikelihood by each draw, (S, k) float64, and whether it is greedy for the average, (k,).
+        """
         rows = [list(context + begun)[-self.max_length :] for context, begun in batch]
         width = max(map(len, rows))
         # padded on the right, as in `HFLM`: no token sees what is behind it
@@ -259,7 +292,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         for i, (begun, last) in enumerate(zip(begun_tokens, last_tokens)):
             greedy = joint[i].argmax(-1)  # (n,)
             is_greedy = (greedy[-1] == last) & (greedy[:-1] == begun).all()
-            yield list(zip(_averaged(torch.stack(lls[i]), models).tolist(), is_greedy.tolist()))
+            yield torch.stack(lls[i]), is_greedy.cpu()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return where results come from, for the harness to write beside them."""
@@ -281,11 +314,37 @@ def _averaged(lls: Tensor, models: Sequence[FixedModel]) -> Tensor:
     return (lls + weights.log()[:, None]).logsumexp(0)
 
 
+def _rows(requests: Sequence[Any]) -> list[Row]:
+    """Return the row that each request is a choice of.
+
+    Choices without their question, which some tasks ask for as well, are a row of their own; so is each repetition.
+    """
+    seen: Counter[Row] = Counter()
+    rows = []
+    for request in requests:
+        row = (request.task_name, request.doc_id, request.args[0] == "")
+        rows.append((*row, seen[(*row, request.idx)]))
+        seen[(*row, request.idx)] += 1
+    return rows
+
+
+def _among_choices(lls: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Return log-probabilities of each row's choices among themselves, by draw, (S, N); what is alone stays."""
+    members: dict[Row, list[int]] = {}
+    for index, row in enumerate(rows):
+        members.setdefault(row, []).append(index)
+    found = lls.clone()
+    for (_, doc_id, *_), indices in members.items():
+        if doc_id is not None and len(indices) > 1:
+            found[:, indices] = lls[:, indices].log_softmax(1)
+    return found
+
+
 def _column(scores: Sequence[tuple[float, bool]]) -> Tensor:
     return torch.tensor([ll for ll, _ in scores], dtype=torch.float64)
 
 
-def _check(samples: Any, tau: Any, seed: Any, settings: dict[str, Any]) -> None:
+def _check(samples: Any, tau: Any, normalise_choices: Any, seed: Any, settings: dict[str, Any]) -> None:
     """Refuse what the harness would hand on or swallow."""
     numbers = {"samples": samples if samples is not None else 0, "seed": seed}
     for name, value in numbers.items():
@@ -296,9 +355,21 @@ def _check(samples: Any, tau: Any, seed: Any, settings: dict[str, Any]) -> None:
             )
     if tau is not None and (isinstance(tau, bool) or not isinstance(tau, int | float)):
         raise VarloraError(f"Expected `tau` to be a factor of the variance, but got {tau!r}. 1 keeps it.")
+    if not isinstance(normalise_choices, bool):
+        raise VarloraError(f"Expected `normalise_choices` to be True or False, but got {normalise_choices!r}.")
     for name in settings:
         if name not in SETTINGS:
-            known = ("samples", "tau", "seed", "model", "device", "batch_size", "max_batch_size", *SETTINGS)
+            known = (
+                "samples",
+                "tau",
+                "normalise_choices",
+                "seed",
+                "model",
+                "device",
+                "batch_size",
+                "max_batch_size",
+                *SETTINGS,
+            )
             raise VarloraError(
                 f"Expected settings of `VarloraLM`, but got `{name}`: base, adapter and their types are the run's, and "
                 f"code that comes with a model is never run. {did_you_mean(name, known)}"
