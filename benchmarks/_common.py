@@ -17,6 +17,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from varlora.overhead import Clock
 from varlora.run import origin, write_json
@@ -125,6 +126,18 @@ def _minor_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def peak(run: Callable[[], Any]) -> int:
+    """Return the most bytes that are allocated at once while it runs, beside what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median, quartiles and minimum."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
@@ -183,6 +196,8 @@ def write_result(path: Path, name: str, settings: argparse.Namespace, device: to
 
 def _public(value: Any) -> Any:
     """A path within the checkout relative to it, any other by its name: a result is read on other machines."""
+    if isinstance(value, list):
+        return [_public(one) for one in value]
     if not isinstance(value, Path) and not (isinstance(value, str) and os.path.isabs(value)):
         return value
     path = Path(value).resolve()

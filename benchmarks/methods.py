@@ -29,6 +29,7 @@ from _common import (
     count,
     interleave,
     parser,
+    peak,
     print_table,
     ratio,
     set_up,
@@ -38,7 +39,6 @@ from _common import (
 )
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.profiler import ProfilerActivity, profile
 from transformers.utils.logging import disable_progress_bar
 
 from varlora.curvature import Curvature, Diagonal, Kronecker
@@ -295,7 +295,7 @@ def _training(base: Base, args: argparse.Namespace) -> tuple[dict[str, Any], dic
                 "ratio_to_adamw": ratio(seconds[name]["total"], seconds["adamw"]["total"]),
                 "state_bytes": _held(trainee),
                 "state_bytes_beyond_adamw": _held(trainee) - plain,
-                "peak_bytes": _peak(partial(trainee.train, [longest])),
+                "peak_bytes": peak(partial(trainee.train, [longest])),
             }
         }
     size = METHODS["ensemble"]().size  # type: ignore[attr-defined]
@@ -359,7 +359,7 @@ def _conclusions(
                 seconds[name]["total"], [value * over[name] / len(base.rows) for value in seconds["epoch"]["total"]]
             ),
             "predicted_models": passes[name],
-            "peak_bytes": _peak(partial(light.posterior, trained)),
+            "peak_bytes": peak(partial(light.posterior, trained)),
         }
         found["posterior"] = {
             "kind": posteriors[name][1].kind,
@@ -673,18 +673,6 @@ def _held(trainee: Trainee) -> int:
     look(trainee.optimizer)
     look(trainee.state)
     return sum(found.values())
-
-
-def _peak(run: Callable[[], Any]) -> int:
-    """Return the most bytes that are allocated at once while it runs, beside what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 # --- tables ---

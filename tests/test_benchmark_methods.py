@@ -42,7 +42,13 @@ def test_every_method_has_all_its_costs_or_says_why_not(benchmark, shared, tmp_p
         for cost in ("training", "conclusion", "posterior", "prediction"):
             assert of[cost] or of["why_null"][cost], (name, cost)
     beyond = {name: of["training"]["state_bytes_beyond_adamw"] for name, of in methods.items() if of["training"]}
-    assert {name for name, more in beyond.items() if not more} == set(METHODS) - {"ivon", "pruned", "swa", "swag", "blob"}
+    assert {name for name, more in beyond.items() if not more} == set(METHODS) - {
+        "ivon",
+        "pruned",
+        "swa",
+        "swag",
+        "blob",
+    }
     assert beyond["swa"] == 4 * numel
     assert beyond["swag"] >= 4 * (2 + benchmark.KEPT) * numel  # mean, squares and deviations
     assert methods["adamw"]["training"]["ratio_to_adamw"]["of_medians"] == 1

@@ -24,7 +24,10 @@ from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(__file__).parent / "assets"
-VERBS = ("train", "tune", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo")
+VERBS = (
+    *("train", "tune", "calibrate", "evaluate", "predict", "report", "reproduce", "ls", "validate", "demo"),
+    *("export", "push"),
+)
 
 
 class Result(NamedTuple):
@@ -497,6 +500,21 @@ def test_the_examples_of_the_help_can_be_parsed(varlora_, monkeypatch):
     assert {command[0] for command in commands} == set(VERBS)
     for command in commands:
         cli._parser().parse_args(command)
+
+
+def test_export_and_push_write_what_they_say(varlora_, run, model, tmp_path):
+    result = varlora_("export", run, "--to", tmp_path / "out", "--samples", "2")
+    assert result.code == 0
+    assert "its client averages draw-00, draw-01." in result.out
+    assert (tmp_path / "out" / "client.py").is_file()
+    assert "--overwrite" in error_of(varlora_("export", run, "--to", tmp_path / "out"))
+    assert varlora_("export", run, "--to", tmp_path / "out", "--samples", "0", "--overwrite").code == 0
+    assert not (tmp_path / "out" / "draw-00").exists()
+
+    assert "--base-model" in error_of(varlora_("push", run, "me/mine"))
+    result = varlora_("push", run, "me/mine", "--base-model", "me/base", "--folder", tmp_path / "pushed")
+    assert result.out.splitlines()[-1] == f"Written: {tmp_path / 'pushed'}"
+    assert isinstance(varlora.from_pretrained(tmp_path / "pushed", model=model).posterior, varlora.DiagonalGaussian)
 
 
 def test_version(varlora_):

@@ -27,6 +27,7 @@ NO_EXAMPLE = {
     "TASKS": "a dictionary",
     "build_report": "needs evaluated runs: tests/test_cli.py and tests/test_report.py",
     "evaluate": "needs a trained run: tests/test_workflow.py",
+    "from_pretrained": "needs a pushed run: tests/test_hub.py",
     "load": "needs a trained run: tests/test_workflow.py",
     "load_rows": "needs data: `make_examples` shows the rows",
     "train": "needs a model and data: tests/test_workflow.py",

@@ -13,6 +13,7 @@ from varlora.posterior import DiagonalGaussian, Mixture, Point, Posterior
 
 if TYPE_CHECKING:
     from varlora.config import Settings
+    from varlora.hub import from_pretrained
     from varlora.methods import METHODS
     from varlora.model import LoRA, class_logits, load_model
     from varlora.report import build_report
@@ -34,6 +35,7 @@ __all__ = [
     "build_report",
     "class_logits",
     "evaluate",
+    "from_pretrained",
     "get_task",
     "load",
     "load_model",
@@ -43,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("Settings",),
+    "hub": ("from_pretrained",),
     "methods": ("METHODS",),
     "model": ("LoRA", "class_logits", "load_model"),
     "report": ("build_report",),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from varlora.metrics import MetricError, bin_of, by_row, evaluate
 
-__all__ = ["Difference", "paired_differences"]
+__all__ = ["Difference", "paired_differences", "standard_errors"]
 
 METRICS = ("accuracy", "nll", "ece", "brier")  # in the order of `evaluate`
 BYTES = 100_000_000  # of drawn rows and their counts at a time
@@ -123,6 +123,44 @@ def paired_differences(
     low, high = _rounded(drawn.mean(dim=1)).quantile(ends, dim=0).tolist()
     mean = _rounded(torch.tensor(actual, dtype=torch.float64).diff(dim=0).mean(dim=(0, 1))).tolist()
     return {name: Difference(mean[i], low[i], high[i], level, replicates) for i, name in enumerate(METRICS)}
+
+
+def standard_errors(
+    probs: Tensor, labels: Tensor, *, bins: int = 10, replicates: int = 1000, generator: torch.Generator
+) -> dict[str, float]:
+    """Return the bootstrap standard error of accuracy, nll, ece and brier of one model: how far other rows move them.
+
+    Each replicate draws N of the N rows with replacement; the error is the standard deviation of their metrics. What
+    another seed of training would change is not in it.
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        labels: (N,) integers in [0, C).
+        bins: number of equal-width bins (lo, hi] of the ECE.
+        replicates: how many times to draw, at least 2.
+        generator: where the draws come from; the same state gives the same errors.
+
+    Raises:
+        MetricError: `replicates` is out of range; as `evaluate`.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1]]).expand(100, 2)
+        >>> labels = torch.tensor([0] * 80 + [1] * 20)
+        >>> errors = standard_errors(probs, labels, generator=torch.Generator().manual_seed(0))
+        >>> round(errors["accuracy"], 2)  # √(0.8 · 0.2 / 100)
+        0.04
+
+    References:
+        Efron, Bootstrap methods: another look at the jackknife, 1979.
+    """
+    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 2:
+        raise MetricError(f"Expected `replicates` to be a whole number >= 2, but got {replicates!r}. Pass 1000.")
+    columns = _columns(probs, labels, bins)
+    both = torch.stack([torch.zeros_like(columns), columns], dim=1).to(
+        generator.device
+    )  # of nothing, all metrics are 0
+    spread = _differences(both, replicates, generator).std(dim=0).tolist()
+    return dict(zip(METRICS, spread))
 
 
 def _columns(probs: Tensor, labels: Tensor, bins: int) -> Tensor:

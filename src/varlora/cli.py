@@ -1,4 +1,4 @@
-"""The command line: train, tune, calibrate, evaluate, predict, report, reproduce, ls, validate, demo."""
+"""The command line: train, tune, calibrate, evaluate, predict, report, reproduce, ls, validate, demo, export, push."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from varlora.errors import Interrupted, VarloraError
 
 if TYPE_CHECKING:
     from varlora.config import Settings
+    from varlora.drawing import Drawing
 
 __all__ = ["main"]
 
@@ -101,6 +102,24 @@ examples:
   varlora demo
   varlora demo --task true_or_false --out runs/true-or-false
   varlora demo --quick --out runs/quick
+"""
+EXPORT_EXAMPLES = """\
+Each draw becomes an ordinary PEFT adapter. Beside them lie scripts that serve all of them with vLLM or SGLang, and
+client.py, which asks every draw and averages the probabilities.
+
+examples:
+  varlora export runs/my-run --to served
+  varlora export runs/my-run --samples 10 --seed 1 --to served --no-calibration
+  served/serve_vllm.sh & python served/client.py --input served/example.jsonl
+"""
+PUSH_EXAMPLES = """\
+Adapter, posterior, calibration and a model card go into one repository, which plain PEFT loads as an adapter and
+`varlora.from_pretrained` with its posterior. Log in by `hf auth login`.
+
+examples:
+  varlora push runs/my-run me/my-adapter --private
+  varlora push runs/my-run me/my-adapter --base-model meta-llama/Llama-3.2-1B --revision v1
+  varlora push runs/my-run me/my-adapter --folder look-first
 """
 
 
@@ -281,6 +300,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             taus=arguments.taus,
             ood=arguments.ood,
             calibrated=arguments.calibrate,
+            how=_drawing(arguments),
             say=say,
             progress=rows_progress(console, "evaluate"),
         )
@@ -306,6 +326,13 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     say(f"Next: varlora report {' '.join(map(str, arguments.runs))}")
 
 
+def _drawing(arguments: argparse.Namespace) -> Drawing:
+    """Return how draws are to be made and run."""
+    from varlora.drawing import Drawing
+
+    return Drawing(noise=arguments.noise, last_layers=arguments.last_layers, tolerance=arguments.tolerance)
+
+
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.run import write_text
@@ -328,7 +355,13 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         say(f"{rows.skipped} malformed rows were left out; the first: {rows.problems[0]}")
     loaded = load(arguments.run_dir, model=arguments.model)
     answers = answer_rows(
-        loaded, rows.examples, samples=arguments.samples, tau=arguments.tau, seed=arguments.seed, say=say
+        loaded,
+        rows.examples,
+        samples=arguments.samples,
+        tau=arguments.tau,
+        seed=arguments.seed,
+        how=_drawing(arguments),
+        say=say,
     )
     text = "".join(json.dumps(answer) + "\n" for answer in answers)  # in ASCII, which every pipe passes on
     if arguments.output == "-":
@@ -441,6 +474,43 @@ def _demo(arguments: argparse.Namespace, console: Console) -> None:
 
     options = {} if arguments.task is None else {"task": arguments.task}
     run_demo(Path(arguments.out), quick=arguments.quick, seed=arguments.seed, console=console, **options)
+
+
+def _export(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.export import export
+
+    say = _speaker(console)
+    manifest = export(
+        arguments.run_dir,
+        arguments.to,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        tau=arguments.tau,
+        calibration=arguments.calibration,
+        answers=arguments.answers,
+        model=arguments.model,
+        overwrite=arguments.overwrite,
+        say=say,
+    )
+    names = ", ".join(draw["name"] for draw in manifest["draws"])
+    say(f"Written: {arguments.to}; its client averages {names}.")
+    say(f"Next: {arguments.to / 'serve_vllm.sh'}, then python {arguments.to / 'client.py'} --help")
+
+
+def _push(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.hub import push
+
+    say = _speaker(console)
+    where = push(
+        arguments.run_dir,
+        arguments.name,
+        private=arguments.private,
+        revision=arguments.revision,
+        base_model=arguments.base_model,
+        folder=arguments.folder,
+        say=say,
+    )
+    say(f"Written: {where}")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -559,6 +629,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--task", help="four_choices, two_choices or true_or_false (default: four_choices)")
     demo.add_argument("--quick", action="store_true", help="fewer steps: to see that it works")
     demo.add_argument("--seed", type=seed, default=0, help="seed (default: 0)")
+
+    export = verb("export", _export, "Write draws of a posterior as adapters that servers load.", EXPORT_EXAMPLES)
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    _draw_arguments(export, "what `calibrate` chose, else ")
+    export.add_argument(
+        "--no-calibration", dest="calibration", action="store_false", help="export the posterior as it was trained"
+    )
+    export.add_argument("--answers", nargs="+", help="what the model may say, if no rows are here to tell")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+
+    push = verb("push", _push, "Upload adapter, posterior and a model card to the Hugging Face hub.", PUSH_EXAMPLES)
+    push.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    push.add_argument("name", metavar="USER/NAME", help="the repository")
+    push.add_argument("--private", action="store_true", help="if it is made now, only you see it")
+    push.add_argument("--revision", help="branch to upload to, made if absent (default: main)")
+    push.add_argument("--base-model", help="the base's name on the hub, where the run has a folder's")
+    push.add_argument("--folder", type=Path, help="write the repository's files here and upload nothing")
     return parser
 
 
@@ -640,6 +728,18 @@ def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--model", help="where the base lies now, if not where it was")
+    parser.add_argument(
+        "--noise",
+        choices=("independent", "antithetic", "latin"),
+        default="independent",
+        help="what the draws are to one another (default: independent)",
+    )
+    parser.add_argument(
+        "--last-layers", type=int, metavar="K", help="draw the last K adapted layers alone (default: all)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, help="stop drawing for a row at this standard error of its probabilities"
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from varlora.drawing import normal
 from varlora.errors import VarloraError
 from varlora.posterior import DiagonalGaussian, KroneckerGaussian
-from varlora.posterior.base import Gaussian, normal
+from varlora.posterior.base import Gaussian
 
 __all__ = ["RANGE", "Curvature", "Diagonal", "Factor", "Kronecker", "best_evidence", "root", "sampled_root"]
 

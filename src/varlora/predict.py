@@ -1,7 +1,6 @@
 """Predict: class logits of S fixed models for each row, their averaged probabilities and uncertainty.
 
-Every batch starts its draws from the same seed, so draw s is the same model for every row. Probabilities are averaged,
-never logits.
+The draws are made once, so draw s is the same model for every row. Probabilities are averaged, never logits.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varlora.data import collate, token_batches
+from varlora.drawing import PLAIN, Drawing
 from varlora.errors import VarloraError
 from varlora.model import class_logits
 from varlora.params import trainable
@@ -33,6 +33,7 @@ def predict(
     tau: float = 1.0,
     seed: int = 0,
     token_budget: int = 4096,
+    how: Drawing = PLAIN,
     progress: Callable[[int], None] | None = None,
 ) -> Predictions:
     """Run S draws and the mean on every row.
@@ -46,6 +47,7 @@ def predict(
         tau: factor of the posterior variance.
         seed: seed of the draws.
         token_budget: tokens a batch, padding included; rows of similar length go together.
+        how: how the draws are made and run.
         progress: called with the number of rows done after each batch.
 
     Returns:
@@ -65,17 +67,20 @@ def predict(
     mean = torch.full((len(rows), classes), -torch.inf)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    drawing = None
     try:
+        generator = torch.Generator(device).manual_seed(seed)
+        if samples and scaled.kind != Point.kind:
+            drawing = scaled.drawn(samples, generator, how)
         for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
             batch = collate([rows[i] for i in batch_rows], pad_token_id)
-            generator = torch.Generator(device).manual_seed(seed)
             width = batch["label_tokens"].shape[1]
             at_mean = scaled.draw_logits(model, batch, 0, generator, class_logits).cpu()  # (1, B, C)
             mean[batch_rows, :width] = at_mean[0]
             if samples:
                 logits = at_mean  # all draws of a point are the mean: no second pass
-                if scaled.kind != Point.kind:
-                    logits = scaled.draw_logits(model, batch, samples, generator, class_logits).cpu()  # (S, B, C)
+                if drawing is not None:
+                    logits = drawing.logits(model, batch, class_logits).cpu()  # (S, B, C)
                 if drawn is None:
                     drawn = torch.full((len(logits), len(rows), classes), -torch.inf)
                 drawn[:, batch_rows, :width] = logits
@@ -86,5 +91,9 @@ def predict(
             module.training = training
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
     meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
+    if drawing is not None:
+        meta |= how.changed()
+    if drawing is not None and how.tolerance is not None:
+        meta["passes_a_row"] = f"{drawing.passes / len(rows):.4g}"
     ids = tuple(row.id for row in rows)
     return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from varlora import metrics
+from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.methods import METHODS
 from varlora.predictions import Predictions, load_predictions
@@ -30,6 +31,8 @@ __all__ = ["EvaluatedRun", "Row", "Skipped", "Slice", "Stat", "origin_cells", "r
 
 NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every", "sources"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
+EVALUATED = ("split", "tau", "samples", *(of.name for of in dataclasses.fields(Drawing)))
+"""What predictions say of how they were made; runs of one group are alike in it."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
 SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
 SLICE_METRICS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))  # name, factor, decimals
@@ -371,7 +374,7 @@ def _traits(run: EvaluatedRun) -> dict[str, str]:
     if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble
         origin["members"] = "+".join(member["method"] for member in members)
         origin["members' settings"] = json.dumps([member["method_settings"] for member in members])
-    evaluated = {key: run.meta[key] for key in ("split", "tau", "samples")}
+    evaluated = {key: run.meta[key] for key in EVALUATED if key in run.meta}
     return {**dict(flat(run.settings)), "task evaluated": run.meta["task"], **evaluated, **origin}
 
 

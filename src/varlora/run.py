@@ -24,7 +24,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +40,7 @@ from varlora.errors import DamagedFileError, VarloraError
 
 __all__ = [
     "atomic_folder",
+    "checksums",
     "complete",
     "file_digest",
     "is_run",
@@ -190,10 +191,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_manifest(folder: Path) -> None:
     """Write down the SHA-256 of each file of a folder; its presence says that all of them are on the disk."""
+    write_json(folder / MANIFEST, checksums(folder))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder but manifests, once all of them are on the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in files:
         _flush(path)
-    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): file_digest(path) for path in files})
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def verify_manifest(folder: Path) -> None:
@@ -224,22 +230,22 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to write to; on success it gets a manifest and takes the place of `path`."""
+def atomic_folder(path: Path, manifest: Callable[[Path], None] = write_manifest) -> Iterator[Path]:
+    """Give an empty folder to write to; on success `manifest` writes its manifest and it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         with told_if_unwritten(path):
             yield temporary
             temporary.chmod(0o755)
-            complete(temporary, path)
+            complete(temporary, path, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def complete(temporary: Path, path: Path) -> None:
+def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] = write_manifest) -> None:
     """Give a folder its manifest, flush all of it to the disk, and rename it to `path`, which it replaces."""
-    write_manifest(temporary)
+    manifest(temporary)
     for folder in (temporary, *(found for found in temporary.rglob("*") if found.is_dir())):
         _flush(folder)
     old = path.with_name(f".{path.name}.old")

@@ -20,6 +20,7 @@ from varlora.calibration import calibrate as search_calibration
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
+from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import conclude, fit, start_of
 from varlora.methods import Prepared
@@ -44,6 +45,7 @@ __all__ = [
     "check_unchanged",
     "evaluate",
     "load",
+    "load_parts",
     "rows_of_split",
     "train",
     "training_costs",
@@ -105,11 +107,39 @@ def load(run_dir: str | Path, *, model: str | None = None, device: str | None = 
         raise VarloraError(
             f"{run_dir} has no adapter yet: training is not finished. Go on with `varlora train --resume`."
         )
+    trained_on = read_json(run_dir / "config.json").get("base")
+    return load_parts(settings, run_dir / "adapter", trained_on, name=str(run_dir), model=model, device=device)
+
+
+def load_parts(
+    settings: Settings,
+    adapter: Path,
+    trained_on: str | None,
+    *,
+    name: str,
+    model: str | None = None,
+    device: str | None = None,
+) -> Loaded:
+    """Load a base, and an adapter with its posterior and calibration on it.
+
+    Args:
+        settings: those that it was trained with.
+        adapter: the folder of the adapter's files.
+        trained_on: checksum of the base that it was trained on, if that is known.
+        name: what messages call it.
+        model: the base, if it is no longer where it was.
+        device: where to load it to; left out: the current GPU, else the CPU.
+
+    Raises:
+        DamagedFileError: a file is absent, altered or of another model.
+        VarloraError: the base cannot be loaded.
+    """
     loaded, tokenizer = _load_base(settings, model, device)
-    posterior = load_posterior(loaded, run_dir / "adapter")
-    _check_same(run_dir, "base", base_fingerprint(loaded), f"the base model {model or settings.model}")
-    load_adapter(loaded, run_dir / "adapter")
-    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(run_dir / "adapter"))
+    posterior = load_posterior(loaded, adapter)
+    if trained_on not in (None, base_fingerprint(loaded)):
+        raise _other(f"the base model {model or settings.model}", name)
+    load_adapter(loaded, adapter)
+    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(adapter))
 
 
 def train(
@@ -192,10 +222,14 @@ def _checksum(rows: Sequence[Encoded]) -> str:
 def _check_same(run_dir: Path, key: str, checksum: str, what: str) -> None:
     """Refuse a base or rows that are not those which a run was trained with; they may lie elsewhere, not differ."""
     if read_json(run_dir / "config.json").get(key, checksum) != checksum:
-        raise DamagedFileError(
-            f"Expected {what} to be what {run_dir} was trained with, but its checksum differs. "
-            "Pass the original, or train a new run."
-        )
+        raise _other(what, str(run_dir))
+
+
+def _other(what: str, run: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"Expected {what} to be what {run} was trained with, but its checksum differs. "
+        "Pass the original, or train a new run."
+    )
 
 
 def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -367,6 +401,7 @@ def evaluate(
     tau: float = 1.0,
     seed: int = 0,
     token_budget: int = 4096,
+    how: Drawing = PLAIN,
     data_dir: str | None = None,
     model: str | None = None,
     temperature: bool = True,
@@ -389,6 +424,7 @@ def evaluate(
         tau: factor of the posterior variance.
         seed: seed of the draws.
         token_budget: tokens a batch, padding included.
+        how: how the draws are made and run.
         data_dir: where the data lie now, if not where they were.
         model: where the base lies now, if not where it was.
         temperature: fit a temperature on the held-out rows as well, if there are any.
@@ -422,7 +458,7 @@ def evaluate(
         if split == "calibration":  # other data may hold out rows that were trained on
             _check_same(run_dir, "held_out", _checksum(encoded.rows), f"the held-out rows of {task.name}")
         with (progress or _no_progress)(len(encoded.rows)) as advance:
-            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, **draws}
+            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, "how": how, **draws}
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
         slices = tuple(example.slice for example in examples)
@@ -538,7 +574,8 @@ def _stored(run_dir: Path, like: Predictions) -> Predictions | None:
         found = load_predictions(path)
     except DamagedFileError:
         return None  # they are made anew
-    same = all(found.meta.get(key) == like.meta[key] for key in ("samples", "tau", "seed", "task", "task_version"))
+    keys = ("samples", "tau", "seed", "task", "task_version", *(of.name for of in dataclasses.fields(Drawing)))
+    same = all(found.meta.get(key) == like.meta.get(key) for key in keys)
     return found if same else None
 
 
@@ -576,6 +613,7 @@ def answer_rows(
     samples: int | None = None,
     tau: float | None = None,
     seed: int = 0,
+    how: Drawing = PLAIN,
     say: Say = print,
 ) -> Iterable[dict[str, Any]]:
     """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
@@ -587,6 +625,7 @@ def answer_rows(
         tau: factor of the posterior's variance, of what was trained and without the rest of what was chosen; left out:
             what was chosen, else 1.
         seed: seed of the draws.
+        how: how the draws are made and run.
         say: told in words what a user should know.
     """
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
@@ -594,7 +633,8 @@ def answer_rows(
     used = dataclasses.replace(loaded, posterior=loaded.calibrated) if chosen else loaded
     if samples is None:
         samples = chosen.samples if chosen else 10
-    predictions = _predict(used, encoded.rows, samples=samples, tau=1.0 if tau is None else tau, seed=seed)
+    tau = 1.0 if tau is None else tau
+    predictions = _predict(used, encoded.rows, samples=samples, tau=tau, seed=seed, how=how)
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
         probabilities = dict(zip(example.answers, probs))

@@ -297,7 +297,7 @@ def test_requests_that_differ_in_their_last_token_share_a_pass(loaded, monkeypat
     torch.testing.assert_close(torch.tensor([ll for ll, _ in together]), torch.tensor([ll for ll, _ in alone]))
 
 
-def test_each_member_of_a_mixture_has_the_same_share(loaded, evaluated, tmp_path):
+def test_a_mixtures_members_are_averaged_at_the_mean_too(loaded, evaluated, tmp_path):
     generator = torch.Generator().manual_seed(5)
     members = [Point(loaded.posterior.draw(generator)) for _ in range(2)]
     mixed = Loaded(loaded.model, Mixture(members), loaded.tokenizer, loaded.settings)
@@ -307,7 +307,7 @@ def test_each_member_of_a_mixture_has_the_same_share(loaded, evaluated, tmp_path
     ]
     expected = torch.stack(each).logsumexp(0) - math.log(2)
     said: list[str] = []
-    for samples in (0, 1, 5):
+    for samples in (0, 1, 4):
         lm = ours.VarloraLM(mixed, samples=samples, batch_size=4, say=said.append)
         found = lls(evaluated(lm, CHOICES, limit=3), CHOICES)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

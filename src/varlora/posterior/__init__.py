@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from varlora.drawing import Forward
 from varlora.errors import DamagedFileError, did_you_mean
-from varlora.posterior.base import Forward, Posterior, draw_logits_by_loop
+from varlora.posterior.base import Posterior
 from varlora.posterior.dropout import Dropout
 from varlora.posterior.gaussian import DiagonalGaussian
 from varlora.posterior.kronecker import KroneckerGaussian
@@ -35,7 +36,6 @@ __all__ = [
     "Posterior",
     "Pruned",
     "Tempered",
-    "draw_logits_by_loop",
     "posterior_from_tensors",
 ]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from varlora.drawing import PLAIN, Drawing, Drawn, Forward, Latin, Source
 from varlora.errors import VarloraError
 from varlora.params import swapped
+from varlora.stack import Stack
 
 __all__ = [
     "CRITERIA",
@@ -21,17 +23,12 @@ __all__ = [
     "WeightPosterior",
     "check_draws",
     "check_tau",
-    "draw_logits_by_loop",
     "kept_by",
-    "normal",
     "pack",
     "prefixed",
     "unpack",
     "without_prefix",
 ]
-
-Forward = Callable[[nn.Module, Any], Tensor]
-"""`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable."""
 
 CRITERIA = ("snr", "magnitude", "random")
 """What weights can be pruned by: the signal-to-noise ratio |m|/√v, and two controls."""
@@ -57,6 +54,10 @@ class Posterior(Protocol):
 
         S is `n`, but one where all draws are the same, and more where more cost nothing.
         """
+        ...
+
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
+        """The posterior with `n` >= 1 draws made, to be run on any number of batches; S as in `draw_logits`."""
         ...
 
     def scale(self, tau: float) -> Posterior:
@@ -85,11 +86,18 @@ class WeightPosterior(Posterior, Protocol):
 
     entrywise: ClassVar[tuple[str, ...]] = ("mean",)
     """The fields that hold numbers for each weight, as their last dimensions."""
+    symmetric: ClassVar[bool] = True
+    """Whether a draw mirrored at the mean is as probable as the draw."""
 
     mean: Mapping[str, Tensor]
     """The weights' mean by parameter name."""
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+    @property
+    def varies(self) -> bool:
+        """Whether draws differ from one another."""
+        return True
+
+    def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
         ...
 
@@ -132,7 +140,32 @@ class WeightPosterior(Posterior, Protocol):
 
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
         """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1."""
-        return draw_logits_by_loop(self, model, batch, n, generator, forward)
+        check_draws(n)
+        if n == 0:
+            with self.at_mean(model):
+                return forward(model, batch)[None]  # (B, C) -> (1, B, C)
+        return self.drawn(n, generator).logits(model, batch, forward)
+
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Stack:
+        """Return `n` draws as fixed models, or one where all draws are the same.
+
+        Raises:
+            VarloraError: `n` is below 1; or `how` asks for antithetic draws of what is not symmetric around its mean.
+        """
+        check_draws(n, 1)
+        if how.noise == "antithetic" and not self.symmetric:
+            raise VarloraError(
+                f"Expected a posterior that is symmetric around its mean for antithetic draws, but a {self.kind} is "
+                'not. Take `noise="latin"` or independent draws.'
+            )
+        source = Latin(generator, n) if how.noise == "latin" else None
+        draws: list[dict[str, Tensor]] = []
+        for index in range(n if self.varies else 1):
+            if how.noise == "antithetic" and index % 2:
+                draws.append({name: 2 * self.mean[name] - value for name, value in draws[-1].items()})
+            else:
+                draws.append(self.draw(source.begin(index) if source else generator))
+        return Stack(draws, mean=self.mean, how=how)
 
 
 class Gaussian(Posterior, Protocol):
@@ -141,6 +174,10 @@ class Gaussian(Posterior, Protocol):
     @property
     def mean(self) -> Mapping[str, Tensor]:
         """The weights' mean by parameter name."""
+        ...
+
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
+        """See `Posterior`."""
         ...
 
     def scale(self, tau: float) -> Gaussian:
@@ -166,33 +203,6 @@ class Gaussian(Posterior, Protocol):
             (B, C, C), float64.
         """
         ...
-
-
-def draw_logits_by_loop(
-    posterior: Posterior, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward
-) -> Tensor:
-    """Draw `n` models one after the other and run each on the batch: right for every posterior that has weights.
-
-    Args:
-        posterior: what to draw from.
-        model: the model whose parameters the draws replace.
-        batch: what `forward` takes.
-        n: draws; 0 means one pass at the mean.
-        generator: source of the draws; the same state gives the same models.
-        forward: `forward(model, batch) -> (B, C)`.
-
-    Returns:
-        Logits, (S, B, C) with S = max(n, 1).
-    """
-    check_draws(n)
-    if n == 0:
-        with posterior.at_mean(model):
-            return forward(model, batch)[None]  # (B, C) -> (1, B, C)
-    logits = []
-    for _ in range(n):
-        with posterior.sampled(model, generator):
-            logits.append(forward(model, batch))
-    return torch.stack(logits)
 
 
 def kept_by(
@@ -233,12 +243,6 @@ def kept_by(
     }
 
 
-def normal(like: Tensor, generator: torch.Generator, *size: int) -> Tensor:
-    """Return standard normal noise of the type and device of `like`, of its shape or of `size`."""
-    noise = torch.empty(size or like.shape, dtype=like.dtype, device=generator.device)
-    return noise.normal_(generator=generator).to(like.device)
-
-
 def prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the values under `<prefix>.<name>`."""
     return {f"{prefix}.{name}": value for name, value in values.items()}
@@ -272,10 +276,10 @@ def unpack(tensors: Mapping[str, Tensor]) -> list[Posterior]:
     return [posterior_from_tensors(kind, parts[index, kind]) for index, kind in sorted(parts)]
 
 
-def check_draws(n: int) -> None:
+def check_draws(n: int, least: int = 0) -> None:
     """Raise if `n` is no number of draws."""
-    if n < 0:
-        raise VarloraError(f"Expected `n` to be a number of draws >= 0, but got {n}. Pass 0 for the mean.")
+    if n < least:
+        raise VarloraError(f"Expected `n` to be a number of draws >= {least}, but got {n}. The mean is `draws` 0.")
 
 
 def check_tau(tau: float) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from varlora.drawing import Source, uniform
 from varlora.posterior.base import WeightPosterior, check_tau, prefixed, without_prefix
 
 __all__ = ["Dropout"]
@@ -35,6 +36,7 @@ class Dropout(WeightPosterior):
     """
 
     kind: ClassVar[str] = "dropout"
+    symmetric: ClassVar[bool] = False
 
     mean: Mapping[str, Tensor]
     """The weights by parameter name."""
@@ -43,13 +45,12 @@ class Dropout(WeightPosterior):
     tau: float = 1.0
     """Factor of the variance of z/(1 − p)."""
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
         drawn = dict(self.mean)
         for name in sorted(self.rate):
             weight, rate = self.mean[name], self.rate[name].item()
-            uniform = torch.rand(weight.shape[1], generator=generator, device=generator.device).to(weight.device)
-            kept = (uniform >= rate).float() / (1 - rate)  # (in,)
+            kept = (uniform(generator, weight.shape[1]).to(weight.device) >= rate).float() / (1 - rate)  # (in,)
             drawn[name] = weight * (1 + math.sqrt(self.tau) * (kept - 1))
         return drawn
 

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
+from varlora.drawing import Source, normal
+from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefixed, without_prefix
 
 __all__ = ["DiagonalGaussian"]
 
@@ -44,7 +45,7 @@ class DiagonalGaussian(WeightPosterior):
     def __post_init__(self) -> None:
         check_fits(self.mean, "std", {name: value.shape for name, value in self.mean.items()}, self.std)
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights, m + σε with ε ~ N(0, I), by parameter name."""
         drawn = {}
         for name in sorted(self.mean):

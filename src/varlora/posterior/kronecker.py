@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
+from varlora.drawing import Source, normal
+from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefixed, without_prefix
 
 __all__ = ["KroneckerGaussian"]
 
@@ -23,6 +23,7 @@ class KroneckerGaussian(WeightPosterior):
     `W + √r E + U ((√s − √r) ∘ (Uᵀ E V)) Vᵀ`: a factor's large side may be of low rank, and no covariance is formed.
 
     Example:
+        >>> import torch
         >>> e1 = torch.eye(2)[:, :1]
         >>> posterior = KroneckerGaussian(
         ...     {"w": torch.zeros(2, 2)}, {"w": e1}, {"w": e1}, {"w": torch.full((1, 1), 4.0)}, torch.tensor(1.0)
@@ -55,7 +56,7 @@ class KroneckerGaussian(WeightPosterior):
         ranks = {n: (self.left[n].shape[1], self.right[n].shape[1]) for n in self.mean}
         check_fits(self.mean, "variance", ranks, self.variance)
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
         drawn = {}
         for name in sorted(self.mean):

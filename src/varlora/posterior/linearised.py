@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward, normal
 from varlora.gradients import one_pass
-from varlora.posterior.base import Forward, Gaussian, check_draws, normal, pack, unpack
+from varlora.posterior.base import Gaussian, check_draws, pack, unpack
 
 __all__ = ["Linearised"]
 
@@ -71,8 +72,12 @@ class Linearised:
         check_draws(n)
         if n == 0:
             return self.weights.draw_logits(model, batch, 0, generator, forward)
-        logits, covariance = self.covariance(model, batch, forward)
-        return gaussian_logits(logits, covariance, max(n, DRAWS), generator)
+        return self.drawn(n, generator).logits(model, batch, forward)
+
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
+        """The predictive with the noise of max(n, 256) draws fixed; they are antithetic, whatever `how` says."""
+        check_draws(n, 1)
+        return _LinearisedDraws(self, n, generator.device, generator.get_state())
 
     def scale(self, tau: float) -> Linearised:
         """Return the predictive with `tau` times the covariance."""
@@ -91,6 +96,39 @@ class Linearised:
         """Rebuild from `tensors()`."""
         (weights,) = unpack(tensors)
         return cls(cast(Gaussian, weights))
+
+
+@dataclass(frozen=True)
+class _LinearisedDraws:
+    """Draws of the logits, from the same noise for every batch."""
+
+    of: Linearised
+    n: int
+    device: torch.device
+    state: Tensor
+    """Of the generator that the noise comes from."""
+    rows: list[int] = field(default_factory=list)
+    """Of each batch."""
+
+    @property
+    def passes(self) -> int:
+        """Rows that went through a model so far: once each, whatever the draws."""
+        return sum(self.rows)
+
+    def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
+        """Class logits of each draw, (S, B, C)."""
+        logits, covariance = self.of.covariance(model, batch, forward)
+        self.rows.append(len(logits))
+        return gaussian_logits(logits, covariance, max(self.n, DRAWS), self._source())
+
+    def models(self) -> list[Draw]:
+        """Draws of the Gaussian's weights, as many as were asked for: what the linearised model is near to."""
+        return self.of.weights.drawn(self.n, self._source()).models()
+
+    def _source(self) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        generator.set_state(self.state)
+        return generator
 
 
 def gaussian_logits(logits: Tensor, covariance: Tensor, n: int, generator: torch.Generator) -> Tensor:

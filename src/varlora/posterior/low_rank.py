@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from varlora.drawing import Source, normal
 from varlora.errors import VarloraError
-from varlora.posterior.base import WeightPosterior, check_fits, check_tau, normal, prefixed, without_prefix
+from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefixed, without_prefix
 
 __all__ = ["LowRankGaussian"]
 
@@ -54,7 +55,7 @@ class LowRankGaussian(WeightPosterior):
         check_fits(self.mean, "std", shapes, self.std)
         check_fits(self.mean, "deviations", {n: (min(ranks), *shape) for n, shape in shapes.items()}, self.deviations)
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
         first = next(iter(self.deviations.values()))
         rank = len(first)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward
 from varlora.errors import VarloraError
-from varlora.posterior.base import Forward, Posterior, check_draws, pack, unpack
+from varlora.posterior.base import Posterior, check_draws, pack, unpack
+from varlora.stack import Stack
 
 __all__ = ["Mixture"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,27 @@ class Mixture:
         if n == 0:
             means = [member.draw_logits(model, batch, 0, generator, forward)[0] for member in self.members]
             return torch.stack(means).log_softmax(-1).logsumexp(0)[None] - math.log(len(means))
+        return self.drawn(n, generator).logits(model, batch, forward)
+
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
+        """The members' draws in turn; as one stack, where all of them have weights."""
+        check_draws(n, 1)
         n = max(n, len(self.members))  # fewer would leave members out
         shares = [len(range(index, n, len(self.members))) for index in range(len(self.members))]
         # a source for each member: how much one takes from it may depend on the batch
         device, bound = generator.device, 2**62
         seeds = torch.randint(bound, (len(self.members),), generator=generator, device=device).tolist()
-        draws = [
-            member.draw_logits(model, batch, share, torch.Generator(device).manual_seed(seed), forward)
+        parts = [
+            member.drawn(share, torch.Generator(device).manual_seed(seed), how)
             for member, share, seed in zip(self.members, shares, seeds)
         ]
-        # a member of which all draws are the same gives one, and one whose draws cost nothing gives more than asked for
-        most = max(len(logits) for logits in draws)
-        if most > max(shares):
-            shares = [most] * len(draws)
-        draws = [logits.repeat(-(-share // len(logits)), 1, 1)[:share] for logits, share in zip(draws, shares)]
-        return torch.stack([logits[turn] for turn in range(max(shares)) for logits in draws if turn < len(logits)])
+        stacks = [part for part in parts if isinstance(part, Stack)]
+        if len(stacks) < len(parts) or how.last_layers:  # whose members differ below the layers that are drawn
+            return _MixedDraws(parts, shares)
+        starts = itertools.accumulate((stack.distinct for stack in stacks), initial=0)
+        orders = [[start + index for index in stack.order] for start, stack in zip(starts, stacks)]
+        draws = [draw for stack in stacks for draw in stack.draws()]
+        return Stack(draws, in_turn(orders, shares), how=how)
 
     def scale(self, tau: float) -> Mixture:
         """Scale each member's variance; the spread between members stays."""
@@ -93,3 +104,41 @@ class Mixture:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Mixture:
         """Rebuild from `tensors()`."""
         return cls(unpack(tensors))
+
+
+@dataclass(frozen=True)
+class _MixedDraws:
+    """Draws of several posteriors, in turn."""
+
+    parts: Sequence[Drawn]
+    shares: Sequence[int]
+    """How many of them each gives."""
+
+    @property
+    def passes(self) -> int:
+        """Rows that went through a model so far, counted once a draw."""
+        return sum(part.passes for part in self.parts)
+
+    def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
+        """Class logits of each draw, (S, B, C)."""
+        return torch.stack(self._mixed([list(part.logits(model, batch, forward)) for part in self.parts]))
+
+    def models(self) -> list[Draw]:
+        """The members' draws in turn."""
+        return self._mixed([part.models() for part in self.parts])
+
+    def _mixed(self, draws: Sequence[Sequence[T]]) -> list[T]:
+        most = max(map(len, draws))
+        # where the draws of one cost nothing, it gives more than it was asked for, and so do the others
+        return in_turn(draws, [most] * len(draws) if most > max(self.shares) else self.shares)
+
+
+def in_turn(of_each: Sequence[Sequence[T]], shares: Sequence[int]) -> list[T]:
+    """Take as much of each as its share is, one at a time from each in turn, and what there is again where it ends.
+
+    Example:
+        >>> in_turn(["ab", "x"], [3, 2])
+        ['a', 'x', 'b', 'x', 'a']
+    """
+    turns = range(max(shares))
+    return [of[turn % len(of)] for turn in turns for of, share in zip(of_each, shares) if turn < share]

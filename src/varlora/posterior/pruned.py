@@ -6,20 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from varlora.posterior.base import (
-    Forward,
-    Gaussian,
-    WeightPosterior,
-    draw_logits_by_loop,
-    kept_by,
-    pack,
-    unpack,
-)
+from varlora.drawing import Source
+from varlora.posterior.base import Gaussian, WeightPosterior, kept_by, pack, unpack
 
 __all__ = ["Pruned"]
 
@@ -59,14 +52,19 @@ class Pruned(WeightPosterior):
         """Return the standard deviation of each weight, 0 where pruned."""
         return self._without(self.inner.marginal_std())
 
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+    @property
+    def varies(self) -> bool:
+        """Whether the inner posterior's draws differ."""
+        return self.inner.varies
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """Whether the inner posterior is symmetric."""
+        return self.inner.symmetric
+
+    def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
         return self._without(self.inner.draw(generator))
-
-    def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
-        """Class logits of `n` draws, (S, B, C), or of one where all are the same; with `n = 0` at the mean."""
-        same = self.inner.kind == "point"
-        return draw_logits_by_loop(self, model, batch, min(n, 0) if same else n, generator, forward)
 
     def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Pruned:
         """Prune more; what is pruned already counts, and stays so."""

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from varlora.posterior.base import Forward, Posterior, pack, unpack
+from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward
+from varlora.posterior.base import Posterior, pack, unpack
 
 __all__ = ["Tempered"]
 
@@ -50,8 +51,13 @@ class Tempered:
 
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
         """The inner posterior's logits divided by the temperature, (S, B, C)."""
-        logits = self.inner.draw_logits(model, batch, n, generator, forward)
-        return logits / (self.temperature if n else self.temperature_mean)
+        if n:
+            return self.drawn(n, generator).logits(model, batch, forward)
+        return self.inner.draw_logits(model, batch, 0, generator, forward) / self.temperature_mean
+
+    def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
+        """The inner posterior's draws, whose logits are divided by the temperature."""
+        return _TemperedDraws(self.inner.drawn(n, generator, how), self.temperature)
 
     def scale(self, tau: float) -> Tempered:
         """Scale the inner posterior's variance; the temperatures stay."""
@@ -71,3 +77,24 @@ class Tempered:
         """Rebuild from `tensors()`."""
         (inner,) = unpack(tensors)
         return cls(inner, *tensors["temperature"].tolist())
+
+
+@dataclass(frozen=True)
+class _TemperedDraws:
+    """Draws whose logits are divided by a temperature."""
+
+    inner: Drawn
+    temperature: float
+
+    @property
+    def passes(self) -> int:
+        """Rows that went through a model so far, counted once a draw."""
+        return self.inner.passes
+
+    def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
+        """Class logits of each draw, (S, B, C)."""
+        return self.inner.logits(model, batch, forward) / self.temperature
+
+    def models(self) -> list[Draw]:
+        """The inner posterior's draws, with the temperature."""
+        return [draw._replace(temperature=draw.temperature * self.temperature) for draw in self.inner.models()]

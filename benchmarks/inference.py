@@ -1,0 +1,318 @@
+"""Ten draws for the price of fewer: stacked draws against the loop, and what the cheaper options cost in quality.
+
+Speed: class logits of S draws of B rows, by a loop of S passes, stacked in one pass, stacked with the last quarter of
+the layers drawn, and by peft's mixed-adapter batches (S adapters loaded, each for its own rows of S·B); random
+adapters, rows of 40 tokens. Beside each time stands the arithmetic of all linear layers at the rate of one large matrix
+product on this machine: the loop does it S times, and the stack cannot do less of it than its draws differ in.
+
+Quality: finished runs, with few draws of each kind, against the average of many.
+
+    python benchmarks/inference.py --runs RUN ...
+    python benchmarks/inference.py --device cuda --llama2-7b --out benchmarks/results/inference_gpu.json
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
+
+import torch
+from _common import (
+    ROOT,
+    count,
+    interleave,
+    parser,
+    peak,
+    print_table,
+    ratio,
+    set_up,
+    shared_folder,
+    spread,
+    write_result,
+)
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils.logging import disable_progress_bar
+
+from varlora import metrics
+from varlora.blocks import patched, repeated
+from varlora.drawing import Drawing
+from varlora.model import LoRA, class_logits, load_model
+from varlora.params import copied
+from varlora.posterior import DiagonalGaussian
+from varlora.predict import predict
+from varlora.tasks import get_task
+from varlora.workflow import _encode, load, rows_of_split
+
+LENGTH, ANSWERS = 40, 4
+REFERENCE = 256
+"""Draws whose average stands for the posterior's."""
+KINDS = {
+    "independent": Drawing(),
+    "antithetic": Drawing(noise="antithetic"),
+    "latin": Drawing(noise="latin"),
+}
+
+
+# --- speed ---
+
+
+def batch_of(rows: int, vocabulary: int, seed: int) -> dict[str, Tensor]:
+    """Return random rows."""
+    source = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(vocabulary, (rows, LENGTH), generator=source),
+        "attention_mask": torch.ones(rows, LENGTH, dtype=torch.long),
+        "label_tokens": torch.arange(ANSWERS).expand(rows, -1),
+        "answer_mask": torch.ones(rows, ANSWERS, dtype=torch.bool),
+    }
+
+
+class Mixed:
+    """peft's way: S adapters in one model, and the name of one for each row."""
+
+    def __init__(self, base: str, draws: Sequence[dict[str, Tensor]], settings: dict[str, Any]) -> None:
+        self.model, _ = load_model(base, **settings)
+        self.names = [f"draw{index}" for index in range(len(draws))]
+        for name, draw in zip(self.names, draws):
+            self.model.add_adapter(name, self.model.peft_config["default"])
+            parameters = dict(self.model.named_parameters())
+            for key, value in draw.items():
+                parameters[key.replace(".default.", f".{name}.")].data.copy_(value)
+        self.model.eval()
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return (S, B, C)."""
+        rows = len(batch["input_ids"])
+        of_each = [name for name in self.names for _ in range(rows)]
+        with patched([(self.model, partial(self.model.forward, adapter_names=of_each))]):
+            logits = class_logits(self.model, repeated(batch, len(self.names)))
+        return logits.view(len(self.names), rows, -1)
+
+
+@torch.no_grad()
+def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.device) -> dict[str, Any]:
+    """Time all ways of drawing on one base."""
+    model, _ = load_model(base, **settings)
+    config: Any = model.config
+    source = torch.Generator().manual_seed(args.seed)
+    mean = {n: v + 0.02 * torch.randn(v.shape, generator=source).to(v) for n, v in copied(model).items()}
+    posterior = DiagonalGaussian(mean, {n: torch.full_like(v, 0.02) for n, v in mean.items()})
+    quarter = max(1, config.num_hidden_layers // 4)
+    found: dict[str, Any] = {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "last_layers": quarter,
+        "rate": matmul_rate(model, device),
+        "cells": [],
+    }
+    for draws in args.draws:
+        made = {
+            "loop": posterior.drawn(draws, torch.Generator(device).manual_seed(1), Drawing(stacked=False)),
+            "stack": posterior.drawn(draws, torch.Generator(device).manual_seed(1)),
+            "quarter": posterior.drawn(draws, torch.Generator(device).manual_seed(1), Drawing(last_layers=quarter)),
+        }
+        mixed = Mixed(base, made["stack"].draws(), settings)
+        for rows in args.rows:
+            batch = batch_of(rows, config.vocab_size, args.seed)
+            ways: dict[str, Callable[[], Tensor]] = {
+                name: partial(drawn.logits, model, batch, class_logits) for name, drawn in made.items()
+            }
+            ways |= {"mixed": partial(mixed.logits, batch), "one pass": partial(class_logits, model, batch)}
+            found["cells"].append(cell_of(ways, draws, rows, found["rate"], args, device))
+    return found
+
+
+def cell_of(
+    ways: dict[str, Callable[[], Tensor]], draws: int, rows: int, rate: float, args: Any, device: torch.device
+) -> dict[str, Any]:
+    """Time the ways for one number of draws and rows."""
+    logits = {name: way() for name, way in ways.items()}
+    seconds, _ = interleave(
+        {name: [(name, way)] for name, way in ways.items()},
+        device,
+        args.rounds,
+        warmup=1,
+        progress=False,
+        seed=args.seed,
+    )
+    taken = {name: of[name] for name, of in seconds.items()}
+    cell: dict[str, Any] = {"draws": draws, "batch": rows, "ways": {}}
+    for name, way in ways.items():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            way()
+        operations = counter.get_total_flops()
+        cell["ways"][name] = {
+            "seconds": spread(taken[name]),
+            "rows_per_second": rows / spread(taken[name])["median"],
+            "loop_to_it": ratio(taken["loop"], taken[name]),
+            "to_one_pass": ratio(taken[name], taken["one pass"]),
+            "peak_bytes": peak_of(way, device),
+            "operations": operations,
+            "limit_seconds": operations / rate,
+            "differs_from_loop": (logits[name] - logits["loop"]).abs().max().item()
+            if name in ("stack", "mixed")
+            else None,
+        }
+    return cell
+
+
+def peak_of(way: Callable[[], Any], device: torch.device) -> int:
+    """Return the bytes allocated at once while it runs."""
+    if device.type == "cpu":
+        return peak(way)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    way()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def matmul_rate(model: nn.Module, device: torch.device) -> float:
+    """Return the operations a second of one product of the model's own width, 2048 tokens high: the best of 20."""
+    config: Any = model.config
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    x = torch.randn(2048, config.hidden_size, device=device, dtype=dtype)
+    w = torch.randn(config.hidden_size, config.intermediate_size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(20):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        x @ w
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * len(x) * w.numel() / (time.perf_counter() - start))
+    return best
+
+
+# --- quality ---
+
+
+def quality_of(run: Path, args: Any) -> dict[str, Any]:
+    """Return the NLL and the passes a row of one run, for each number and kind of draws."""
+    loaded = load(run)
+    task = get_task(loaded.settings.task)
+    examples = rows_of_split(task, task.evaluation, loaded.settings, print)[: args.limit]
+    rows = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, print).rows
+    layers = loaded.model.config.num_hidden_layers  # type: ignore[union-attr]
+
+    def numbers(samples: int, how: Drawing, seed: int = args.seed) -> dict[str, float]:
+        pad = loaded.tokenizer.pad_token_id or 0
+        made = predict(loaded.model, loaded.posterior, rows, pad_token_id=pad, samples=samples, how=how, seed=seed)
+        of = metrics.evaluate(made.probs, made.labels)
+        passes = float(made.meta.get("passes_a_row", samples))
+        return {"nll": of["nll"], "accuracy": of["accuracy"], "passes_a_row": passes}
+
+    quarter = max(1, layers // 4)
+    found: dict[str, Any] = {"rows": len(rows), "last_layers": quarter, "reference": numbers(REFERENCE, Drawing())}
+    for n in args.few:
+        found[str(n)] = {name: [numbers(n, how, seed) for seed in range(args.repeats)] for name, how in KINDS.items()}
+    ten = max(args.few)
+    found["last quarter"] = numbers(REFERENCE, Drawing(last_layers=quarter))
+    found["stop early"] = {
+        str(tolerance): numbers(4 * ten, Drawing(tolerance=tolerance)) for tolerance in (0.005, 0.01, 0.02, 0.04)
+    }
+    found["all draws"] = numbers(4 * ten, Drawing())
+    return found
+
+
+# --- tables ---
+
+
+def print_speed(name: str, found: dict[str, Any]) -> None:
+    """Print one base's table."""
+    table = []
+    for cell in found["cells"]:
+        ways = cell["ways"]
+        table.append(
+            [str(cell["draws"]), str(cell["batch"])]
+            + [f"{ways[way]['rows_per_second']:.1f}" for way in ("loop", "mixed", "stack", "quarter")]
+            + [f"{ways[way]['loop_to_it']['median_of_rounds']:.2f}" for way in ("mixed", "stack", "quarter")]
+            + [f"{ways[way]['to_one_pass']['median_of_rounds']:.1f}" for way in ("loop", "stack", "quarter")]
+            + [f"{ways['stack']['limit_seconds'] / ways['stack']['seconds']['median']:.0%}"]
+            + [f"{ways[way]['peak_bytes'] / 1e6:.0f}" for way in ("loop", "mixed", "stack", "quarter")]
+        )
+    columns = ["S", "B", *(f"{way} rows/s" for way in ("loop", "mixed", "stack", "quarter"))]
+    columns += [f"loop / {way}" for way in ("mixed", "stack", "quarter")]
+    columns += [f"{way} / one pass" for way in ("loop", "stack", "quarter")]
+    columns += ["stack: limit / time", *(f"{way} MB" for way in ("loop", "mixed", "stack", "quarter"))]
+    print_table(f"{name}: {found['layers']} layers, the last {found['last_layers']} drawn in `quarter`", columns, table)
+
+
+def print_quality(runs: dict[str, Any], few: Sequence[int]) -> None:
+    """Print the runs' average NLL above that of many draws, in percent."""
+
+    def above(pick: Callable[[dict[str, Any]], list[dict[str, float]]]) -> str:
+        parts = []
+        for found in runs.values():
+            mine = [one["nll"] for one in pick(found)]
+            parts.append(100 * (sum(mine) / len(mine) / found["reference"]["nll"] - 1))
+        return f"{sum(parts) / len(parts):+.2f}"
+
+    table = [[f"{n} draws", *(above(lambda found, n=n, kind=kind: found[str(n)][kind]) for kind in KINDS)] for n in few]
+    print_table(f"NLL above {REFERENCE} independent draws, %", ["", *KINDS], table)
+    first = next(iter(runs.values()))
+    table = [["last quarter", above(lambda found: [found["last quarter"]]), str(REFERENCE)]]
+    for tolerance in first["stop early"]:
+        passes = [found["stop early"][tolerance]["passes_a_row"] for found in runs.values()]
+        cells = above(lambda found, tolerance=tolerance: [found["stop early"][tolerance]])
+        table.append([f"tolerance {tolerance}", cells, f"{sum(passes) / len(passes):.1f}"])
+    table.append(["all draws", above(lambda found: [found["all draws"]]), f"{first['all draws']['passes_a_row']:.0f}"])
+    print_table(f"NLL above {REFERENCE} independent draws, %", ["", "%", "passes a row"], table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__, "inference")
+    made.add_argument("--device", default="cpu", help="default: %(default)s")
+    made.add_argument("--bases", nargs="*", help="folders of bases (default: the demo's, and tinyllama-3m)")
+    made.add_argument("--llama2-7b", action="store_true", help="the shape of Llama-2-7B with random weights, bfloat16")
+    made.add_argument("--draws", nargs="+", type=count, default=[1, 4, 10, 32], help="S (default: 1 4 10 32)")
+    made.add_argument("--rows", nargs="+", type=count, default=[1, 8, 64], help="B (default: 1 8 64)")
+    made.add_argument("--rounds", type=count, default=5, help="timed rounds (default: %(default)s)")
+    made.add_argument("--runs", nargs="*", type=Path, default=[], help="finished runs for the part on quality")
+    made.add_argument("--few", nargs="+", type=count, default=[2, 4, 8, 16], help="draws of each kind (2 4 8 16)")
+    made.add_argument("--repeats", type=count, default=3, help="seeds of few draws (default: %(default)s)")
+    made.add_argument("--limit", type=count, default=200, help="rows of each run (default: %(default)s)")
+    args = made.parse_args(argv)
+    set_up(args)
+    disable_progress_bar()
+    device = torch.device(args.device)
+    bases = args.bases
+    if bases is None:
+        bases = [str(ROOT / "src/varlora/demo/bundled/base"), str(shared_folder() / "models" / "tinyllama-3m")]
+    speed = {}
+    with tempfile.TemporaryDirectory() if args.llama2_7b else nullcontext() as folder:
+        if folder is not None:
+            from llama2_7b_shape import _save_random, shape
+
+            _save_random(shape(tiny=False), Path(folder), device)
+            bases = [*bases, folder]
+        for base in bases:
+            settings: dict[str, Any] = {"device": args.device, "lora": LoRA()}
+            name = Path(base).name if base != folder else "Llama-2-7B's shape"
+            if base == folder:
+                settings["dtype"] = "bfloat16"
+            speed[name] = speed_of(base, settings, args, device)
+            print_speed(name, speed[name])
+    quality = {}
+    for run in args.runs:
+        quality[os.path.join(*run.resolve().parts[-3:])] = quality_of(run, args)
+        print(f"quality of {run}", flush=True)
+    if quality:
+        print_quality(quality, args.few)
+    write_result(args.out, "inference", args, device, speed=speed, quality=quality)
+
+
+if __name__ == "__main__":
+    main()

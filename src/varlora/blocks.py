@@ -1,0 +1,203 @@
+"""The repeated blocks of a transformer, and what of them need not be computed for every draw or every position.
+
+Draws differ only from the first block on that has a drawn weight. What lies below is the same for all of them, and so
+is what the block's frozen layers make of its input. In the last block, nothing after attention matters but the last
+position, where the answer is read. Both change no number but by rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["block_of", "first_output_shared", "last_position", "patched", "resumed", "state_at"]
+
+NUMBERED = re.compile(r"(.+?)\.(\d+)\.")
+
+FAMILIES = (
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "stablelm",
+)
+"""Architectures whose blocks are attention and an MLP under the names below; a test compares each with a plain pass."""
+SEES_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "attn.c_attn")
+"""Ends of the names of layers that see a block's input, or its norm."""
+AFTER_ATTENTION = ("o_proj", "attn.c_proj", "attention.dense", "mlp")
+"""Ends of the names of layers that see one position at a time, and only add to it."""
+
+
+class _Reached(Exception):
+    """The block whose input is wanted."""
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """Return the list of blocks that a parameter lies in, and the block's number there.
+
+    Example:
+        >>> block_of("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight")
+        ('base_model.model.model.layers', 3)
+        >>> block_of("lm_head.weight")
+    """
+    found = NUMBERED.match(name)
+    return (found[1], int(found[2])) if found else None
+
+
+@contextmanager
+def patched(replacements: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the context, modules have other forward functions; after it, their own."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module, forward in replacements:
+            before.append((module, vars(module).get("forward")))
+            module.forward = forward
+        yield
+    finally:
+        for module, own in reversed(before):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def state_at(blocks: nn.ModuleList, at: int, run: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Run a model up to a block.
+
+    Args:
+        blocks: the model's blocks.
+        at: number of the block, >= 1.
+        run: runs the model.
+
+    Returns:
+        The hidden states that the block is given, (B, T, D), and what the block before it returned.
+    """
+    found: list[Tensor] = []
+    outputs: list[Any] = []
+
+    def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    def returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+
+    hooks = [
+        blocks[at].register_forward_pre_hook(reached, with_kwargs=True),
+        blocks[at - 1].register_forward_hook(returned),
+    ]
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0], outputs[0]
+
+
+@contextmanager
+def resumed(blocks: nn.ModuleList, at: int, state: Tensor, like: Any) -> Iterator[None]:
+    """Within the context, a model goes on at a block from given hidden states; what lies below is left out.
+
+    Args:
+        blocks: the model's blocks.
+        at: number of the block to go on at, >= 1.
+        state: (N, T, D), what that block is to be given.
+        like: what the block before it returns: hidden states, or a tuple that begins with them.
+    """
+    output = (state, *like[1:]) if isinstance(like, tuple) else state
+    with patched((block, lambda *args, **kwargs: output) for block in blocks[:at]):
+        yield
+
+
+@contextmanager
+def first_output_shared(model: nn.Module, block: nn.Module, copies: int, drawn: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context, a block's layers that see its input compute it once for all copies in the batch.
+
+    Args:
+        model: an architecture of `FAMILIES`; with another one nothing is changed.
+        block: a block whose input is the same for all copies.
+        copies: equal parts, one after the other, of the batch.
+        drawn: layers that differ between the copies.
+    """
+
+    def once(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y = whole(x[: len(x) // copies], *args, **kwargs)
+            return y.repeat(copies, *[1] * (y.dim() - 1))
+
+        return forward
+
+    apart = {id(module) for module in drawn}
+    with patched(
+        (layer, once(layer.forward))
+        for layer in _ends_in(model, block, SEES_INPUT)
+        if not any(id(part) in apart for part in layer.modules())
+    ):
+        yield
+
+
+@contextmanager
+def last_position(model: nn.Module, block: nn.Module) -> Iterator[None]:
+    """Within the context, the last block's layers after attention compute the last position alone.
+
+    What they give, (N, 1, D), is added to all positions, of which only the last is right.
+
+    Args:
+        model: an architecture of `FAMILIES`; with another one nothing is changed.
+        block: its last block.
+    """
+
+    def alone(whole: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, *args, **kwargs: whole(x[:, -1:], *args, **kwargs)
+
+    with patched((layer, alone(layer.forward)) for layer in _ends_in(model, block, AFTER_ATTENTION)):
+        yield
+
+
+def _ends_in(model: nn.Module, block: nn.Module, ends: tuple[str, ...]) -> list[nn.Module]:
+    """Return a block's layers by the ends of their names: of an adapted one for `SEES_INPUT` the base."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in FAMILIES:
+        return []
+    found = [layer for name, layer in block.named_modules() if name.endswith(ends)]
+    if ends is SEES_INPUT:
+        return [getattr(layer, "base_layer", layer) for layer in found]
+    return found
+
+
+def blocks_at(model: nn.Module, path: str) -> nn.ModuleList | None:
+    """Return the list of blocks at a path, if there is one."""
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def repeated(batch: Mapping[str, Any] | Tensor, copies: int) -> Any:
+    """Return a batch that holds every row as often as that, copy after copy.
+
+    Example:
+        >>> import torch
+        >>> repeated({"input_ids": torch.tensor([[1, 2], [3, 4]])}, 2)["input_ids"].tolist()
+        [[1, 2], [3, 4], [1, 2], [3, 4]]
+    """
+    if isinstance(batch, Mapping):
+        return {key: repeated(value, copies) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return batch.repeat(copies, *[1] * (batch.dim() - 1))

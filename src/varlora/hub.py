@@ -1,0 +1,281 @@
+"""Share an adapter with its posterior on the Hugging Face hub, and load one from there.
+
+A pushed repository has PEFT's files at its root, so that plain PEFT loads the mean, and varlora's beside them:
+
+| file | what |
+| --- | --- |
+| `adapter_model.safetensors`, `adapter_config.json` | the mean, as PEFT reads it |
+| `posterior.safetensors`, `posterior_config.json` | the posterior |
+| `varlora.json` | settings, without anything of the machine; checksum of the base; versions |
+| `task.yaml` | the task file, of a task of one's own |
+| `manifest.json` | checksums of all of these |
+| `calibration.json` | how the posterior is to be used, if that was chosen |
+| `README.md`, `reliability.png` | the model card, which may be edited: in no manifest |
+
+What comes from a repository is data from a stranger. Only files of these names are asked for; safetensors, JSON and
+the task's YAML are read, and nothing is run; PEFT's configuration is not read at all, as the settings make the adapter.
+Checksums say that a file is whole, not that it can be trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from varlora.calibration import FILE as CALIBRATION
+from varlora.calibration import load_calibration
+from varlora.card import PICTURE, model_card
+from varlora.config import Settings, settings_from, settings_of
+from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.run import (
+    MANIFEST,
+    atomic_folder,
+    checksums,
+    file_digest,
+    origin,
+    read_json,
+    verify_manifest,
+    write_bytes,
+    write_json,
+    write_text,
+)  # fmt: skip
+from varlora.tasks import get_task
+from varlora.workflow import Loaded, load_parts
+
+__all__ = ["FILES", "from_pretrained", "push"]
+
+Say = Callable[[str], None]
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json")
+FACTS, TASK, CARD = "varlora.json", "task.yaml", "README.md"
+FILES = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION, CARD, PICTURE)
+"""All that is uploaded."""
+READ = tuple(name for name in FILES if name != PICTURE)
+"""All that is downloaded."""
+BASE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+KEPT = ("versions", "commit", "task_version", "prompt_version", "base", "training_rows", "cut")
+"""Of a run's config.json: what is true on any machine."""
+
+
+def push(
+    run_dir: str | Path,
+    name: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    base_model: str | None = None,
+    folder: str | Path | None = None,
+    say: Say = print,
+) -> str:
+    """Upload a run's adapter, posterior, calibration and model card to the hub.
+
+    Args:
+        run_dir: a trained run; evaluated, if the card is to have metrics.
+        name: of the repository, `user/name`; it is made if absent.
+        private: if it is made now, whether only its owner sees it.
+        revision: branch to upload to, made if absent; left out: the main branch.
+        base_model: the base's name on the hub; left out: the run's, if that is one.
+        folder: write the files here instead, and upload nothing.
+        say: told in words what a user should know.
+
+    Returns:
+        Where it is: an address, or the folder.
+
+    Raises:
+        VarloraError: the run is not finished, a name is none, the base's is not known, or the hub refuses.
+    """
+    run_dir = Path(run_dir)
+    _check_name("name", name, "me/my-adapter")
+    settings = settings_of(run_dir)
+    if not (run_dir / "adapter").is_dir():
+        raise VarloraError(f"{run_dir} has no adapter yet. Finish it by `varlora train --resume`, and push it then.")
+    if base_model is None and (Path(settings.model).is_dir() or not BASE.fullmatch(settings.model)):
+        raise VarloraError(
+            f"The base {settings.model} is a folder here, which says nothing to others. Pass `--base-model` with its "
+            "name on the hub, such as meta-llama/Llama-3.2-1B."
+        )
+    settings = dataclasses.replace(settings, model=base_model or settings.model)
+    _check_name("base_model", settings.model, "meta-llama/Llama-3.2-1B")
+    if not (run_dir / "predictions.safetensors").is_file():
+        say(f"{run_dir} is not evaluated, so its card has no metrics. `varlora evaluate {run_dir}` gives them.")
+    if folder is not None:
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise VarloraError(f"Expected `folder` to be new or empty, but {folder} is not. Choose another name.")
+        with atomic_folder(folder, lambda made: None) as temporary:
+            _lay_out(run_dir, name, settings, temporary)
+        return str(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        _lay_out(run_dir, name, settings, Path(scratch))
+        api = huggingface_hub.HfApi()
+        try:
+            address = api.create_repo(name, private=private, exist_ok=True, repo_type="model")
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            api.upload_folder(
+                repo_id=name,
+                folder_path=scratch,
+                revision=revision,
+                commit_message=f"{settings.method} on {get_task(settings.task).name}",
+                allow_patterns=list(FILES),
+                delete_patterns=list(FILES),  # a calibration of an earlier run, say
+            )
+        except (HfHubHTTPError, OSError) as error:
+            raise VarloraError(
+                f"The hub did not take {name}: {' '.join(str(error).split())[:300]}. Log in by `hf auth login` with a "
+                "token that may write there."
+            ) from error
+    return str(address)
+
+
+def _check_name(what: str, name: str, example: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise VarloraError(f"Expected `{what}` to be a name on the hub such as {example}, but got {name!r}.") from error
+
+
+def _lay_out(run_dir: Path, name: str, settings: Settings, folder: Path) -> None:
+    """Write the files of a repository."""
+    adapter, config = run_dir / "adapter", read_json(run_dir / "config.json")
+    verify_manifest(adapter)
+    for file in ADAPTER:
+        shutil.copyfile(adapter / file, folder / file)
+    peft = read_json(folder / ADAPTER[0]) | {"base_model_name_or_path": settings.model, "revision": settings.revision}
+    write_json(folder / ADAPTER[0], peft)
+    card, picture = model_card(run_dir, name, settings)
+    plain = settings.to_dict()
+    # paths are of this machine, and a training argument may be a token
+    plain |= {"data_dir": None, "run_dir": None, "sources": _numbered(settings.sources)}
+    arguments = settings.training_arguments.items()
+    plain["training_arguments"] = {key: value for key, value in arguments if isinstance(value, (bool, int, float))}
+    if Path(settings.task).suffix in (".yaml", ".yml"):
+        text = yaml.safe_load(Path(settings.task).read_text(encoding="utf-8"))
+        text["files"] = {split: Path(file).name for split, file in text["files"].items()}
+        write_text(folder / TASK, yaml.safe_dump(text, sort_keys=False, allow_unicode=True))
+        plain["task"] = TASK
+    facts = {"settings": plain, **{key: config[key] for key in KEPT if key in config}}
+    sources = [{"method": source.get("method")} for source in config.get("concluded_from") or []]
+    write_json(folder / FACTS, facts | {"concluded_from": sources, "pushed": origin()})
+    write_json(folder / MANIFEST, checksums(folder))
+    chosen = load_calibration(adapter)
+    if chosen is not None:
+        stored = read_json(adapter / CALIBRATION)
+        write_json(folder / CALIBRATION, stored | {"adapter": file_digest(folder / MANIFEST)})
+    write_text(folder / CARD, card)
+    if picture is not None:
+        write_bytes(folder / PICTURE, picture)
+
+
+def _numbered(sources: Any) -> list[str]:
+    """Return names for the runs that a run was built on: that there were some matters, where they lay does not."""
+    return [f"source-{index}" for index, _ in enumerate(sources if isinstance(sources, (list, tuple)) else ())]
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    say: Say = print,
+) -> Loaded:
+    """Load an adapter with its posterior from the hub: what `varlora.load` gives of the run that was pushed.
+
+    Args:
+        name_or_path: a repository, `user/name`, or a folder with its files.
+        model: the base, if it is to come from elsewhere; it has to be the same one.
+        revision: branch, tag or commit of the repository; left out: the main branch.
+        device: where to load it to; left out: the current GPU, else the CPU.
+        say: told the base's name before it is loaded.
+
+    Raises:
+        DamagedFileError: a file is absent, altered, or of another base.
+        VarloraError: there is no such repository, it is none of varlora's, or its base cannot be loaded.
+    """
+    folder = _folder(name_or_path, revision)
+    facts, settings = _checked(folder, str(name_or_path), model)
+    say(f"{name_or_path} is an adapter of {settings.model}" + (f", which is loaded from {model}." if model else "."))
+    try:
+        return load_parts(settings, folder, facts.get("base"), name=str(name_or_path), model=model, device=device)
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{name_or_path} is an adapter of {settings.model}, and was not loaded. {error}"
+        ) from error
+
+
+def _folder(name_or_path: str | Path, revision: str | None) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise VarloraError(f"There is no folder {name}.")
+    _check_name("name_or_path", name, "me/my-adapter")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(READ)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise VarloraError(
+            f"The hub has no {name}{f' at {revision}' if revision else ''}, or it cannot be asked: "
+            f"{' '.join(str(error).split())[:300]}. A private one needs `hf auth login`."
+        ) from error
+
+
+def _checked(folder: Path, name: str, model: str | None) -> tuple[Mapping[str, Any], Settings]:
+    """Check a repository's files, as far as that goes without its base."""
+    if not (folder / FACTS).is_file():
+        raise VarloraError(
+            f"{name} has no {FACTS}: `varlora push` did not make it. A plain adapter is loaded by PEFT, a run by "
+            "`varlora.load`."
+        )
+    listed, facts = read_json(folder / MANIFEST), read_json(folder / FACTS)
+    if not isinstance(listed, Mapping) or not {*ADAPTER, FACTS} <= {*listed} <= {*READ}:
+        raise DamagedFileError(f"Expected {folder / MANIFEST} to list the files of an adapter, and no others.")
+    if (folder / TASK).exists() and TASK not in listed:
+        raise DamagedFileError(f"{folder / TASK} is in no manifest, so it is not used. Remove it.")
+    verify_manifest(folder)
+    stored = facts.get("settings") if isinstance(facts, Mapping) else None
+    if not isinstance(stored, Mapping) or not isinstance(facts.get("base", ""), str):
+        raise DamagedFileError(f"Expected settings in {folder / FACTS}, but there are none.")
+    own = stored.get("task") == TASK
+    if "/" in str(stored.get("task")) or (own and TASK not in listed):
+        raise DamagedFileError(f"Expected a task's name in {folder / FACTS}, but got {stored.get('task')!r}.")
+    here: dict[str, Any] = {"task": str(folder / TASK) if own else stored.get("task"), "data_dir": None}
+    here |= {"run_dir": None, "sources": _numbered(stored.get("sources"))}
+    try:
+        settings = settings_from({**stored, **here}, stored=True)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {problem}" for problem in error.problems) from error
+    files = get_task(settings.task).files.values() if own else ()
+    if any(Path(file).name != file or "\\" in file for file in files):
+        raise DamagedFileError(f"Expected plain file names in {folder / TASK}, but got {', '.join(files)}.")
+    if model is None and not BASE.fullmatch(settings.model):
+        raise DamagedFileError(
+            f"Expected the base of {name} to be a name on the hub, but got {settings.model!r}. If you know the base, "
+            "pass it as `model`."
+        )
+    _check_rank(folder / ADAPTER[1], settings)
+    return facts, settings
+
+
+def _check_rank(path: Path, settings: Settings) -> None:
+    """Refuse settings of another rank than the weights have, before an adapter of any size is made of them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"Expected safetensors in {path}, but it is damaged or cut short ({error}).") from error
+    if ranks != {settings.lora.rank}:
+        raise DamagedFileError(
+            f"Expected an adapter of rank {settings.lora.rank} in {path}, as {FACTS} says, but got {sorted(ranks)}."
+        )

@@ -1,0 +1,269 @@
+"""A pushed adapter is loaded as what it was, by plain PEFT too, and a stranger's files are refused or harmless."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from helpers import same, save_base
+from huggingface_hub.utils import filter_repo_objects
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import varlora
+from varlora.config import settings_from
+from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.hub import FILES, READ, from_pretrained, push
+from varlora.params import copied
+from varlora.run import checksums, file_digest, read_json, write_json
+from varlora.workflow import calibrate, evaluate, load, train
+
+NAME, BASE = "me/my-adapter", "someone/tiny-base"
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run_dir(bundled: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """A calibrated and evaluated run of a task of one's own, by a base that is a folder."""
+    folder = tmp_path_factory.mktemp("hub")
+    task = {"name": "signs", "prompt": "Sign of {n}:", "label": "sign", "answers": ["plus", "minus"]}
+    rows = "".join(f"{n},{'plus' if n > 0 else 'minus'}\n" for n in range(-20, 20))
+    for split in ("train", "dev"):
+        (folder / f"{split}.csv").write_text(f"n,sign\n{rows}")
+    files = {"train": str(folder / "train.csv"), "dev": str(folder / "dev.csv")}
+    (folder / "signs.yaml").write_text(yaml.safe_dump({**task, "files": files}))
+    settings = {"task": str(folder / "signs.yaml"), "model": str(bundled), "calibration_fraction": 0.25, "steps": 3}
+    method = {"name": "ivon", "ess": 1e4, "hess_init": 1e-2, "lr": 0.1}
+    arguments = {"hub_token": "hf_secret", "max_grad_norm": 1.0}
+    run = settings_from(
+        {**settings, "method": method, "training_arguments": arguments, "run_dir": str(folder / "run")}, stored=True
+    )
+    train(settings_from({**settings, "method": method, "run_dir": str(folder / "run")}), say=silent)
+    config = read_json(folder / "run" / "config.json")
+    config["settings"]["training_arguments"] = dict(run.training_arguments)
+    write_json(folder / "run" / "config.json", config)
+    calibrate(folder / "run", samples=2, say=silent)
+    evaluate(folder / "run", samples=2, say=silent)
+    return folder / "run"
+
+
+class Hub:
+    """Repositories in a folder, at the boundary where `HfApi` and `snapshot_download` would ask the network."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.made, self.asked = folder, {}, []
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str) -> str:
+        assert exist_ok
+        self.made.setdefault(repo_id, private)
+        (self.folder / repo_id / "main").mkdir(parents=True, exist_ok=True)
+        return f"https://huggingface.co/{repo_id}"
+
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        (self.folder / repo_id / branch).mkdir(exist_ok=exist_ok)
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, revision: str | None, commit_message: str,
+                      allow_patterns: list[str], delete_patterns: list[str]) -> None:  # fmt: skip
+        target = self.folder / repo_id / (revision or "main")
+        for name in filter_repo_objects([p.name for p in target.iterdir()], allow_patterns=delete_patterns):
+            (target / name).unlink()
+        for name in filter_repo_objects([p.name for p in Path(folder_path).iterdir()], allow_patterns=allow_patterns):
+            shutil.copyfile(Path(folder_path) / name, target / name)
+
+    def snapshot_download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        source, target = self.folder / repo_id / (revision or "main"), self.folder / "cache"
+        if not source.is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no such repository")
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        self.asked = list(filter_repo_objects([path.name for path in source.iterdir()], allow_patterns=allow_patterns))
+        for name in self.asked:
+            (target / name).symlink_to(source / name)  # as the cache has them
+        return str(target)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    return made
+
+
+@pytest.fixture
+def pushed(run_dir: Path, tmp_path: Path) -> Path:
+    """A folder with the files of a repository, for a test to change."""
+    push(run_dir, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    return tmp_path / "pushed"
+
+
+def resealed(folder: Path) -> Path:
+    """Write the checksums anew, as a stranger would who changes files."""
+    for name in ("manifest.json", "calibration.json"):
+        (folder / name).unlink(missing_ok=True)
+    listed = checksums(folder)
+    write_json(folder / "manifest.json", {n: d for n, d in listed.items() if n in READ and n != "README.md"})
+    return folder
+
+
+def changed(folder: Path, **settings: Any) -> Path:
+    facts = read_json(folder / "varlora.json")
+    facts["settings"] |= settings
+    write_json(folder / "varlora.json", facts)
+    return resealed(folder)
+
+
+# --- there and back ---
+
+
+def test_what_is_pushed_is_loaded_as_it_was(run_dir: Path, bundled: Path, hub: Hub) -> None:
+    said: list[str] = []
+    where = push(run_dir, NAME, private=True, base_model=BASE, say=silent)
+    assert where == f"https://huggingface.co/{NAME}"
+    assert hub.made == {NAME: True}
+    found, was = varlora.from_pretrained(NAME, model=str(bundled), say=said.append), load(run_dir)
+    assert BASE in said[0]
+    assert set(hub.asked) == set(READ)
+    assert same(found.posterior.tensors(), was.posterior.tensors())
+    assert same(copied(found.model), copied(was.model))
+    assert found.calibration == was.calibration is not None
+    for name in ("lora", "max_length", "chat", "method", "seed", "steps", "calibration_fraction"):
+        assert getattr(found.settings, name) == getattr(was.settings, name)
+    assert found.settings.model == BASE
+    model, posterior = found
+    assert isinstance(posterior, varlora.DiagonalGaussian)
+    assert not model.training
+
+
+def test_a_branch_and_what_an_earlier_push_left(run_dir: Path, bundled: Path, hub: Hub, tmp_path: Path) -> None:
+    push(run_dir, NAME, base_model=BASE, revision="v1", say=silent)
+    assert from_pretrained(NAME, revision="v1", model=str(bundled), say=silent).calibration is not None
+    plain = Path(shutil.copytree(run_dir, tmp_path / "plain"))
+    (plain / "adapter" / "calibration.json").unlink()
+    push(plain, NAME, base_model=BASE, revision="v1", say=silent)
+    assert from_pretrained(NAME, revision="v1", model=str(bundled), say=silent).calibration is None
+    with pytest.raises(VarloraError, match="The hub has no me/my-adapter at v2"):
+        from_pretrained(NAME, revision="v2", say=silent)
+
+
+def test_plain_peft_loads_the_mean(pushed: Path, run_dir: Path, bundled: Path) -> None:
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bundled), pushed)
+    expected = copied(load(run_dir).model)
+    found = {name: value for name, value in plain.named_parameters() if name in expected}
+    assert same(found, expected)
+    assert read_json(pushed / "adapter_config.json")["base_model_name_or_path"] == BASE
+
+
+def test_nothing_of_the_machine_is_pushed(pushed: Path, run_dir: Path, bundled: Path) -> None:
+    assert {path.name for path in pushed.iterdir()} == set(FILES)
+    for path in pushed.iterdir():
+        content = path.read_bytes()
+        for private in (str(run_dir.parent), str(bundled), "hf_secret"):
+            assert private.encode() not in content, path.name
+    assert yaml.safe_load((pushed / "task.yaml").read_text())["files"] == {"train": "train.csv", "dev": "dev.csv"}
+
+
+def test_the_card_may_be_edited_and_nothing_else(pushed: Path, bundled: Path) -> None:
+    (pushed / "README.md").write_text("Mine.")
+    from_pretrained(pushed, model=str(bundled), say=silent)
+    for name in ("adapter_model.safetensors", "posterior.safetensors", "varlora.json", "task.yaml"):
+        content = (pushed / name).read_bytes()
+        (pushed / name).write_bytes(content + b" ")
+        with pytest.raises(DamagedFileError, match=name):
+            from_pretrained(pushed, model=str(bundled), say=silent)
+        (pushed / name).write_bytes(content)
+    (pushed / "calibration.json").write_text(json.dumps({"tau": 9, "adapter": "of another"}))
+    with pytest.raises(DamagedFileError, match="of another adapter"):
+        from_pretrained(pushed, model=str(bundled), say=silent)
+
+
+# --- what is refused ---
+
+
+def test_a_posterior_of_another_base_is_refused_by_name(pushed: Path, bundled: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(bundled, tmp_path / "other"))
+    model = AutoModelForCausalLM.from_pretrained(bundled)
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 1
+    model.save_pretrained(other)
+    with pytest.raises(DamagedFileError, match=f"adapter of {BASE}, .*{other} to be what .*pushed was trained with"):
+        from_pretrained(pushed, model=str(other), say=silent)
+    with pytest.raises(DamagedFileError, match=f"adapter of {BASE}, .*to be of this model"):
+        from_pretrained(pushed, model=str(save_base(tmp_path / "smaller")), say=silent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"model": "../../etc"}, "a name on the hub"),
+        ({"model": "/root/base"}, "a name on the hub"),
+        ({"task": "/etc/passwd.yaml"}, "a task's name"),
+        ({"task": "../task.yaml"}, "a task's name"),
+        ({"task": "nothing"}, "known task"),
+        ({"lora": {"rank": 10**9}}, "rank"),
+        ({"method": "backdoor"}, "Unknown method"),
+        ({"code": "import os"}, "Unknown setting"),
+    ],
+)
+def test_a_strangers_settings_are_data(pushed: Path, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises((ConfigError, DamagedFileError), match=why):
+        from_pretrained(changed(pushed, **settings), say=silent)
+
+
+def test_a_strangers_files_stay_in_their_folder(pushed: Path, bundled: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    listed = read_json(pushed / "manifest.json")
+    write_json(pushed / "manifest.json", {**listed, "../secret": file_digest(tmp_path / "secret")})
+    with pytest.raises(DamagedFileError, match="no others"):
+        from_pretrained(pushed, model=str(bundled), say=silent)
+    write_json(pushed / "manifest.json", {n: d for n, d in listed.items() if n != "posterior.safetensors"})
+    with pytest.raises(DamagedFileError, match="no others"):
+        from_pretrained(pushed, model=str(bundled), say=silent)
+    task = yaml.safe_load((pushed / "task.yaml").read_text())
+    (pushed / "task.yaml").write_text(yaml.safe_dump({**task, "files": {"train": "../x.csv", "dev": "/etc/x.csv"}}))
+    with pytest.raises(DamagedFileError, match="plain file names"):
+        from_pretrained(resealed(pushed), model=str(bundled), say=silent)
+
+
+def test_what_cannot_be_pushed_or_loaded_is_said(run_dir: Path, tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(VarloraError, match="--base-model"):
+        push(run_dir, NAME, say=silent)
+    for name in ("a/b/c", "../me", "me/..", "me/my adapter"):
+        with pytest.raises(VarloraError, match="a name on the hub"):
+            push(run_dir, name, base_model=BASE, say=silent)
+    with pytest.raises(VarloraError, match="a name on the hub"):
+        push(run_dir, NAME, base_model="a folder/of mine", say=silent)
+    with pytest.raises(VarloraError, match="new or empty"):
+        push(run_dir, NAME, base_model=BASE, folder=run_dir, say=silent)
+    with pytest.raises(VarloraError, match="did not make it"):
+        from_pretrained(run_dir / "adapter", say=silent)
+    for missing in (tmp_path / "gone", "./gone", "/gone/too", "a/b/c"):
+        with pytest.raises(VarloraError, match="There is no folder"):
+            from_pretrained(missing, say=silent)
+    with pytest.raises(VarloraError, match="The hub has no who/what"):
+        from_pretrained("who/what", say=silent)
+
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise OSError("401 Unauthorized")
+
+    hub.create_repo = refused  # type: ignore[method-assign]
+    with pytest.raises(VarloraError, match="hf auth login"):
+        push(run_dir, NAME, base_model=BASE, say=silent)

@@ -1,0 +1,512 @@
+"""Draws run as one batch: the loop's logits, whatever the architecture, the base's type and the posterior."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from varlora import blocks, stack
+from varlora.data import collate
+from varlora.demo.run import one_thread
+from varlora.drawing import PLAIN, Drawing
+from varlora.errors import ConfigError, VarloraError
+from varlora.model import class_logits
+from varlora.params import copied, trainable
+from varlora.posterior import (
+    DiagonalGaussian,
+    Dropout,
+    KroneckerGaussian,
+    Linearised,
+    LowRankGaussian,
+    Mixture,
+    Point,
+    Tempered,
+)
+from varlora.predict import predict
+
+ROWS = helpers.make_rows(5, seed=3)  # of several lengths, so that there is padding
+BATCH = collate(ROWS, 0)
+LOOP = Drawing(stacked=False)
+S = 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return helpers.tiny_model(dropout=0.1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_like(model: nn.Module, scale: float, seed: int) -> dict[str, Tensor]:
+    source = seeded(seed)
+    return {name: scale * torch.randn(p.shape, generator=source) for name, p in copied(model).items()}
+
+
+def gaussian(model: nn.Module, seed: int = 1, scale: float = 0.2) -> DiagonalGaussian:
+    return DiagonalGaussian(
+        random_like(model, 0.3, seed), {n: v.abs() for n, v in random_like(model, scale, seed + 1).items()}
+    )
+
+
+def low_rank(model: nn.Module, seed: int = 1) -> LowRankGaussian:
+    deviations = {n: torch.stack([0.1 * v, -0.2 * v, 0.1 * v]) for n, v in random_like(model, 1.0, seed + 2).items()}
+    return LowRankGaussian(gaussian(model, seed).mean, gaussian(model, seed).std, deviations)
+
+
+def kronecker(model: nn.Module) -> KroneckerGaussian:
+    mean = random_like(model, 0.3, 5)
+    left = {n: torch.linalg.qr(torch.randn(len(v), 2, generator=seeded(6)))[0] for n, v in mean.items()}
+    right = {n: torch.linalg.qr(torch.randn(v.shape[1], 3, generator=seeded(7)))[0] for n, v in mean.items()}
+    return KroneckerGaussian(mean, left, right, {n: torch.full((2, 3), 0.02) for n in mean}, torch.tensor(0.01))
+
+
+def dropout(model: nn.Module) -> Dropout:
+    mean = random_like(model, 0.3, 8)
+    return Dropout(mean, {name: torch.tensor(0.2) for name in mean if "lora_A" in name})
+
+
+POSTERIORS = {
+    "point": lambda model: Point(random_like(model, 0.3, 9)),
+    "diagonal_gaussian": gaussian,
+    "low_rank_gaussian": low_rank,
+    "kronecker_gaussian": kronecker,
+    "dropout": dropout,
+    "pruned": lambda model: gaussian(model).prune(0.3),
+    "tempered": lambda model: Tempered(gaussian(model), 1.5, 1.2),
+    "mixture": lambda model: Mixture([gaussian(model), Point(random_like(model, 0.3, 4)), low_rank(model)]),
+    "mixture of mixtures": lambda model: Mixture([Mixture([gaussian(model), dropout(model)]), gaussian(model, 7)]),
+    "mixture of tempered": lambda model: Mixture([Tempered(gaussian(model), 2.0, 1.0), gaussian(model, 7)]),
+    "mixture of linearised": lambda model: Mixture([Linearised(gaussian(model, 7)), gaussian(model)]),
+}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, posterior: Any, how: Drawing, n: int = S, batch: Any = BATCH) -> Tensor:
+    return posterior.drawn(n, seeded(), how).logits(model, batch, class_logits)
+
+
+def check_same(model: nn.Module, posterior: Any, tolerance: float = 2e-5, batch: Any = BATCH, **how: Any) -> Tensor:
+    """The stack gives the loop's logits, and leaves the model as it was."""
+    before, forwards = copied(model), [module.forward for module in model.modules()]
+    expected = logits(model, posterior, Drawing(stacked=False, **how), batch=batch)
+    found = logits(model, posterior, Drawing(**how), batch=batch)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+    assert [module.forward for module in model.modules()] == forwards
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if len(expected) > 1:
+        assert (expected.std(0) > 1e-3).any()  # so that draws in another order, or all the same, would show
+    return found
+
+
+def stacks(model: nn.Module, posterior: Any, how: Drawing = PLAIN) -> stack.Stack:
+    """Return a stack that has run, to see how."""
+    drawn = posterior.drawn(S, seeded(), how)
+    with torch.no_grad():
+        drawn.logits(model, BATCH, class_logits)
+    return drawn
+
+
+# --- the same logits
+
+
+@pytest.mark.parametrize("kind", POSTERIORS)
+@pytest.mark.parametrize("last_layers", [None, 1])
+def test_every_posterior_gives_the_loops_logits(model, kind, last_layers):
+    check_same(model, POSTERIORS[kind](model), last_layers=last_layers)
+
+
+def test_the_loop_is_one_draw_at_a_time_in_the_model(model):
+    """The loop itself against the context that the protocol promises."""
+    posterior, source, expected = gaussian(model), seeded(), []
+    for _ in range(S):
+        with torch.no_grad(), posterior.sampled(model, source):
+            expected.append(class_logits(model, BATCH))
+    assert torch.equal(logits(model, posterior, LOOP), torch.stack(expected))
+
+
+def test_a_mixture_takes_its_members_in_turn(model):
+    first, second = Point(random_like(model, 0.3, 1)), Point(random_like(model, 0.3, 2))
+    found = logits(model, Mixture([first, second]), Drawing(), n=5)
+    alone = [logits(model, one, LOOP)[0] for one in (first, second)]
+    torch.testing.assert_close(found, torch.stack([alone[0], alone[1], alone[0], alone[1], alone[0]]))
+    assert stacks(model, Mixture([first, second])).passes == 2 * len(ROWS)  # draws that are the same run once
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": helpers.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OTHERS = ("opt", "mixtral", "bloom", "falcon", "gptj", "qwen2_moe", "phi", "starcoder2", "gpt_bigcode", "mpt")
+"""Architectures whose blocks are not known by name."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+}
+
+
+def of_architecture(name: str, targets: Any = "all-linear") -> Any:
+    """Return a random model of an architecture with LoRA on its linear layers."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if (name, key) != ("falcon", "head_dim")}
+    config = AutoConfig.for_model(name, **{**sizes, **SETTINGS.get(name, {})})
+    base = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in base.parameters():
+        parameter.data.mul_(4.0)  # for differences that can be seen
+    return get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+
+
+@pytest.mark.parametrize("name", [*blocks.FAMILIES, *OTHERS])
+def test_every_architecture_gives_the_loops_logits(name):
+    model = of_architecture(name)
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    batch = BATCH if name != "mpt" else collate(ROWS[:1], 0)
+    for last_layers in (None, 1):
+        check_same(model, posterior, tolerance=2e-4, batch=batch, last_layers=last_layers)
+    known = name in blocks.FAMILIES
+    last = model.get_submodule(block_path(model))[-1]
+    after = blocks._ends_in(model, last, blocks.AFTER_ATTENTION)
+    assert len(after) == (2 if known else 0), after  # attention's output and the MLP, and nothing besides
+    assert bool(blocks._ends_in(model, last, blocks.SEES_INPUT)) == known
+
+
+def block_path(model: nn.Module) -> str:
+    (path,) = {place[0] for name in trainable(model) if (place := blocks.block_of(name))}
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    model = helpers.tiny_model(dtype=dtype, adapter=dtype)
+    check_same(model, gaussian(model), tolerance=0.03 if dtype == "bfloat16" else 4e-3)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_base(quantization):
+    model = helpers.tiny_model(quantization=quantization)
+    set_outliers(model, 0.0)
+    for last_layers in (None, 1):
+        check_same(model, gaussian(model), last_layers=last_layers)
+    assert stacks(model, gaussian(model))._stackable
+
+
+def test_8_bit_outliers_are_of_the_whole_batch():
+    """LLM.int8 keeps columns with an outlier in any row in 16 bit, so a row's logits depend on its company: no more in
+    a stack than in a loop over other batches."""
+    model = helpers.tiny_model(quantization="8bit")
+    loop, found = (logits(model, gaussian(model), how) for how in (LOOP, PLAIN))
+    alone = [logits(model, gaussian(model), LOOP, batch=collate([row], 0))[:, 0] for row in ROWS]
+    apart = max((one - loop[:, i, : one.shape[-1]]).abs().max().item() for i, one in enumerate(alone))
+    known = loop.isfinite()
+    assert 1e-3 < (found - loop)[known].abs().max().item() < 3 * apart
+    set_outliers(model, 0.0)
+    torch.testing.assert_close(*(logits(model, gaussian(model), how) for how in (LOOP, PLAIN)), rtol=2e-5, atol=2e-5)
+
+
+def set_outliers(model: nn.Module, threshold: float) -> None:
+    """Set from what size on an input is an outlier to an 8-bit layer; 0: none is."""
+    for layer in model.modules():
+        if hasattr(layer, "state") and hasattr(layer.state, "threshold"):
+            layer.state.threshold = threshold
+
+
+def test_biases_that_are_drawn():
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    posterior, x = gaussian(net), torch.randn(4, 3, generator=seeded(2))
+    found, expected = (posterior.drawn(S, seeded(), how).logits(net, x, lambda m, b: m(b)) for how in (Drawing(), LOOP))
+    torch.testing.assert_close(found, expected)
+
+
+# --- where draws cannot be stacked
+
+
+def counted(model: nn.Module, posterior: Any) -> int:
+    """Return the passes that drawing takes."""
+    passes = []
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        passes.append(len(batch["input_ids"]))
+        return class_logits(model, batch)
+
+    with torch.no_grad():
+        posterior.drawn(S, seeded()).logits(model, BATCH, forward)
+    return len(passes)
+
+
+def with_adapter(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    base = helpers.tiny_model().unload()
+    return get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, **settings)).eval()
+
+
+NOT_LINEAR = {
+    "dora": {"target_modules": ["q_proj"], "use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("case", NOT_LINEAR)
+def test_adapters_of_other_kinds_are_drawn_one_after_the_other(case):
+    model = with_adapter(**NOT_LINEAR[case])
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    check_same(model, posterior)
+    assert counted(model, posterior) == S
+    assert not stacks(model, posterior)._stackable
+
+
+def test_a_layer_that_sees_other_rows_than_the_batch_is_not_stacked():
+    """As experts of a mixture do, which see the tokens that are sent to them."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x[..., :2].clone()
+            sent = x[:, 0] > 0
+            y[sent] = self.expert(x[sent])
+            return y
+
+    net, x = Router(), torch.tensor([[1.0, 2.0, 3.0], [-1.0, 2.0, 3.0], [1.0, 0.5, 0.1]])
+    posterior = gaussian(net)
+    found, expected = (posterior.drawn(S, seeded(), how).logits(net, x, lambda m, b: m(b)) for how in (Drawing(), LOOP))
+    assert torch.equal(found, expected)
+
+
+def test_a_layer_that_is_not_called_is_not_stacked():
+    """Adapters whose weights are read but whose layers are not called would all give the same."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.a.weight.T
+
+    net, x = Net(), torch.ones(2, 3)
+    found, expected = (
+        gaussian(net).drawn(S, seeded(), how).logits(net, x, lambda m, b: m(b)) for how in (Drawing(), LOOP)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_compiled_models_are_drawn_one_after_the_other(model):
+    """Their code is made for the layers as they are."""
+    compiled = torch.compile(model, backend="eager")
+    assert not stack.can_stack(compiled, BATCH)
+    assert stack.can_stack(model, BATCH)
+
+
+# --- memory
+
+
+def test_draws_are_divided_by_tokens_and_the_logits_stay(model):
+    whole = logits(model, gaussian(model), Drawing(tokens=10**6))
+    width = BATCH["input_ids"].numel()
+    for tokens, passes in ((1, S), (width, S), (2 * width, S // 2), (4 * width + 1, 2), (S * width, 1)):
+        runs = []
+
+        def forward(model: nn.Module, batch: Any, runs: list[int] = runs) -> Tensor:
+            runs.append(len(batch["input_ids"]) // len(ROWS))
+            return class_logits(model, batch)
+
+        with torch.no_grad():
+            found = gaussian(model).drawn(S, seeded(), Drawing(tokens=tokens)).logits(model, BATCH, forward)
+        assert len(runs) == passes
+        assert sum(runs) == S
+        torch.testing.assert_close(found, whole, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_where_memory_runs_out_half_as_many_draws_go_on(model, error):
+    runs = []
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        runs.append(len(batch["input_ids"]) // len(ROWS))
+        if runs[-1] > 2:
+            raise error
+        return class_logits(model, batch)
+
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=10**6))
+    with torch.no_grad():
+        found = drawn.logits(model, BATCH, forward)
+        torch.testing.assert_close(found, logits(model, gaussian(model), LOOP), rtol=2e-5, atol=2e-5)
+        assert runs == [6, 3, 1, 1, 1, 1, 1, 1]
+        runs.clear()
+        drawn.logits(model, BATCH, forward)
+        assert runs == [1] * S  # what was learned is kept
+
+
+def test_where_not_even_one_draw_has_room_the_error_is_told(model):
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        gaussian(model).drawn(S, seeded()).logits(model, BATCH, forward)
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        gaussian(model).drawn(S, seeded()).logits(model, BATCH, broken)
+
+
+# --- what is left out for speed
+
+
+def test_below_the_last_layers_all_is_at_the_mean(model):
+    posterior = gaussian(model)
+    still = {n: s * ("layers.1." in n) for n, s in posterior.std.items()}
+    quiet = DiagonalGaussian(posterior.mean, still)
+    found = logits(model, posterior, Drawing(last_layers=1))
+    torch.testing.assert_close(found, logits(model, quiet, LOOP), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(logits(model, posterior, Drawing(last_layers=9)), logits(model, posterior, LOOP))
+
+
+def test_the_layers_below_are_computed_once(model):
+    first, calls = model.get_submodule(block_path(model))[0], []
+    hook = first.self_attn.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
+    try:
+        stacks(model, gaussian(model), Drawing(last_layers=1))
+    finally:
+        hook.remove()
+    assert calls == [len(ROWS)]
+
+
+def test_antithetic_draws_mirror_one_another(model):
+    posterior = gaussian(model)
+    draws = posterior.drawn(S, seeded(), Drawing(noise="antithetic")).draws()
+    alone = posterior.drawn(S // 2, seeded()).draws()
+    for name, mean in posterior.mean.items():
+        for i in range(0, S, 2):
+            assert torch.equal(draws[i][name], alone[i // 2][name])
+            torch.testing.assert_close((draws[i][name] + draws[i + 1][name]) / 2, mean)
+    with pytest.raises(VarloraError, match=r"symmetric .* but a dropout is not"):
+        dropout(model).drawn(S, seeded(), Drawing(noise="antithetic"))
+    with pytest.raises(VarloraError, match="a pruned is not"):
+        Mixture([posterior, dropout(model).prune(0.1, by="magnitude")]).drawn(S, seeded(), Drawing(noise="antithetic"))
+
+
+def test_latin_draws_have_one_in_each_range(model):
+    posterior = gaussian(model)
+    draws = posterior.drawn(S, seeded(), Drawing(noise="latin")).draws()
+    for name, mean in posterior.mean.items():
+        z = (torch.stack([draw[name] for draw in draws]) - mean) / posterior.std[name].clamp(min=1e-12)
+        ranges = (torch.special.ndtr(z.double()) * S).floor().clamp(0, S - 1)
+        assert torch.equal(ranges.sort(0).values, torch.arange(S).double().view(-1, 1, 1).expand_as(z))
+    again = posterior.drawn(S, seeded(), Drawing(noise="latin")).draws()
+    other = posterior.drawn(S, seeded(1), Drawing(noise="latin")).draws()
+    name = min(posterior.mean)
+    assert torch.equal(draws[0][name], again[0][name])
+    assert not torch.equal(draws[0][name], other[0][name])
+
+
+@pytest.mark.parametrize("noise", ["antithetic", "latin"])
+def test_fewer_such_draws_give_the_same_average(model, noise):
+    """Over many sets of draws, their average probabilities are unbiased, and scatter less."""
+    posterior = gaussian(model, scale=0.1)
+
+    @torch.no_grad()
+    def averages(kind: str) -> Tensor:
+        sets = [
+            posterior.drawn(4, seeded(i), Drawing(noise=kind)).logits(model, BATCH, class_logits) for i in range(60)
+        ]
+        return torch.stack(sets).softmax(-1).mean(1)  # (60, B, C)
+
+    plain, better = averages("independent"), averages(noise)
+    error = (plain.var(0) / 60 + better.var(0) / 60).sqrt()
+    assert ((plain.mean(0) - better.mean(0)).abs() <= 5 * error + 1e-6).all()
+    assert better.var(0).sum() < 0.5 * plain.var(0).sum()
+
+
+# --- stopping early
+
+
+def test_settled_rows_stop_and_the_others_go_on(model):
+    """Rows whose probabilities hardly move take 4 of 16 draws; what they had counts as often as in all."""
+    posterior = gaussian(model, scale=0.05)
+    full = posterior.drawn(16, seeded(), Drawing())
+    early = posterior.drawn(16, seeded(), Drawing(tolerance=0.02))
+    with torch.no_grad():
+        whole, found = full.logits(model, BATCH, class_logits), early.logits(model, BATCH, class_logits)
+    assert found.shape == whole.shape
+    assert 4 * len(ROWS) <= early.passes < full.passes == 16 * len(ROWS)
+    for row in range(len(ROWS)):
+        stops = [n for n in (4, 8, 16) if torch.allclose(found[:, row], whole[:n, row].repeat(16 // n, 1), atol=2e-5)]
+        stop = min(stops)
+        probs = whole[:stop, row].double().softmax(-1)
+        assert (probs.std(0) / math.sqrt(stop)).max() <= 0.02 or stop == 16
+        average = found[:, row].double().softmax(-1).mean(0)
+        torch.testing.assert_close(average, probs.mean(0), rtol=1e-4, atol=1e-5)
+    assert len({float(found[:4, row].std()) for row in range(len(ROWS))}) > 1
+
+
+def test_rows_of_which_none_settles_take_all_draws(model):
+    posterior = gaussian(model)
+    drawn = posterior.drawn(8, seeded(), Drawing(tolerance=1e-9))
+    with torch.no_grad():
+        found = drawn.logits(model, BATCH, class_logits)
+    torch.testing.assert_close(found, logits(model, posterior, LOOP, n=8), rtol=2e-5, atol=2e-5)
+    assert drawn.passes == 8 * len(ROWS)
+
+
+def test_settled_needs_a_lead_and_a_small_error():
+    sure = torch.tensor([[4.0, 0.0]]).repeat(4, 1, 1)
+    torn = torch.tensor([[[0.01, 0.0]], [[0.0, 0.01]], [[0.01, 0.0]], [[0.0, 0.01]]])
+    wide = torch.tensor([[[4.0, 0.0]], [[0.5, 0.0]], [[4.0, 0.0]], [[0.5, 0.0]]])
+    broken = torch.tensor([[4.0, torch.nan]]).repeat(4, 1, 1)
+    logits = torch.cat([sure, torn, wide, broken], 1)
+    assert stack.settled(logits, 0.05).tolist() == [True, False, False, False]
+
+
+def test_predictions_say_how_they_were_made(model):
+    how = Drawing(noise="antithetic", last_layers=1, tolerance=0.05)
+    found = predict(model, gaussian(model), ROWS, pad_token_id=0, samples=8, how=how)
+    assert {k: found.meta[k] for k in ("noise", "last_layers", "tolerance")} == {
+        "noise": "antithetic",
+        "last_layers": "1",
+        "tolerance": "0.05",
+    }
+    assert 4 <= float(found.meta["passes_a_row"]) <= 8
+    plain = predict(model, gaussian(model), ROWS, pad_token_id=0, samples=8)
+    assert not {"noise", "last_layers", "tolerance", "passes_a_row"} & set(plain.meta)
+
+
+def test_wrong_settings_are_told_together():
+    with pytest.raises(ConfigError) as caught:
+        Drawing(noise="sobol", last_layers=0, tolerance=2.0, tokens=0)  # type: ignore[arg-type]
+    for name in ("noise", "last_layers", "tolerance", "tokens"):
+        assert f"`{name}`" in str(caught.value)
+    with pytest.raises(VarloraError, match="number of draws >= 1"):
+        Point({"w": torch.ones(1)}).drawn(0, seeded())
