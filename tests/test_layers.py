@@ -59,6 +59,7 @@ LAYERS = {
         "hub",
         "demo",
         "serve",
+        "integrations",
         "cli",
     },
 }
@@ -102,6 +103,7 @@ WITHIN = {
     "hub": {"card", "config", "workflow"},
     "serve": {"templating", "workflow"},
     "demo": {"config", "workflow", "progress", "results", "report"},
+    "integrations": {"workflow"},
     "cli": {
         "config",
         "diagram",

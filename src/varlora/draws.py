@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from varlora.drawing import Draw
-from varlora.posterior import Mixture, Posterior, Tempered
+from varlora.posterior import Mixture, Posterior, Pruned, Tempered
 
-__all__ = ["distinct", "means", "same_weights"]
+__all__ = ["distinct", "holds", "means", "same_weights"]
 
 
 def means(posterior: Posterior) -> list[Draw]:
@@ -43,3 +43,15 @@ def distinct(draws: Iterable[Draw]) -> list[Draw]:
 def same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two models are one, whatever the type that their weights are kept in."""
     return all(torch.equal(value.to(other[name].dtype), other[name]) for name, value in one.items())
+
+
+def holds(posterior: Posterior, kind: type) -> bool:
+    """Whether a posterior is of a kind, or has one of it within.
+
+    Example:
+        >>> from varlora.posterior import Point
+        >>> holds(Tempered(Mixture([Point({})]), 2.0, 2.0), Mixture)
+        True
+    """
+    inside = [*getattr(posterior, "members", ()), *([posterior.inner] if isinstance(posterior, Pruned) else [])]
+    return isinstance(posterior, kind) or any(holds(part, kind) for part in inside)

@@ -20,10 +20,10 @@ import torch
 from varlora import client
 from varlora.config import Settings
 from varlora.drawing import Draw
-from varlora.draws import distinct, means, same_weights
+from varlora.draws import distinct, holds, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.params import copied, swapped, trainable
-from varlora.posterior import Linearised, Mixture, Posterior, Pruned
+from varlora.posterior import Linearised, Mixture, Posterior
 from varlora.predictions import load_predictions
 from varlora.prompt import PROMPT_VERSION, answer_tokens
 from varlora.run import MANIFEST, atomic_folder, checksums, origin, read_json, write_json, write_text
@@ -170,7 +170,7 @@ def _facts(run_dir: Path, settings: Settings) -> dict[str, Any]:
 def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: Settings) -> list[str]:
     """Return in words where what is served is not what `varlora predict` computes."""
     notes = []
-    if samples and _holds(posterior, Linearised):
+    if samples and holds(posterior, Linearised):
         notes.append(
             "This posterior's predictive is that of the linearised model, which no adapter can serve. The draws are of "
             "its Gaussian over the weights, without the linearisation: their probabilities differ from `varlora "
@@ -178,7 +178,7 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
         )
     if samples and len(draws) == 1:
         notes.append("All draws of this posterior are one model, so there is nothing to average: the export has one.")
-    if _holds(posterior, Mixture):
+    if holds(posterior, Mixture):
         notes.append("An ensemble has no single mean: `mean/` is its first member's.")
         if not samples and any(draw.temperature != 1 for draw in draws):
             notes.append(
@@ -190,11 +190,6 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
             "or not at all, probabilities differ slightly."
         )
     return notes
-
-
-def _holds(posterior: Posterior, kind: type) -> bool:
-    inside = [*getattr(posterior, "members", ()), *([posterior.inner] if isinstance(posterior, Pruned) else [])]
-    return isinstance(posterior, kind) or any(_holds(part, kind) for part in inside)
 
 
 def _answers(

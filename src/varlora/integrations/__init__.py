@@ -1,0 +1,1 @@
+"""Other people's tools, given a posterior: each module needs its tool, and nothing else here needs the module."""
