@@ -61,11 +61,14 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/document.py
 	$(BIN)/python benchmarks/evidence/auto.py
 	$(BIN)/python benchmarks/evidence/scale.py
+	$(BIN)/python benchmarks/inference.py --document --limit 100 --runs \
+		$(wildcard runs/auto/demo-400/auto/*/ivon/seed0 runs/auto/demo-1600/auto/*/ivon/seed0)
 
 # Needs a CUDA device that holds Llama-2-7B in 16 bit.
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/optimizer.py --device cuda --rounds 300 --out benchmarks/results/optimizer_gpu.json
 	$(BIN)/python benchmarks/gpu/llama2_7b_shape.py
+	$(BIN)/python benchmarks/inference.py --device cuda --llama2-7b --out benchmarks/results/inference_gpu.json
 
 # Goes on where it was stopped; `pretraining/pretrain.py` without options replaces the committed base.
 pretrain: $(VENV)/.installed

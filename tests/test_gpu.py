@@ -8,6 +8,11 @@ import torch
 from conformance.test_methods import ROWS, Crash
 
 from varlora.checkpoint import load_adapter, load_posterior
+from varlora.data import collate
+from varlora.drawing import Drawing
+from varlora.model import class_logits
+from varlora.params import copied
+from varlora.posterior import DiagonalGaussian
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,3 +32,39 @@ def test_every_method_trains_resumes_and_predicts(row, tmp_path):
     loaded = load_posterior(model, tmp_path / "adapter")
     assert {tensor.device.type for tensor in loaded.tensors().values()} == {"cuda"}
     torch.testing.assert_close(helpers.run_predict(model, loaded).probs, one.probs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stacked_draws_are_the_loops_and_find_their_room(dtype):
+    model = helpers.tiny_model(dtype=dtype, adapter=dtype, device="cuda")
+    mean = copied(model)
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(value, 0.1) for name, value in mean.items()})
+    batch = collate(helpers.make_rows(5), 0)
+
+    def drawn(how):
+        return posterior.drawn(12, torch.Generator("cuda").manual_seed(0), how)
+
+    stack, tolerance = drawn(Drawing()), 1e-4 if dtype == "float32" else 0.05
+    with torch.no_grad():
+        loop = drawn(Drawing(stacked=False)).logits(model, batch, class_logits)
+        for _ in range(2):  # the first finds out what a token takes
+            torch.testing.assert_close(stack.logits(model, batch, class_logits), loop, rtol=tolerance, atol=tolerance)
+    assert stack._tokens > batch["input_ids"].numel() * 12
+
+
+def test_stacked_draws_go_on_where_the_gpus_memory_runs_out():
+    model = helpers.tiny_model(device="cuda")
+    mean = copied(model)
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(value, 0.1) for name, value in mean.items()})
+    batch, most = collate(helpers.make_rows(5), 0), []
+
+    def forward(model, batch):
+        most.append(len(batch["input_ids"]) // 5)
+        if most[-1] > 3:
+            torch.empty(2**50, device="cuda")  # more than there is
+        return class_logits(model, batch)
+
+    stack = posterior.drawn(12, torch.Generator("cuda").manual_seed(0), Drawing(tokens=10**6))
+    with torch.no_grad():
+        assert stack.logits(model, batch, forward).shape[0] == 12
+    assert most == [12, 6, 3, 3, 3, 3]

@@ -21,6 +21,7 @@ from torch import Tensor
 from varlora import metrics
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior import Posterior, Tempered
+from varlora.posterior.base import check_draws
 from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
 from varlora.temperature import fit_temperature
 
@@ -99,8 +100,7 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = 16) -> Search:
         MetricError: there are no rows, or a label is wrong.
         VarloraError: `samples` is negative.
     """
-    if samples < 0:
-        raise VarloraError(f"Expected `samples` to be a number of draws >= 0, but got {samples}. Pass 0 for the mean.")
+    check_draws(samples, what="samples")
     trials = _Trials(posterior, draw, samples)
     tau = _factor(trials)
     pruned = _share(trials, tau)

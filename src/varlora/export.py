@@ -24,6 +24,7 @@ from varlora.draws import distinct, holds, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior
+from varlora.posterior.base import check_draws
 from varlora.predictions import load_predictions
 from varlora.prompt import PROMPT_VERSION, answer_tokens
 from varlora.run import MANIFEST, atomic_folder, checksums, origin, read_json, write_json, write_text
@@ -80,8 +81,8 @@ def export(
         VarloraError: `to` is taken, `samples` or `tau` is out of its range, or the answers are not known; see `load`.
     """
     run_dir, to = Path(run_dir), Path(to)
-    if samples is not None and samples < 0:
-        raise VarloraError(f"Expected `samples` to be a number of draws >= 0, but got {samples}. Pass 0 for the mean.")
+    if samples is not None:
+        check_draws(samples, what="samples")
     _check_free(to, overwrite)
     loaded = load(run_dir, model=model, device=device)
     chosen = loaded.calibration if calibration and tau is None else None

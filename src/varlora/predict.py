@@ -10,19 +10,62 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from varlora.data import collate, token_batches
-from varlora.drawing import PLAIN, Drawing
+from varlora.data import Batch, collate, token_batches
+from varlora.drawing import PLAIN, Drawing, Drawn
 from varlora.errors import VarloraError
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import Point, Posterior
+from varlora.posterior.base import check_draws
 from varlora.predictions import Predictions
 from varlora.prompt import Encoded
 
-__all__ = ["predict"]
+__all__ = ["Predictor", "predict"]
 
 
-@torch.no_grad()
+class Predictor:
+    """A posterior whose draws are made, to be asked batch after batch.
+
+    Args:
+        model: the model that the posterior is of, in evaluation mode while it is asked.
+        posterior: what to draw from.
+        samples: draws S; 0: only the mean.
+        tau: factor of the posterior variance.
+        seed: seed of the draws.
+        how: how the draws are made and run.
+
+    Raises:
+        VarloraError: `samples` or `tau` is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Posterior,
+        samples: int = 10,
+        tau: float = 1.0,
+        seed: int = 0,
+        how: Drawing = PLAIN,
+    ) -> None:
+        check_draws(samples, what="samples")
+        self.model, self.posterior = model, posterior.scale(tau)
+        self._generator = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
+        self.draws: Drawn | None = None
+        """The draws, if they differ from the mean."""
+        if samples and self.posterior.kind != Point.kind:
+            self.draws = self.posterior.drawn(samples, self._generator, how)
+
+    @torch.no_grad()
+    def at_mean(self, batch: Batch) -> Tensor:
+        """Return the class logits at the mean, (1, B, C), on the CPU."""
+        return self.posterior.draw_logits(self.model, batch, 0, self._generator, class_logits).cpu()
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the class logits of the draws, (S, B, C), on the CPU; at the mean where there are none."""
+        return self.at_mean(batch) if self.draws is None else self.draws.logits(self.model, batch, class_logits).cpu()
+
+
 def predict(
     model: nn.Module,
     posterior: Posterior,
@@ -58,29 +101,21 @@ def predict(
     """
     if not rows:
         raise VarloraError("Expected `rows` to hold rows to predict, but got none.")
-    if samples < 0:
-        raise VarloraError(f"Expected `samples` to be a number of draws >= 0, but got {samples}. Pass 0 for the mean.")
-    scaled = posterior.scale(tau)
-    device = next(iter(trainable(model).values())).device
+    predictor = Predictor(model, posterior, samples, tau, seed, how)
     classes = max(len(row.label_tokens) for row in rows)
     drawn: Tensor | None = None
     mean = torch.full((len(rows), classes), -torch.inf)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    drawing = None
     try:
-        generator = torch.Generator(device).manual_seed(seed)
-        if samples and scaled.kind != Point.kind:
-            drawing = scaled.drawn(samples, generator, how)
         for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
             batch = collate([rows[i] for i in batch_rows], pad_token_id)
             width = batch["label_tokens"].shape[1]
-            at_mean = scaled.draw_logits(model, batch, 0, generator, class_logits).cpu()  # (1, B, C)
+            at_mean = predictor.at_mean(batch)  # (1, B, C)
             mean[batch_rows, :width] = at_mean[0]
             if samples:
-                logits = at_mean  # all draws of a point are the mean: no second pass
-                if drawing is not None:
-                    logits = drawing.logits(model, batch, class_logits).cpu()  # (S, B, C)
+                # all draws of a point are the mean: no second pass
+                logits = at_mean if predictor.draws is None else predictor.logits(batch)  # (S, B, C)
                 if drawn is None:
                     drawn = torch.full((len(logits), len(rows), classes), -torch.inf)
                 drawn[:, batch_rows, :width] = logits
@@ -91,9 +126,9 @@ def predict(
             module.training = training
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
     meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
-    if drawing is not None:
+    if predictor.draws is not None:
         meta |= how.changed()
-    if drawing is not None and how.tolerance is not None:
-        meta["passes_a_row"] = f"{drawing.passes / len(rows):.4g}"
+        if how.tolerance is not None:
+            meta["passes_a_row"] = f"{predictor.draws.passes / len(rows):.4g}"
     ids = tuple(row.id for row in rows)
     return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)

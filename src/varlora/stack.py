@@ -173,7 +173,7 @@ class Stack:
                     within.enter_context(self._measured(rows * width * count, device))
                     within.enter_context(stacked(model, weights, rows))
                     found = forward(model, repeated(batch, count))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except Exception as error:
                 if count == 1 or not out_of_memory(error):
                     raise
                 self._tokens = rows * width * (count // 2)
@@ -304,6 +304,7 @@ def settled(logits: Tensor, tolerance: float) -> Tensor:
     return close & (lead.mean(0) > 2 * lead.std(0) / root)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    told = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch on a CPU
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -276,10 +276,13 @@ def unpack(tensors: Mapping[str, Tensor]) -> list[Posterior]:
     return [posterior_from_tensors(kind, parts[index, kind]) for index, kind in sorted(parts)]
 
 
-def check_draws(n: int, least: int = 0) -> None:
+def check_draws(n: int, least: int = 0, what: str = "n") -> None:
     """Raise if `n` is no number of draws."""
     if n < least:
-        raise VarloraError(f"Expected `n` to be a number of draws >= {least}, but got {n}. The mean is `draws` 0.")
+        raise VarloraError(
+            f"Expected `{what}` to be a number of draws >= {least}, but got {n}. "
+            + ("Pass 0 for the mean." if not least else "The mean is no draw: `at_mean` gives it.")
+        )
 
 
 def check_tau(tau: float) -> None:

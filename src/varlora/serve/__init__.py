@@ -12,14 +12,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from varlora.data import collate
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.posterior.base import check_tau
-from varlora.predict import predict
+from varlora.posterior.base import check_draws, check_tau
+from varlora.predict import Predictor
 from varlora.predictions import Predictions, load_predictions
 from varlora.prompt import Encoded
 from varlora.serve.base import Limits, Use
@@ -32,6 +34,8 @@ __all__ = ["Limits", "Service", "make_service", "serve"]
 Say = Callable[[str], None]
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEPT = 4
+"""Ways to draw whose draws are kept: the service's own, and the latest that requests asked for."""
 HELD_OUT = "predictions-calibration.safetensors"
 
 
@@ -175,8 +179,8 @@ def _check_installed() -> None:
 def _check_use(samples: int | None, tau: float | None, risk: float | None, limits: Limits) -> None:
     from varlora.serve.abstain import check_risk
 
-    if samples is not None and samples < 0:
-        raise VarloraError(f"Expected `samples` to be a number of draws >= 0, but got {samples}. Pass 0 for the mean.")
+    if samples is not None:
+        check_draws(samples, what="samples")
     if tau is not None:
         check_tau(tau)
     if risk is not None:
@@ -192,14 +196,15 @@ def _default_use(loaded: Loaded, samples: int | None, tau: float | None) -> Use:
 
 
 def _draw(loaded: Loaded, seed: int) -> Callable[[Sequence[Encoded], Use], Tensor]:
-    calibrated = loaded.calibrated
     pad = int(loaded.tokenizer.pad_token_id or 0)
 
+    @lru_cache(maxsize=KEPT)
+    def predictor(use: Use) -> Predictor:
+        posterior = loaded.calibrated if use.calibrated else loaded.posterior
+        return Predictor(loaded.model, posterior, use.samples, use.tau, seed)
+
     def draw(rows: Sequence[Encoded], use: Use) -> Tensor:
-        posterior = calibrated if use.calibrated else loaded.posterior
-        tokens = max(len(row.input_ids) for row in rows) * len(rows)  # one batch: the engine has made it
-        settings: dict[str, Any] = {"samples": use.samples, "tau": use.tau, "seed": seed, "token_budget": tokens}
-        return predict(loaded.model, posterior, rows, pad_token_id=pad, **settings).logits
+        return predictor(use).logits(collate(rows, pad))
 
     return draw
 

@@ -22,6 +22,7 @@ from varlora.errors import VarloraError
 from varlora.metrics import average_probs, uncertainty
 from varlora.prompt import Encoded
 from varlora.serve.base import Draw, Drawn, Refused, Use, Watch
+from varlora.stack import out_of_memory
 
 __all__ = ["Engine", "Slots", "drawn_of"]
 
@@ -213,7 +214,7 @@ class Engine:
         try:
             return drawn_of(self.draw(rows, use), rows)
         except Exception as error:
-            memory = _is_memory(error)
+            memory = out_of_memory(error)
             if not memory:
                 refused = _refused(error)
             elif len(rows) > 1:
@@ -268,12 +269,6 @@ def drawn_of(logits: Tensor, rows: Sequence[Encoded]) -> list[Drawn | Refused]:
             values = {name: part[position].item() for name, part in parts._asdict().items()}
             found[i] = Drawn(probs[position, :count], draws[:, position, :count], values)
     return found
-
-
-def _is_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch on a CPU
-    )
 
 
 def _refused(error: Exception) -> Refused:
