@@ -61,8 +61,8 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/document.py
 	$(BIN)/python benchmarks/evidence/auto.py
 	$(BIN)/python benchmarks/evidence/scale.py
-	$(BIN)/python benchmarks/inference.py --document --limit 100 --runs \
-		$(wildcard runs/auto/demo-400/auto/*/ivon/seed0 runs/auto/demo-1600/auto/*/ivon/seed0)
+	$(BIN)/python benchmarks/inference.py --document
+	$(BIN)/python benchmarks/draws.py --document $$(echo runs/auto/demo-*00/auto/*/ivon/seed0)
 
 # Needs a CUDA device that holds Llama-2-7B in 16 bit.
 bench-gpu: $(VENV)/.installed

@@ -32,6 +32,10 @@ Samples = dict[str, dict[str, list[float]]]
 """candidate -> part -> one number for each round; `total` is the sum over the parts."""
 
 
+Titled = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""Title, columns and rows of a table."""
+
+
 # --- arguments ---
 
 
@@ -202,6 +206,17 @@ def _public(value: Any) -> Any:
         return value
     path = Path(value).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def in_document(text: str, marker: str, tables: Sequence[Titled]) -> str:
+    """Return a document with tables in Markdown between `<!-- marker -->` and `<!-- end -->`."""
+    parts = []
+    for title, columns, rows in tables:
+        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+        parts.append(f"{title}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    begin, end = f"<!-- {marker} -->\n", "<!-- end -->"
+    before, _, rest = text.partition(begin)
+    return before + begin + "\n".join(parts) + end + rest.partition(end)[2]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,20 +1,17 @@
-"""Ten draws for the price of fewer: stacked draws against the loop, and what the cheaper options cost in quality.
+"""Ten draws for the price of fewer: stacked draws against the loop and peft's mixed-adapter batches.
 
-Speed: class logits of S draws of B rows, by a loop of S passes, stacked in one pass, stacked with the last quarter of
-the layers drawn, and by peft's mixed-adapter batches (S adapters loaded, each for its own rows of S·B); random
-adapters, rows of 40 tokens. Beside each time stands the arithmetic of all linear layers at the rate of one large matrix
-product on this machine: the loop does it S times, and the stack cannot do less of it than its draws differ in.
+Class logits of S draws of B rows, by a loop of S passes, stacked in one pass, stacked with the last quarter of the
+layers drawn, and by peft's mixed-adapter batches (S adapters loaded, each for its own rows of S·B); random adapters,
+rows of 40 tokens. Beside each time stands its arithmetic at the rate of one large matrix product on this machine: the
+loop does that of one pass S times, and the stack cannot do less of it than its draws differ in. What the cheaper ways
+cost in NLL is in draws.py.
 
-Quality: finished runs, with few draws of each kind, against the average of many.
-
-    python benchmarks/inference.py --runs RUN ...
+    python benchmarks/inference.py
     python benchmarks/inference.py --device cuda --llama2-7b --out benchmarks/results/inference_gpu.json
 """
 
 from __future__ import annotations
 
-import os
-import statistics
 import sys
 import tempfile
 import time
@@ -30,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 import torch
 from _common import (
     ROOT,
+    Titled,
     count,
+    in_document,
     interleave,
     parser,
     peak,
@@ -45,26 +44,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import disable_progress_bar
 
-from varlora import metrics
 from varlora.blocks import patched, repeated
 from varlora.drawing import Drawing
 from varlora.model import LoRA, class_logits, load_model
 from varlora.params import copied
 from varlora.posterior import DiagonalGaussian
-from varlora.predict import predict
 from varlora.run import read_json, write_text
-from varlora.tasks import get_task
-from varlora.workflow import _encode, load, rows_of_split
 
 LENGTH, ANSWERS = 40, 4
 DOCUMENT = ROOT / "docs" / "inference.md"
-REFERENCE = 256
-"""Draws whose average stands for the posterior's."""
-KINDS = {
-    "independent": Drawing(),
-    "antithetic": Drawing(noise="antithetic"),
-    "latin": Drawing(noise="latin"),
-}
 
 
 # --- speed ---
@@ -199,45 +187,9 @@ def matmul_rate(model: nn.Module, device: torch.device) -> float:
     return best
 
 
-# --- quality ---
-
-
-def quality_of(run: Path, args: Any) -> dict[str, Any]:
-    """Return the NLL and the passes a row of one run, for each number and kind of draws."""
-    loaded = load(run)
-    task = get_task(loaded.settings.task)
-    examples = rows_of_split(task, task.evaluation, loaded.settings, print)[: args.limit]
-    rows = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, print).rows
-    layers = loaded.model.config.num_hidden_layers  # type: ignore[union-attr]
-
-    def numbers(samples: int, how: Drawing, seed: int = args.seed) -> dict[str, float]:
-        pad = loaded.tokenizer.pad_token_id or 0
-        made = predict(loaded.model, loaded.posterior, rows, pad_token_id=pad, samples=samples, how=how, seed=seed)
-        of = metrics.evaluate(made.probs, made.labels)
-        passes = float(made.meta.get("passes_a_row", samples))
-        return {"nll": of["nll"], "accuracy": of["accuracy"], "passes_a_row": passes}
-
-    quarter = max(1, layers // 4)
-    found: dict[str, Any] = {"rows": len(rows), "last_layers": quarter, "reference": numbers(REFERENCE, Drawing())}
-    found["few"] = {}
-    for n in args.few:
-        found["few"][str(n)] = {
-            name: [numbers(n, how, seed) for seed in range(args.repeats)] for name, how in KINDS.items()
-        }
-    ten = max(args.few)
-    found["last quarter"] = numbers(REFERENCE, Drawing(last_layers=quarter))
-    found["stop early"] = {
-        str(tolerance): numbers(4 * ten, Drawing(tolerance=tolerance)) for tolerance in (0.005, 0.01, 0.02, 0.04)
-    }
-    found["all draws"] = numbers(4 * ten, Drawing())
-    return found
-
-
 # --- tables ---
 
 
-Titled = tuple[str, list[str], list[list[str]]]
-"""Title, columns and rows of a table."""
 WAYS = ("loop", "mixed", "stack", "quarter")
 
 
@@ -261,50 +213,9 @@ def speed_table(name: str, found: dict[str, Any]) -> Titled:
     return title, columns, table
 
 
-def quality_tables(runs: dict[str, Any]) -> list[Titled]:
-    """Return the runs' average NLL above that of many draws, in percent."""
-    first = next(iter(runs.values()))
-
-    def above(pick: Callable[[dict[str, Any]], list[dict[str, float]]]) -> str:
-        parts = []
-        for found in runs.values():
-            mine = [one["nll"] for one in pick(found)]
-            parts.append(100 * (sum(mine) / len(mine) / found["reference"]["nll"] - 1))
-        error = statistics.stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else float("nan")
-        return f"{sum(parts) / len(parts):+.2f} ± {error:.2f}"
-
-    few = [
-        [n, *(above(lambda found, n=n, kind=kind: found["few"][n][kind]) for kind in KINDS)]  # type: ignore[misc]
-        for n in first["few"]
-    ]
-    less = [["last quarter of the layers", str(REFERENCE), above(lambda found: [found["last quarter"]])]]
-    for tolerance in first["stop early"]:
-        passes = [found["stop early"][tolerance]["passes_a_row"] for found in runs.values()]
-        cell = above(lambda found, tolerance=tolerance: [found["stop early"][tolerance]])  # type: ignore[misc]
-        less.append([f"tolerance {tolerance}", f"{sum(passes) / len(passes):.1f}", cell])
-    less.append(["all draws", f"{first['all draws']['passes_a_row']:.0f}", above(lambda found: [found["all draws"]])])
-    rise = f"NLL above that of {REFERENCE} independent draws, %"
-    return [
-        (f"{rise}, by number and kind of draws", ["draws", *KINDS], few),
-        (f"{rise}, of what leaves something out", ["", "draws a row", "NLL"], less),
-    ]
-
-
-def tables_of(found: dict[str, Any]) -> list[Titled]:
-    """Return all tables of a result."""
-    tables = [speed_table(name, of) for name, of in found["speed"].items()]
-    return tables + (quality_tables(found["quality"]) if found["quality"] else [])
-
-
 def documented(text: str, found: dict[str, Any]) -> str:
-    """Return the document with the tables of a result between its markers."""
-    parts = []
-    for title, columns, rows in tables_of(found):
-        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-        parts.append(f"{title}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
-    begin, end = "<!-- inference -->\n", "<!-- end -->"
-    before, _, rest = text.partition(begin)
-    return before + begin + "\n".join(parts) + end + rest.partition(end)[2]
+    """Return the document with the tables of a result."""
+    return in_document(text, "inference", [speed_table(name, of) for name, of in found["speed"].items()])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -315,11 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--draws", nargs="+", type=count, default=[1, 4, 10, 32], help="S (default: 1 4 10 32)")
     made.add_argument("--rows", nargs="+", type=count, default=[1, 8, 64], help="B (default: 1 8 64)")
     made.add_argument("--rounds", type=count, default=5, help="timed rounds (default: %(default)s)")
-    made.add_argument("--runs", nargs="*", type=Path, default=[], help="finished runs for the part on quality")
-    made.add_argument("--few", nargs="+", type=count, default=[2, 4, 8, 16], help="draws of each kind (2 4 8 16)")
-    made.add_argument("--repeats", type=count, default=3, help="seeds of few draws (default: %(default)s)")
     made.add_argument("--document", action="store_true", help="write the tables into docs/inference.md as well")
-    made.add_argument("--limit", type=count, default=200, help="rows of each run (default: %(default)s)")
     args = made.parse_args(argv)
     set_up(args)
     disable_progress_bar()
@@ -341,13 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 settings["dtype"] = "bfloat16"
             speed[name] = speed_of(base, settings, args, device)
             print_table(*speed_table(name, speed[name]))
-    quality = {}
-    for run in args.runs:
-        quality[os.path.join(*run.resolve().parts[-3:])] = quality_of(run, args)
-        print(f"quality of {run}", flush=True)
-    for table in quality_tables(quality) if quality else []:
-        print_table(*table)
-    write_result(args.out, "inference", args, device, speed=speed, quality=quality)
+    write_result(args.out, "inference", args, device, speed=speed)
     if args.document:
         write_text(DOCUMENT, documented(DOCUMENT.read_text(encoding="utf-8"), read_json(args.out)))
 

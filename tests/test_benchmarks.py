@@ -30,7 +30,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape", "inference"):
+        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape", "inference", "draws"):
             del sys.modules[name]
 
 
@@ -300,11 +300,9 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
         demo.main(arguments)
 
 
-def test_the_inference_benchmark_measures_speed_limits_and_quality(load, out, bundled, tmp_path, capsys):
+def test_the_inference_benchmark_measures_speed_and_limits(load, out, bundled):
     inference = load("inference")
-    run = helpers_run(tmp_path)
-    flags = "--draws 1 2 --rows 2 --rounds 2 --few 2 4 --repeats 1 --limit 8"
-    inference.main([*flags.split(), "--bases", str(bundled), "--runs", str(run), "--out", str(out)])
+    inference.main([*["--draws", "1", "2", "--rows", "2", "--rounds", "2"], "--bases", str(bundled), "--out", str(out)])
     written = json.loads(out.read_text())
     check_origin(written)
     base = written["speed"]["base"]
@@ -317,19 +315,28 @@ def test_the_inference_benchmark_measures_speed_limits_and_quality(load, out, bu
         assert ways["stack"]["differs_from_loop"] < 1e-4
         assert ways["mixed"]["differs_from_loop"] < 1e-4
         assert all(way["peak_bytes"] > 0 and way["limit_seconds"] > 0 for way in ways.values())
-    (quality,) = written["quality"].values()
-    assert quality["rows"] == 8
-    assert set(quality["few"]["2"]) == {"independent", "antithetic", "latin"}
-    assert 4 <= quality["stop early"]["0.04"]["passes_a_row"] <= quality["all draws"]["passes_a_row"] == 16
     page = inference.documented("before\n<!-- inference -->\nold\n<!-- end -->\nafter\n", written)
     assert "old" not in page
     assert "| loop / stack |" in page
     assert page.startswith("before")
     assert page.endswith("after\n")
-    assert "NLL" in capsys.readouterr().out
 
 
-def helpers_run(folder):
+def test_the_benchmark_of_cheaper_draws_measures_what_they_cost(load, out, tmp_path):
+    draws = load("draws")
+    run = trained_run(tmp_path)
+    draws.main([str(run), *["--few", "2", "4", "--repeats", "1", "--limit", "8"], "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    (found,) = written["runs"].values()
+    assert found["rows"] == 8
+    assert set(found["few"]["2"]) == {"independent", "antithetic", "latin"}
+    assert 4 <= found["stop early"]["0.04"]["passes_a_row"] <= found["all draws"]["passes_a_row"] == draws.LONG
+    assert found["calibrated"]["last quarter"]["tau"] in draws.TAUS
+    assert "| 2 |" in draws.documented("<!-- draws -->\n<!-- end -->", written)
+
+
+def trained_run(folder):
     """Train a run of a few steps on one of the demo's tasks."""
     from varlora.config import load_settings
     from varlora.demo.base import BUNDLED
@@ -342,8 +349,9 @@ def helpers_run(folder):
     return train(settings, say=lambda text: None)
 
 
-def test_the_document_on_inference_is_made_from_the_results(load):
-    inference = load("inference")
-    found = json.loads((FOLDER / "results" / "inference.json").read_text(encoding="utf-8"))
-    text = inference.DOCUMENT.read_text(encoding="utf-8")
-    assert inference.documented(text, found) == text
+@pytest.mark.parametrize("name", ["inference", "draws"])
+def test_the_document_on_inference_is_made_from_the_results(load, name):
+    script = load(name)
+    found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    text = script.DOCUMENT.read_text(encoding="utf-8")
+    assert script.documented(text, found) == text
