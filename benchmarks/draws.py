@@ -134,7 +134,7 @@ def tables_of(runs: dict[str, Any]) -> list[Titled]:
         (f"{rise}, by number and kind of draws", ["draws", *KINDS], few),
         (f"{rise}, of what leaves something out", ["draws", "a row", "NLL"], less),
         (
-            "NLL with the last quarter drawn above that of full draws, %, each with the best held-out tau and temperature",
+            "NLL with the last quarter drawn above that of full draws, %, with tau and temperature from held-out rows",
             ["draws", "NLL"],
             [[str(LONG), calibrated]],
         ),
