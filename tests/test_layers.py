@@ -69,7 +69,7 @@ WITHIN = {
     "params": {"errors"},
     "gradients": {"errors", "params"},
     "drawing": {"errors"},
-    "stack": {"params", "blocks", "drawing"},
+    "stack": {"errors", "params", "blocks", "drawing"},
     "posterior": {"errors", "params", "gradients", "drawing", "stack"},
     "curvature": {"errors", "drawing", "posterior"},
     "bootstrap": {"metrics"},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from varlora import blocks, stack
@@ -114,11 +115,11 @@ def check_same(model: nn.Module, posterior: Any, tolerance: float = 2e-5, batch:
     return found
 
 
-def stacks(model: nn.Module, posterior: Any, how: Drawing = PLAIN) -> stack.Stack:
+def stacks(model: nn.Module, posterior: Any, how: Drawing = PLAIN, batch: Any = BATCH) -> stack.Stack:
     """Return a stack that has run, to see how."""
     drawn = posterior.drawn(S, seeded(), how)
     with torch.no_grad():
-        drawn.logits(model, BATCH, class_logits)
+        drawn.logits(model, batch, class_logits)
     return drawn
 
 
@@ -161,8 +162,8 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-OTHERS = ("opt", "mixtral", "bloom", "falcon", "gptj", "qwen2_moe", "phi", "starcoder2", "gpt_bigcode", "mpt")
-"""Architectures whose blocks are not known by name."""
+FLAT = ("mixtral", "opt", "qwen2_moe")
+"""Architectures of which some layers see tokens without rows."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
@@ -185,13 +186,14 @@ def of_architecture(name: str, targets: Any = "all-linear") -> Any:
     return get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
 
 
-@pytest.mark.parametrize("name", [*blocks.FAMILIES, *OTHERS])
+@pytest.mark.parametrize("name", blocks.RESUMABLE)
 def test_every_architecture_gives_the_loops_logits(name):
     model = of_architecture(name)
     posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
     batch = BATCH if name != "mpt" else collate(ROWS[:1], 0)
     for last_layers in (None, 1):
         check_same(model, posterior, tolerance=2e-4, batch=batch, last_layers=last_layers)
+    assert stacks(model, posterior, batch=batch)._stackable == (name not in FLAT)
     known = name in blocks.FAMILIES
     last = model.get_submodule(block_path(model))[-1]
     after = blocks._ends_in(model, last, blocks.AFTER_ATTENTION)
@@ -202,6 +204,87 @@ def test_every_architecture_gives_the_loops_logits(name):
 def block_path(model: nn.Module) -> str:
     (path,) = {place[0] for name in trainable(model) if (place := blocks.block_of(name))}
     return path
+
+
+def test_what_is_the_same_is_computed_once(model, monkeypatch):
+    """Without either shortcut there is more arithmetic; with both, as much less as they say."""
+
+    def operations() -> int:
+        with FlopCounterMode(display=False) as counter:
+            stacks(model, gaussian(model), Drawing(tokens=10**6))
+        return int(counter.get_total_flops())
+
+    tokens, both = BATCH["input_ids"].numel(), operations()
+    attention, mlp = model.get_submodule(block_path(model))[0].self_attn, model.get_submodule(block_path(model))[-1].mlp
+    of_input = [attention.q_proj.base_layer, attention.k_proj, attention.v_proj.base_layer]
+    after = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    monkeypatch.setattr(blocks, "SEES_INPUT", ())
+    without = operations()
+    assert without - both == 2 * (S - 1) * tokens * sum(layer.weight.numel() for layer in of_input)
+    monkeypatch.setattr(blocks, "AFTER_ATTENTION", ())
+    others = S * (tokens - len(ROWS))
+    assert operations() - without == 2 * others * sum(layer.weight.numel() for layer in after)
+
+
+def scores(model: nn.Module, batch: Any) -> Tensor:
+    """Read every position, as the score of a text does."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits.log_softmax(-1)[..., :3].mean(1)
+
+
+def differences(model: nn.Module, batch: Any) -> Tensor:
+    """Call the model twice, as comparing with a blank prompt does."""
+    blank = {**batch, "input_ids": torch.full_like(batch["input_ids"], 7)}
+    return (class_logits(model, batch) - class_logits(model, blank)).nan_to_num()
+
+
+@pytest.mark.parametrize("forward", [scores, differences])
+@pytest.mark.parametrize("last_layers", [None, 1])
+def test_other_functions_of_the_model_are_stacked_without_leaving_anything_out(model, forward, last_layers):
+    posterior = gaussian(model)
+    with torch.no_grad():
+        found, expected = (
+            posterior.drawn(S, seeded(), Drawing(stacked=is_stacked, last_layers=last_layers)).logits(
+                model, BATCH, forward
+            )
+            for is_stacked in (True, False)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_below_the_last_layers_the_mean_stands_whatever_the_model_has():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](torch.tanh(self.layers[0](x)))
+
+    net, x = Net(), torch.randn(4, 3, generator=seeded(3))
+    net = nn.Sequential(net)
+    posterior = gaussian(net)
+    found, expected = (
+        posterior.drawn(S, seeded(), Drawing(stacked=is_stacked, last_layers=1)).logits(net, x, lambda m, b: m(b))
+        for is_stacked in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_to_transform_leave_the_blocks_below_alone():
+    """Without options, blocks below the first that has an adapter run once, also where the model must run whole."""
+    for name in ("llama", "gemma3_text"):
+        base = of_architecture(name).unload()
+        model = get_peft_model(
+            base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[2], init_lora_weights=False)
+        ).eval()
+        posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+        check_same(model, posterior, tolerance=2e-4)
+        known, blocks.RESUMABLE = blocks.RESUMABLE, ()
+        try:
+            check_same(model, posterior, tolerance=2e-4)
+        finally:
+            blocks.RESUMABLE = known
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -289,9 +372,11 @@ def test_a_layer_that_sees_other_rows_than_the_batch_is_not_stacked():
     class Router(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.before = nn.Linear(3, 3, bias=False)
             self.expert = nn.Linear(3, 2, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x)  # so that draws send other rows
             y = x[..., :2].clone()
             sent = x[:, 0] > 0
             y[sent] = self.expert(x[sent])
@@ -321,10 +406,35 @@ def test_a_layer_that_is_not_called_is_not_stacked():
     assert torch.equal(found, expected)
 
 
+def test_a_weight_of_two_layers_is_not_stacked():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    net, x = Net(), torch.randn(2, 3, generator=seeded(4))
+    posterior = gaussian(net)
+    found, expected = (posterior.drawn(S, seeded(), how).logits(net, x, lambda m, b: m(b)) for how in (PLAIN, LOOP))
+    assert torch.equal(found, expected)
+
+
+def test_one_draw_is_not_stacked(model):
+    drawn = gaussian(model).drawn(1, seeded())
+    assert not drawn._stackable
+    with torch.no_grad():
+        assert drawn.logits(model, BATCH, class_logits).shape[0] == 1
+    assert drawn.passes == len(ROWS)
+
+
 def test_compiled_models_are_drawn_one_after_the_other(model):
     """Their code is made for the layers as they are."""
     compiled = torch.compile(model, backend="eager")
     assert not stack.can_stack(compiled, BATCH)
+    assert not stack.can_stack(nn.DataParallel(nn.Linear(1, 1)), BATCH)
     assert stack.can_stack(model, BATCH)
 
 
@@ -483,11 +593,63 @@ def test_rows_of_which_none_settles_take_all_draws(model):
 
 def test_settled_needs_a_lead_and_a_small_error():
     sure = torch.tensor([[4.0, 0.0]]).repeat(4, 1, 1)
+    ahead = torch.tensor([[[0.16, 0.0]], [[0.0, 0.1]], [[0.16, 0.0]], [[0.0, 0.02]]])  # by 1.2 standard errors
     torn = torch.tensor([[[0.01, 0.0]], [[0.0, 0.01]], [[0.01, 0.0]], [[0.0, 0.01]]])
     wide = torch.tensor([[[4.0, 0.0]], [[0.5, 0.0]], [[4.0, 0.0]], [[0.5, 0.0]]])
     broken = torch.tensor([[4.0, torch.nan]]).repeat(4, 1, 1)
-    logits = torch.cat([sure, torn, wide, broken], 1)
-    assert stack.settled(logits, 0.05).tolist() == [True, False, False, False]
+    logits = torch.cat([sure, torn, wide, broken, ahead], 1)
+    assert stack.settled(logits, 0.05).tolist() == [True, False, False, False, False]
+
+
+def test_mirrored_draws_are_judged_by_pairs():
+    """Their average hardly moves, which single draws do not show; and where both of a pair are the same, it does."""
+    swing = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).repeat(4, 1)[:, None]  # (8, 1, 2): up and down
+    assert not stack.settled(swing, 0.02).item()
+    assert stack.settled(swing, 0.02, paired=True).item()
+    twice = torch.tensor([[2.0, 0.0], [2.0, 0.0], [1.0, 0.0], [1.0, 0.0]]).repeat(2, 1)[:, None]
+    error = twice.double().softmax(-1)[::2].std(0).max() / 2  # of four pairs
+    assert not stack.settled(twice, float(error) * 0.99, paired=True).item()
+    assert stack.settled(twice, float(error) * 1.01, paired=True).item()
+
+
+@pytest.mark.parametrize("noise", ["independent", "antithetic"])
+def test_a_row_may_settle_on_the_way(model, noise):
+    """At 8 of 16 draws: neither at the first stop nor never."""
+    posterior, how = gaussian(model, scale=0.1), Drawing(noise=noise)
+    whole = logits(model, posterior, how, n=32)
+    least, stop, paired = (4, 8, False) if noise == "independent" else (8, 16, True)
+    found = 0
+    for tolerance in (0.005, 0.01, 0.02, 0.03, 0.05):
+        early = logits(model, posterior, Drawing(noise=noise, tolerance=tolerance), n=32)
+        at = stack.settled(whole[:stop], tolerance, paired) & ~stack.settled(whole[:least], tolerance, paired)
+        for row in at.nonzero()[:, 0].tolist():
+            found += 1
+            expected = whole[:stop, row].repeat(32 // stop, 1)
+            torch.testing.assert_close(early[:, row], expected, rtol=2e-5, atol=2e-5)
+    assert found
+    assert not stack.settled(whole[:4], 0.005).all()
+
+
+def test_members_of_a_mixture_settle_by_themselves(model):
+    """Each keeps its share, however early one of them stops."""
+    quiet, loud = gaussian(model, scale=0.01), gaussian(model, seed=7, scale=0.5)
+    drawn = Mixture([quiet, loud]).drawn(32, seeded(), Drawing(tolerance=0.02))
+    with torch.no_grad():
+        found = drawn.logits(model, BATCH, class_logits)
+    assert len(found) == 32
+    assert drawn.passes < 32 * len(ROWS)
+    made = [[len(found[start::2, row].unique(dim=0)) for row in range(len(ROWS))] for start in (0, 1)]
+    assert min(made[0]) == 4
+    assert min(made[1]) > 4
+    assert drawn.how.tolerance == 0.02
+
+
+def test_a_mixture_within_one_loses_no_member(model):
+    points = [Point(random_like(model, 0.3, seed)) for seed in range(3)]
+    nested = Mixture([Mixture(points[:2]), points[2]])
+    found = logits(model, nested, PLAIN, n=2)
+    alone = [logits(model, one, LOOP)[0] for one in points]
+    torch.testing.assert_close(found, torch.stack([alone[0], alone[2], alone[1], alone[2]]), rtol=2e-5, atol=2e-5)
 
 
 def test_predictions_say_how_they_were_made(model):
@@ -499,6 +661,8 @@ def test_predictions_say_how_they_were_made(model):
         "tolerance": "0.05",
     }
     assert 4 <= float(found.meta["passes_a_row"]) <= 8
+    linear = predict(model, Linearised(gaussian(model)), ROWS, pad_token_id=0, samples=8, how=how)
+    assert not {"noise", "last_layers", "tolerance", "passes_a_row"} & set(linear.meta)  # none of it was done
     plain = predict(model, gaussian(model), ROWS, pad_token_id=0, samples=8)
     assert not {"noise", "last_layers", "tolerance", "passes_a_row"} & set(plain.meta)
 
@@ -508,5 +672,11 @@ def test_wrong_settings_are_told_together():
         Drawing(noise="sobol", last_layers=0, tolerance=2.0, tokens=0)  # type: ignore[arg-type]
     for name in ("noise", "last_layers", "tolerance", "tokens"):
         assert f"`{name}`" in str(caught.value)
+    outside = DiagonalGaussian(
+        {"layers.1.w.weight": torch.ones(1, 1)} | {"head.weight": torch.ones(1, 1)},
+        {"layers.1.w.weight": torch.ones(1, 1), "head.weight": torch.ones(1, 1)},
+    )
+    with pytest.raises(VarloraError, match=r"`head\.weight` lies outside"):
+        outside.drawn(2, seeded(), Drawing(last_layers=1))
     with pytest.raises(VarloraError, match="number of draws >= 1"):
         Point({"w": torch.ones(1)}).drawn(0, seeded())

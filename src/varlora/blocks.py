@@ -14,7 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["block_of", "first_output_shared", "last_position", "patched", "resumed", "state_at"]
+__all__ = [
+    "block_of",
+    "blocks_at",
+    "first_output_shared",
+    "last_position",
+    "patched",
+    "repeated",
+    "resumable",
+    "resumed",
+    "state_at",
+]
 
 NUMBERED = re.compile(r"(.+?)\.(\d+)\.")
 
@@ -36,6 +46,11 @@ FAMILIES = (
     "stablelm",
 )
 """Architectures whose blocks are attention and an MLP under the names below; a test compares each with a plain pass."""
+RESUMABLE = (
+    *FAMILIES,
+    *("bloom", "falcon", "gpt_bigcode", "gptj", "mixtral", "mpt", "opt", "phi", "qwen2_moe", "starcoder2"),
+)
+"""Architectures of which a later block needs nothing of the earlier ones but their hidden states; tested as well."""
 SEES_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "attn.c_attn")
 """Ends of the names of layers that see a block's input, or its norm."""
 AFTER_ATTENTION = ("o_proj", "attn.c_proj", "attention.dense", "mlp")
@@ -146,7 +161,7 @@ def first_output_shared(model: nn.Module, block: nn.Module, copies: int, drawn: 
     apart = {id(module) for module in drawn}
     with patched(
         (layer, once(layer.forward))
-        for layer in _ends_in(model, block, SEES_INPUT)
+        for layer in (getattr(adapted, "base_layer", adapted) for adapted in _ends_in(model, block, SEES_INPUT))
         if not any(id(part) in apart for part in layer.modules())
     ):
         yield
@@ -171,14 +186,21 @@ def last_position(model: nn.Module, block: nn.Module) -> Iterator[None]:
 
 
 def _ends_in(model: nn.Module, block: nn.Module, ends: tuple[str, ...]) -> list[nn.Module]:
-    """Return a block's layers by the ends of their names: of an adapted one for `SEES_INPUT` the base."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in FAMILIES:
+    """Return a block's layers by the ends of their names."""
+    if architecture(model) not in FAMILIES:
         return []
-    found = [layer for name, layer in block.named_modules() if name.endswith(ends)]
-    if ends is SEES_INPUT:
-        return [getattr(layer, "base_layer", layer) for layer in found]
-    return found
+    return [layer for name, layer in block.named_modules() if name.endswith(ends)]
+
+
+def architecture(model: nn.Module) -> str | None:
+    """Return what transformers calls the model's type."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "model_type", None)
+
+
+def resumable(model: nn.Module) -> bool:
+    """Whether a model can go on at a block from hidden states alone."""
+    return architecture(model) in RESUMABLE
 
 
 def blocks_at(model: nn.Module, path: str) -> nn.ModuleList | None:

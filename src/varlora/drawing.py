@@ -16,7 +16,11 @@ from varlora.errors import ConfigError
 __all__ = ["PLAIN", "Draw", "Drawing", "Drawn", "Forward", "Latin", "Source", "normal", "uniform"]
 
 Forward = Callable[[nn.Module, Any], Tensor]
-"""`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable."""
+"""`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable.
+
+A function with the attribute `last_position_alone` set calls the model once, with rows padded on the left, and reads
+the last position alone; then more need not be computed.
+"""
 
 NOISES = ("independent", "antithetic", "latin")
 
@@ -34,7 +38,7 @@ class Drawing:
     """Run the draws as one batch wherever the model allows it; else one after the other."""
     noise: Literal["independent", "antithetic", "latin"] = "independent"
     """`antithetic`: every second draw mirrors the one before it at the mean (Hammersley and Morton 1956). `latin`: each
-    weight's S draws lie in S equally probable ranges, one in each (McKay et al. 1979)."""
+    number that the S draws are made of lies once in each of S equally probable ranges (McKay et al. 1979)."""
     last_layers: int | None = None
     """Draw only the adapter's last so many layers; those below stay at the mean and are computed once. None: all."""
     tolerance: float | None = None
@@ -81,6 +85,11 @@ class Draw(NamedTuple):
 
 class Drawn(Protocol):
     """A posterior whose draws are made: S fixed models, the same for every batch."""
+
+    @property
+    def how(self) -> Drawing:
+        """How the draws were made, as far as that was followed."""
+        ...
 
     @property
     def passes(self) -> int:

@@ -256,6 +256,9 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return logits.masked_fill(~answer_mask, float("-inf"))
 
 
+class_logits.last_position_alone = True  # type: ignore[attr-defined]  # see varlora.drawing.Forward
+
+
 def _base(
     source: str, config: Any, dtype: torch.dtype, quantization: str | None, device: torch.device, hub: dict[str, Any]
 ) -> Any:

@@ -127,8 +127,8 @@ def predict(
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
     meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
     if predictor.draws is not None:
-        meta |= how.changed()
-        if how.tolerance is not None:
+        meta |= predictor.draws.how.changed()
+        if predictor.draws.how.tolerance is not None:
             meta["passes_a_row"] = f"{predictor.draws.passes / len(rows):.4g}"
     ids = tuple(row.id for row in rows)
     return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,19 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from varlora.blocks import (
+    architecture,
     block_of,
     blocks_at,
     first_output_shared,
     last_position,
     patched,
     repeated,
+    resumable,
     resumed,
     state_at,
 )
 from varlora.drawing import PLAIN, Draw, Drawing, Forward
+from varlora.errors import VarloraError
 from varlora.params import check_same_parameters, swapped, trainable
 
-__all__ = ["Stack", "stacked"]
+__all__ = ["Stack", "out_of_memory", "stacked"]
 
 THREAD_TOKENS = 1024
 """Tokens a pass for each thread of a CPU: more no longer fit into its caches. Not by the memory that is free, on which
@@ -32,7 +36,9 @@ the bits would depend."""
 FREE_SHARE = 0.7
 """Share of a GPU's free memory that a pass may take."""
 LEAST_DRAWS = 4
-"""Draws before a row may be called settled."""
+"""Draws, or pairs of antithetic ones, before a row may be called settled."""
+TIME_MAJOR = ("xlnet",)
+"""Architectures whose layers see (T, B, D)."""
 
 
 class NotStacked(Exception):
@@ -43,10 +49,13 @@ class Stack:
     """S draws of a posterior's weights.
 
     Args:
-        draws: each draw's weights by parameter name, D of them that differ.
+        draws: each draw's weights by parameter name, D of them that differ; they are used up.
         order: the S draws as numbers of those; left out: each once.
         mean: the posterior's mean by parameter name, for layers that are not drawn.
         how: how they are run.
+
+    Raises:
+        VarloraError: the last layers alone are to be drawn, and the weights do not lie in one list of layers.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -57,18 +66,24 @@ class Stack:
 
     def __init__(
         self,
-        draws: Sequence[Mapping[str, Tensor]],
+        draws: Sequence[dict[str, Tensor]],
         order: Sequence[int] | None = None,
         mean: Mapping[str, Tensor] | None = None,
         how: Drawing = PLAIN,
     ) -> None:
         self.how = how
         self.order = list(range(len(draws)) if order is None else order)
-        names = draws[0].keys()
+        names = sorted(draws[0])
         places = {name: block_of(name) for name in names}
         lists = {place[0] for place in places.values() if place}
         numbers = sorted({place[1] for place in places.values() if place})
         self.path = lists.pop() if len(lists) == 1 and all(places.values()) else None
+        if how.last_layers and self.path is None:
+            raise VarloraError(
+                "Expected an adapter within one list of layers to draw the last of them alone, but "
+                f"`{next((name for name, place in places.items() if not place), names[0])}` lies outside. "
+                "Leave `last_layers` out."
+            )
         self.first = 0
         self.below: dict[str, Tensor] = {}
         if self.path is not None:
@@ -76,13 +91,13 @@ class Stack:
             self.first = drawn[0]
             if mean is not None:
                 self.below = {name: mean[name] for name, place in places.items() if place and place[1] < self.first}
-        self.weights = {
-            name: torch.stack([draw[name] for draw in draws]) for name in sorted(names) if name not in self.below
-        }
+        # name by name, so that little is there twice
+        stacks = {name: torch.stack([draw.pop(name) for draw in draws]) for name in names if name not in self.below}
+        self.weights = stacks
         """(D, *shape) by parameter name."""
         self.passes = 0
         """Rows that were run, each draw counted."""
-        self._stackable = how.stacked
+        self._stackable = how.stacked and (len(draws) > 1 or self.first > 0)  # one draw gains nothing
         self._tokens = how.tokens
 
     def __len__(self) -> int:
@@ -120,13 +135,14 @@ class Stack:
 
     def _until_settled(self, model: nn.Module, batch: Any, forward: Forward, tolerance: float) -> Tensor:
         """Return the logits of each draw; of rows that settled early, the draws so far again, each as often."""
-        total = self.distinct
-        stops = [n for n in range(LEAST_DRAWS, total) if total % n == 0] + [total]
+        total, paired = self.distinct, self.how.noise == "antithetic"
+        least = 2 * LEAST_DRAWS if paired else LEAST_DRAWS
+        stops = [n for n in range(least, total) if total % n == 0 and not (paired and n % 2)] + [total]
         made = self._run(model, batch, forward, 0, stops[0])
-        logits = made.repeat(-(-total // stops[0]), 1, 1)[:total]
+        logits = made.repeat(total // stops[0], 1, 1)
         going = torch.arange(made.shape[1], device=made.device)
         for start, stop in itertools.pairwise(stops):
-            going = going[~settled(logits[:start, going], tolerance)]
+            going = going[~settled(logits[:start, going], tolerance, paired)]
             if not len(going):
                 break
             logits[start:stop, going] = self._run(model, rows_of(batch, going), forward, start, stop)
@@ -149,49 +165,55 @@ class Stack:
 
     def _chunks(self, model: nn.Module, batch: Any, forward: Forward, start: int, stop: int) -> Tensor:
         """Run as many draws a pass as there is room for; where memory runs out, half as many from then on."""
-        parameters, first = trainable(model), {name: value[0] for name, value in self.weights.items()}
-        check_same_parameters({name: parameters[name] for name in first if name in parameters}, first, "the new values")
+        parameters, one = trainable(model), {name: value[0] for name, value in self.weights.items()}
+        check_same_parameters({name: parameters[name] for name in one if name in parameters}, one, "the new values")
+        layers = owners(model, self.weights)
         rows, width = size_of(batch)
         device = next(iter(parameters.values())).device
-        blocks = blocks_at(model, self.path) if self.path is not None and isinstance(batch, Mapping) else None
-        state = like = None
-        if blocks is not None and self.first > 0:
-            with swapped(model, self.below):
-                state, like = state_at(blocks, self.first, lambda: forward(model, batch))
+        blocks = state = like = None
+        if self.path is not None and isinstance(batch, Mapping) and getattr(forward, "last_position_alone", False):
+            blocks = blocks_at(model, self.path)
         logits: list[Tensor] = []
-        while start < stop:
-            count = min(stop - start, self._room(device) // (rows * width) or 1)
-            weights = {name: value[start : start + count] for name, value in self.weights.items()}
-            try:
-                with ExitStack() as within:
-                    if blocks is not None:
-                        if state is not None:
-                            within.enter_context(resumed(blocks, self.first, state.repeat(count, 1, 1), like))
-                        within.enter_context(last_position(model, blocks[-1]))
-                        drawn = owners(model, weights)
-                        within.enter_context(first_output_shared(model, blocks[self.first], count, drawn))
-                    within.enter_context(self._measured(rows * width * count, device))
-                    within.enter_context(stacked(model, weights, rows))
-                    found = forward(model, repeated(batch, count))
-            except Exception as error:
-                if count == 1 or not out_of_memory(error):
-                    raise
-                self._tokens = rows * width * (count // 2)
-            else:
-                logits.append(found.view(count, rows, -1))
-                start += count
-                self.passes += count * rows
+        with swapped(model, self.below):
+            if blocks is not None and self.first > 0 and resumable(model):
+                state, like = state_at(blocks, self.first, lambda: forward(model, batch))
+            while start < stop:
+                count = min(stop - start, self._room(device) // (rows * width) or 1)
+                weights = {name: value[start : start + count] for name, value in self.weights.items()}
+                try:
+                    with ExitStack() as within:
+                        if blocks is not None:
+                            if state is not None:
+                                within.enter_context(resumed(blocks, self.first, state.repeat(count, 1, 1), like))
+                            within.enter_context(last_position(model, blocks[-1]))
+                            if state is not None or self.first == 0:  # else the copies share no input
+                                shared = first_output_shared(model, blocks[self.first], count, layers)
+                                within.enter_context(shared)
+                        within.enter_context(self._measured(rows * width * count, device))
+                        within.enter_context(stacked(layers, weights, rows, batch))
+                        found = forward(model, repeated(batch, count))
+                except Exception as error:
+                    if count == 1 or not out_of_memory(error):
+                        raise
+                    self._tokens = rows * width * (count // 2)
+                else:
+                    logits.append(found.view(count, rows, -1))
+                    start += count
+                    self.passes += count * rows
         return torch.cat(logits)
 
     def _room(self, device: torch.device) -> int:
         """Return the tokens of a pass; on a GPU one draw alone goes first, which shows what a token takes."""
-        if self._tokens is None and device.type == "cpu":
+        if self._tokens is None and device.type != "cuda":
             self._tokens = THREAD_TOKENS * torch.get_num_threads()
         return self._tokens or 0
 
     @contextmanager
     def _measured(self, tokens: int, device: torch.device) -> Iterator[None]:
-        """Find out on a GPU how many tokens there is room for, from the memory that the first pass takes."""
+        """Find out on a GPU how many tokens there is room for, from the memory that the first pass takes.
+
+        It resets the device's peak statistics.
+        """
         if self._tokens is not None:
             yield
             return
@@ -204,59 +226,66 @@ class Stack:
 
 
 @contextmanager
-def stacked(model: nn.Module, weights: Mapping[str, Tensor], rows: int) -> Iterator[None]:
-    """Within the context, the linear layers of some weights have S of them, each for its own rows of the batch.
+def stacked(
+    layers: Mapping[nn.Linear, Mapping[str, str]], weights: Mapping[str, Tensor], rows: int, batch: Any
+) -> Iterator[None]:
+    """Within the context, linear layers have S weights, each for its own rows of the batch; their own are unused.
 
     Args:
-        model: the model; its own weights stay where they are, unused.
-        weights: (S, *shape) by parameter name, weights and biases of linear layers.
-        rows: rows B of each; the batch holds S·B, draw after draw.
+        layers: what `owners` returned.
+        weights: (S, *shape) by parameter name.
+        rows: rows B of each; the model is given S·B, draw after draw.
+        batch: the B rows, for their width.
 
     Raises:
-        NotStacked: a layer was not called, or with something else than S·B rows.
+        NotStacked: a layer was not called, or with something else than those rows.
     """
     draws = len(next(iter(weights.values())))
+    width = size_of(batch)[1] if isinstance(batch, Mapping) else None
     called: set[int] = set()
 
-    def of(layer: nn.Linear, own: Mapping[str, Tensor]) -> Any:
+    def of(layer: nn.Linear, names: Mapping[str, str]) -> Any:
         def forward(x: Tensor) -> Tensor:
             if x.dim() < 2 or len(x) != draws * rows:
+                raise NotStacked
+            if width is not None and (x.dim() < 3 or x.shape[1] not in (1, width)):
                 raise NotStacked
             called.add(id(layer))
             flat = x.reshape(draws, -1, x.shape[-1])  # (S·B, ..., in) -> (S, B·..., in)
             dtype = layer.weight.dtype
-            weight = own["weight"].to(x.device, dtype)  # (S, out, in)
-            bias = own.get("bias")
-            if bias is None:
-                y = torch.bmm(flat, weight.mT)
+            weight = weights[names["weight"]].to(x.device, dtype)  # (S, out, in)
+            if "bias" in names:
+                y = torch.baddbmm(weights[names["bias"]].to(x.device, dtype)[:, None], flat, weight.mT)
             else:
-                y = torch.baddbmm(bias.to(x.device, dtype)[:, None], flat, weight.mT)
+                y = torch.bmm(flat, weight.mT)
             return y.view(*x.shape[:-1], -1)
 
         return forward
 
-    layers = owners(model, weights)
-    with patched((layer, of(layer, own)) for layer, own in layers.items()):
+    with patched((layer, of(layer, names)) for layer, names in layers.items()):
         yield
     if len(called) < len(layers):
         raise NotStacked
 
 
-def owners(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[nn.Linear, dict[str, Tensor]]:
-    """Return the linear layers that the weights are of, and what each has of them.
+def owners(model: nn.Module, names: Iterable[str]) -> dict[nn.Linear, dict[str, str]]:
+    """Return the linear layers that parameters are of, and by what name each has its weight and its bias.
 
     Raises:
-        NotStacked: a weight is of something else.
+        NotStacked: a parameter is of something else, or of more than one module.
     """
-    found: dict[nn.Linear, dict[str, Tensor]] = {}
-    for name, value in weights.items():
+    found: dict[nn.Linear, dict[str, str]] = {}
+    for name in names:
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path)
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             raise NotStacked
-        found.setdefault(layer, {})[leaf] = value
+        found.setdefault(layer, {})[leaf] = name
+    users = Counter(id(p) for part in model.modules() for p in part._parameters.values() if p is not None)
     for layer, own in found.items():
         if "weight" not in own or (layer.bias is not None and "bias" not in own):
+            raise NotStacked
+        if any(users[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
             raise NotStacked
     return found
 
@@ -265,8 +294,8 @@ def can_stack(model: nn.Module, batch: Any) -> bool:
     """Whether several draws of a model can pass as one batch, as far as can be seen before."""
     if not isinstance(batch, Tensor) and not (isinstance(batch, Mapping) and "input_ids" in batch):
         return False
-    if isinstance(model, nn.DataParallel):  # it divides the batch by itself
-        return False
+    if isinstance(model, nn.DataParallel) or architecture(model) in TIME_MAJOR:
+        return False  # the one divides the batch by itself, the other turns it around
     # compiled code would be compiled anew for each pass
     return not any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
@@ -284,15 +313,18 @@ def rows_of(batch: Any, index: Tensor) -> Any:
     return batch[index.to(batch.device)]
 
 
-def settled(logits: Tensor, tolerance: float) -> Tensor:
+def settled(logits: Tensor, tolerance: float, paired: bool = False) -> Tensor:
     """Return whether more draws would change neither a row's answer nor its probabilities, (B,) bool.
 
     Args:
         logits: (n, B, C), n >= 2.
         tolerance: standard error that every averaged probability is to have at the most; the first answer's lead over
             the second has to be more than two of its own.
+        paired: every second draw depends on the one before it, so that pairs are what is independent.
     """
     probs = logits.double().softmax(-1)
+    if paired:
+        probs = probs.unflatten(0, (-1, 2)).mean(1)
     root = math.sqrt(len(probs))
     close = (probs.std(0) / root).amax(-1) <= tolerance
     if probs.shape[-1] < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -77,7 +77,9 @@ class Linearised:
     def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
         """The predictive with the noise of max(n, 256) draws fixed; they are antithetic, whatever `how` says."""
         check_draws(n, 1)
-        return _LinearisedDraws(self, n, generator.device, generator.get_state())
+        state = generator.get_state()
+        torch.rand(1, generator=generator, device=generator.device)  # so that the next draws are others
+        return _LinearisedDraws(self, n, generator.device, state)
 
     def scale(self, tau: float) -> Linearised:
         """Return the predictive with `tau` times the covariance."""
@@ -98,27 +100,20 @@ class Linearised:
         return cls(cast(Gaussian, weights))
 
 
-@dataclass(frozen=True)
 class _LinearisedDraws:
-    """Draws of the logits, from the same noise for every batch."""
+    """Draws of the logits, from the same noise for every batch: that of a generator in a given state."""
 
-    of: Linearised
-    n: int
-    device: torch.device
-    state: Tensor
-    """Of the generator that the noise comes from."""
-    rows: list[int] = field(default_factory=list)
-    """Of each batch."""
+    how = PLAIN
 
-    @property
-    def passes(self) -> int:
+    def __init__(self, of: Linearised, n: int, device: torch.device, state: Tensor) -> None:
+        self.of, self.n, self.device, self.state = of, n, device, state
+        self.passes = 0
         """Rows that went through a model so far: once each, whatever the draws."""
-        return sum(self.rows)
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
         logits, covariance = self.of.covariance(model, batch, forward)
-        self.rows.append(len(logits))
+        self.passes += len(logits)
         return gaussian_logits(logits, covariance, max(self.n, DRAWS), self._source())
 
     def models(self) -> list[Draw]:

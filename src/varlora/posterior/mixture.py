@@ -81,12 +81,13 @@ class Mixture:
             for member, share, seed in zip(self.members, shares, seeds)
         ]
         stacks = [part for part in parts if isinstance(part, Stack)]
-        if len(stacks) < len(parts) or how.last_layers:  # whose members differ below the layers that are drawn
+        # members differ below the last layers, and each has its own error to stop at
+        if len(stacks) < len(parts) or how.last_layers or how.tolerance:
             return _MixedDraws(parts, shares)
         starts = itertools.accumulate((stack.distinct for stack in stacks), initial=0)
         orders = [[start + index for index in stack.order] for start, stack in zip(starts, stacks)]
         draws = [draw for stack in stacks for draw in stack.draws()]
-        return Stack(draws, in_turn(orders, shares), how=how)
+        return Stack(draws, mixed(orders, shares), how=how)
 
     def scale(self, tau: float) -> Mixture:
         """Scale each member's variance; the spread between members stays."""
@@ -115,30 +116,38 @@ class _MixedDraws:
     """How many of them each gives."""
 
     @property
+    def how(self) -> Drawing:
+        """How those draws were made that had a choice."""
+        return next((part.how for part in self.parts if part.how != PLAIN), PLAIN)
+
+    @property
     def passes(self) -> int:
         """Rows that went through a model so far, counted once a draw."""
         return sum(part.passes for part in self.parts)
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
-        return torch.stack(self._mixed([list(part.logits(model, batch, forward)) for part in self.parts]))
+        return torch.stack(mixed([list(part.logits(model, batch, forward)) for part in self.parts], self.shares))
 
     def models(self) -> list[Draw]:
         """The members' draws in turn."""
-        return self._mixed([part.models() for part in self.parts])
-
-    def _mixed(self, draws: Sequence[Sequence[T]]) -> list[T]:
-        most = max(map(len, draws))
-        # where the draws of one cost nothing, it gives more than it was asked for, and so do the others
-        return in_turn(draws, [most] * len(draws) if most > max(self.shares) else self.shares)
+        return mixed([part.models() for part in self.parts], self.shares)
 
 
-def in_turn(of_each: Sequence[Sequence[T]], shares: Sequence[int]) -> list[T]:
+def mixed(of_each: Sequence[Sequence[T]], shares: Sequence[int]) -> list[T]:
     """Take as much of each as its share is, one at a time from each in turn, and what there is again where it ends.
 
+    One that has more than its share gives it all, be it that its draws cost nothing or that it has members of its own,
+    and then so do the others.
+
     Example:
-        >>> in_turn(["ab", "x"], [3, 2])
+        >>> mixed(["ab", "x"], [3, 2])
         ['a', 'x', 'b', 'x', 'a']
+        >>> mixed(["ab", "x"], [1, 1])
+        ['a', 'x', 'b', 'x']
     """
+    most = max(map(len, of_each))
+    if most > max(shares):
+        shares = [most] * len(of_each)
     turns = range(max(shares))
     return [of[turn % len(of)] for turn in turns for of, share in zip(of_each, shares) if turn < share]

@@ -87,6 +87,11 @@ class _TemperedDraws:
     temperature: float
 
     @property
+    def how(self) -> Drawing:
+        """How the inner draws were made."""
+        return self.inner.how
+
+    @property
     def passes(self) -> int:
         """Rows that went through a model so far, counted once a draw."""
         return self.inner.passes
