@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -409,7 +410,14 @@ def serving(fake: Any) -> Iterator[str]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with listening(Handler) as url:
+        yield url
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Listen on a free port, and give its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -497,9 +505,91 @@ def test_what_the_client_cannot_do_it_says(
     done = run_client(out, "--prompt", "Is it?", "--answers", "Perhaps", "--url", url)
     assert "Known: False, True" in done.stderr
     done = run_client(out, "--input", "-", stdin="no json")
-    assert "line 1 of standard input" in done.stderr
+    assert "line 1: Expected" in done.stderr
     for refused in ("file:///etc/passwd", "localhost:8000"):
         with pytest.raises(client.Failure, match="http://"):
             client.Server(refused)
     with pytest.raises(client.Failure, match="chat template"):
         client.Server("http://x", "sglang").logprobs_of("mean", "?", [{"id": 1}], True)
+
+
+class Saying:
+    """A server that replies by a function of the prompt, and keeps what it was sent."""
+
+    def __init__(self, values: Callable[[str], Sequence[Any]]) -> None:
+        self.values, self.seen = values, []
+
+    def reply(self, path: str, body: dict[str, Any]) -> Any:
+        self.seen.append((path, body))
+        top = {f"token_id:{id}": value for id, value in zip(body["logprob_token_ids"], self.values(body["prompt"]))}
+        return {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
+
+
+@pytest.mark.parametrize("values", [(math.nan, math.nan), (-math.inf, -math.inf), (-1.0, math.nan), (None, -1.0)])
+def test_probabilities_that_are_none_are_an_error(exported: tuple[Path, Path], values: tuple[Any, Any]) -> None:
+    """As a server sends them whose logits overflow in 16 bit."""
+    with serving(Saying(lambda prompt: values)) as url:
+        done = run_client(exported[1], "--prompt", "Is it?", "--url", f"{url}/v1")
+    assert done.returncode == 1
+    assert "overflow" in json.loads(done.stdout)["error"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_question_that_fails_does_not_end_the_others(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"id": "a", "prompt": "bad"},
+        {"prompt": "Is it?", "answers": 3},
+        {"id": "c", "prompt": 5},
+        "no object",
+        {"id": "e", "prompt": "Is it?", "answers": "True"},
+        {"id": "f", "prompt": "Is it?", "answers": ["Perhaps"]},
+        {"id": "g", "prompt": "Is it\u2028so?"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    server = Saying(lambda prompt: (math.nan,) * 2 if prompt == "bad" else (-1.0, -1.0))
+    with serving(server) as url:
+        done = run_client(exported[1], "--input", tmp_path / "rows.jsonl", "--url", f"{url}/v1")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in found] == ["a", "1", "c", "3", "e", "f", "g"]
+    for row, why in zip(found, ("overflow", "answers", "all of it text", "prompt", "all of it text", "Known: ")):
+        assert why in row["error"]
+    assert found[-1]["probabilities"] == {"False": 0.5, "True": 0.5}
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_goes_where_it_is_meant_to_and_nowhere_else(
+    exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-for-this-server")
+    monkeypatch.setenv("MY_KEY", "sk-mine\n")
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_error(404)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with listening(Handler) as url:
+        done = run_client(exported[1], "--prompt", "Is it?", "--url", url)
+        assert "/elsewhere" in json.loads(done.stdout)["error"]
+        assert {key for _, key in seen} == {None}
+        run_client(exported[1], "--prompt", "Is it?", "--url", url, "--api-key-env", "MY_KEY")
+        assert {key for _, key in seen} == {None, "Bearer sk-mine"}
+        assert {path for path, _ in seen} == {"/completions"}
+        monkeypatch.setenv("MY_KEY", "sk-\u2026")
+        for name in ("MY_KEY", "NO_SUCH_KEY"):
+            done = run_client(exported[1], "--prompt", "Is it?", "--url", url, "--api-key-env", name)
+            assert done.returncode == 1
+            assert f"by the name {name}" in done.stderr
+            assert "sk-" not in done.stderr
