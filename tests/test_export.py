@@ -45,8 +45,9 @@ from varlora.posterior import (
     Posterior,
     Tempered,
 )
+from varlora.prompt import encode
 from varlora.run import file_digest, write_json
-from varlora.tasks import get_task, load_rows
+from varlora.tasks import Example, get_task, load_rows
 from varlora.workflow import Loaded, _encode, answer_rows, load, train
 
 ASSETS = Path(__file__).parent / "assets"
@@ -302,6 +303,22 @@ def test_without_rows_the_answers_have_to_be_given(exported: tuple[Path, Path], 
         export(run_dir, tmp_path / "out", samples=1, say=silent)
     manifest = export(run_dir, tmp_path / "out", samples=1, answers=["True", "False"], say=silent)
     assert [token["answer"] for token in manifest["answers"][0]] == ["True", "False"]
+
+
+def test_the_answers_tokens_are_those_of_training_whatever_ends_the_prompt(
+    exported: tuple[Path, Path], trained: Loaded, tmp_path: Path
+) -> None:
+    """Also where no prompt was there to look at."""
+    given = export(exported[0], tmp_path / "out", samples=0, answers=["False", "True"], say=silent)
+    found = set()
+    for manifest in (json.loads((exported[1] / "manifest.json").read_text()), given):
+        for prompt in ("Is it? Answer:", "Is it? Answer: ", "Is it?\nAnswer:\n"):
+            tokens = encode(trained.tokenizer, Example("0", prompt, "", "", ("False", "True"), None)).label_tokens
+            found.add(tokens)
+            chosen = client._tokens(manifest, prompt, None)
+            assert [token["id"] for token in chosen] == list(tokens)
+            assert chosen == client._tokens(manifest, prompt, ["False", "True"])
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("name", ["serve_vllm.sh", "serve_sglang.sh"])

@@ -21,7 +21,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def ask(
         prompt: what to ask, as in training.
         answers: those of this question; left out: those of all questions, if these are the same.
     """
-    tokens = _tokens(manifest, answers)
+    tokens = _tokens(manifest, prompt, answers)
     draws = manifest["draws"]
     with ThreadPoolExecutor(max_workers=min(16, len(draws))) as pool:
         asked = [pool.submit(server.logprobs_of, draw["name"], prompt, tokens, manifest["chat"]) for draw in draws]
@@ -187,8 +187,10 @@ def ask(
     return {"answer": best, "probabilities": probabilities, "uncertainty": uncertainty}
 
 
-def _tokens(manifest: Mapping[str, Any], answers: Sequence[str] | None) -> Sequence[Mapping[str, Any]]:
-    known = manifest["answers"]
+def _tokens(manifest: Mapping[str, Any], prompt: str, answers: Sequence[str] | None) -> Sequence[Mapping[str, Any]]:
+    """Return the tokens that begin the answers after a prompt, which may end in white space, or in a chat template."""
+    after_space = not manifest["chat"] and prompt[-1:].isspace()
+    known = [one for one in manifest["answers"] if one[0]["after_space"] == after_space]
     fitting = [one for one in known if answers is None or [token["answer"] for token in one] == list(answers)]
     if len(fitting) == 1:
         return fitting[0]

@@ -196,30 +196,33 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
 def _answers(
     run_dir: Path, loaded: Loaded, answers: Sequence[str] | None, say: Say
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Return each list of answers that questions have, with their tokens, and the questions."""
+    """Return each list of answers that questions have, with their tokens, and the questions.
+
+    Tokens depend on whether white space ends the prompt, so there are those of both endings; a chat template has one.
+    """
     settings, tokenizer = loaded.settings, loaded.tokenizer
-    if answers:
-        rows = [("", tuple(answers))]
-    else:
-        rows = _rows(run_dir, settings)
-        if not rows:
-            raise VarloraError(
-                f"Expected `answers`: no predictions or rows of {get_task(settings.task).name} are here to tell them. "
-                "Pass `--answers` with what the model may say, or run `varlora evaluate` first."
-            )
+    rows = [("", tuple(answers))] if answers else _rows(run_dir, settings)
+    if not rows:
+        raise VarloraError(
+            f"Expected `answers`: no predictions or rows of {get_task(settings.task).name} are here to tell them. "
+            "Pass `--answers` with what the model may say, or run `varlora evaluate` first."
+        )
     texts = Counter(tokenizer.batch_decode([[token] for token in range(len(tokenizer))]))
-    known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for prompt, of_row in rows:
-        if of_row not in known:
-            tokens = answer_tokens(tokenizer, of_row, settings.chat, after_space=prompt[-1:].isspace())
-            known[of_row] = [
-                {"answer": answer, "id": token, "text": text, "shared": texts[text] > 1}
-                for answer, token in zip(of_row, tokens)
-                for text in [str(tokenizer.decode([token]))]
-            ]
-    if len(known) > 1:
-        say(f"Questions have {len(known)} different lists of answers: a question has to come with its `answers`.")
-    return list(known.values()), [{"prompt": p, "answers": list(of_row)} for p, of_row in rows if p]
+    lists = list(dict.fromkeys(of_row for _, of_row in rows))
+    known = []
+    for of_row in lists:
+        for after_space in (False,) if settings.chat else (False, True):
+            tokens = answer_tokens(tokenizer, of_row, settings.chat, after_space)
+            known.append(
+                [
+                    {"answer": answer, "id": token, "text": text, "shared": texts[text] > 1, "after_space": after_space}
+                    for answer, token in zip(of_row, tokens)
+                    for text in [str(tokenizer.decode([token]))]
+                ]
+            )
+    if len(lists) > 1:
+        say(f"Questions have {len(lists)} different lists of answers: a question has to come with its `answers`.")
+    return known, [{"prompt": p, "answers": list(of_row)} for p, of_row in rows if p]
 
 
 def _rows(run_dir: Path, settings: Settings) -> list[tuple[str, tuple[str, ...]]]:
