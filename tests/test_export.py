@@ -321,6 +321,16 @@ def test_the_answers_tokens_are_those_of_training_whatever_ends_the_prompt(
     assert len(found) == 2
 
 
+def test_a_base_that_lies_here_is_found_from_anywhere(
+    exported: tuple[Path, Path], bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundled.parent)
+    manifest = export(exported[0], tmp_path / "out", samples=0, model=f"./{bundled.name}", say=silent)
+    assert manifest["base"]["model"] == str(bundled.resolve())
+    for script in ("serve_vllm.sh", "serve_sglang.sh"):
+        assert f"\nbase={bundled.resolve()}\n" in (tmp_path / "out" / script).read_text()
+
+
 @pytest.mark.parametrize("name", ["serve_vllm.sh", "serve_sglang.sh"])
 def test_scripts_say_what_is_meant_whatever_the_base_is_called(
     exported: tuple[Path, Path], tmp_path: Path, name: str

@@ -90,6 +90,9 @@ def export(
     posterior = chosen.applied(loaded.posterior) if chosen else loaded.posterior.scale(tau)
     if samples is None:
         samples = chosen.samples if chosen else 10
+    base = model or loaded.settings.model
+    if Path(base).exists():  # the scripts are run from anywhere
+        base = str(Path(base).resolve())
     known, questions = _answers(run_dir, loaded, answers, say)
     on = next(iter(trainable(loaded.model).values())).device
     generator = torch.Generator(on).manual_seed(seed)
@@ -107,7 +110,7 @@ def export(
     manifest = {
         KEY: 1,
         **_facts(run_dir, loaded.settings),
-        "base": {"model": model or loaded.settings.model, "revision": loaded.settings.revision},
+        "base": {"model": base, "revision": loaded.settings.revision},
         "posterior": loaded.posterior.kind,
         "seed": seed,
         "samples": samples,
