@@ -7,6 +7,7 @@ import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,6 +263,18 @@ def test_a_draw_that_fails_leaves_the_model_as_it_was(loaded, monkeypatch):
     with pytest.raises(VarloraError, match="are no numbers"):
         lm.loglikelihood_rolling([request("a b")], disable_tqdm=True)
     assert same(bits(loaded.model), before)
+
+
+def test_one_model_that_overflows_is_an_error_too_and_in_no_cache(loaded, monkeypatch):
+    kept = []
+    lm = ours.VarloraLM(loaded, samples=0, say=silent)
+    lm.set_cache_hook(SimpleNamespace(add_partial=lambda *one: kept.append(one)))
+    found = lm.loglikelihood([request("a", " b")], disable_tqdm=True)
+    assert kept == [("loglikelihood", ("a", " b"), found[0])]
+    monkeypatch.setattr(lm, "_model_call", lambda inputs: torch.full((*inputs.shape, lm.vocab_size), math.nan))
+    with pytest.raises(VarloraError, match="are no numbers"):
+        lm.loglikelihood([request("a", " c")], disable_tqdm=True)
+    assert len(kept) == 1
 
 
 def test_texts_longer_than_the_context_are_read_in_windows_by_each_draw(loaded, evaluated, tmp_path):
