@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -13,6 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers import same, save_base
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -25,6 +29,7 @@ from varlora.params import copied
 from varlora.run import checksums, file_digest, read_json, write_json
 from varlora.workflow import calibrate, evaluate, load, train
 
+HfApi, snapshot_download = huggingface_hub.HfApi, huggingface_hub.snapshot_download
 NAME, BASE = "me/my-adapter", "someone/tiny-base"
 
 
@@ -66,10 +71,27 @@ def run_dir(bundled: Path, tmp_path_factory: pytest.TempPathFactory, one_thread:
 
 
 class Hub:
-    """Repositories in a folder, at the boundary where `HfApi` and `snapshot_download` would ask the network."""
+    """Repositories in a folder, at the boundary where `HfApi` and `snapshot_download` would ask the network.
+
+    Calls have to be such that the library takes them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.made, self.asked = folder, {}, []
+
+    def __getattribute__(self, name: str) -> Any:
+        found, real = object.__getattribute__(self, name), getattr(HfApi, name, None)
+        if real is None or not callable(found):
+            return found
+
+        def checked(*arguments: Any, **settings: Any) -> Any:
+            inspect.signature(real).bind(self, *arguments, **settings)
+            return found(*arguments, **settings)
+
+        return checked
+
+    def repo_info(self, repo_id: str) -> Any:
+        return SimpleNamespace(private=self.made[repo_id])
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str) -> str:
         assert exist_ok
@@ -151,6 +173,16 @@ def test_what_is_pushed_is_loaded_as_it_was(run_dir: Path, bundled: Path, hub: H
     model, posterior = found
     assert isinstance(posterior, varlora.DiagonalGaussian)
     assert not model.training
+
+
+def test_what_is_to_be_private_is_not_uploaded_for_all_to_see(run_dir: Path, hub: Hub) -> None:
+    push(run_dir, NAME, base_model=BASE, say=silent)
+    before = {path: path.stat().st_mtime_ns for path in (hub.folder / NAME / "main").iterdir()}
+    with pytest.raises(VarloraError, match="it is public, so nothing was uploaded"):
+        push(run_dir, NAME, private=True, base_model=BASE, say=silent)
+    assert {path: path.stat().st_mtime_ns for path in (hub.folder / NAME / "main").iterdir()} == before
+    push(run_dir, "me/other", private=True, base_model=BASE, say=silent)
+    push(run_dir, "me/other", private=True, base_model=BASE, say=silent)
 
 
 def test_a_branch_and_what_an_earlier_push_left(run_dir: Path, bundled: Path, hub: Hub, tmp_path: Path) -> None:
@@ -261,9 +293,30 @@ def test_what_cannot_be_pushed_or_loaded_is_said(run_dir: Path, tmp_path: Path, 
     with pytest.raises(VarloraError, match="The hub has no who/what"):
         from_pretrained("who/what", say=silent)
 
-    def refused(*arguments: Any, **more: Any) -> None:
-        raise OSError("401 Unauthorized")
 
-    hub.create_repo = refused  # type: ignore[method-assign]
-    with pytest.raises(VarloraError, match="hf auth login"):
+def test_a_hub_that_is_not_reached_or_refuses_is_said(run_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library's own errors: no one listens at port 9."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    gone = HfApi(endpoint="http://127.0.0.1:9", token=False)
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        gone.create_repo(NAME, private=False)
+    assert not isinstance(raised.value, OSError)
+    monkeypatch.setattr(hub, "create_repo", gone.create_repo)
+    with pytest.raises(VarloraError, match="Is the network there"):
+        push(run_dir, NAME, base_model=BASE, say=silent)
+
+    def nowhere(*arguments: Any, **settings: Any) -> str:
+        return str(snapshot_download(*arguments, endpoint="http://127.0.0.1:9", token=False, **settings))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nowhere)
+    with pytest.raises(VarloraError, match="it cannot be asked"):
+        from_pretrained("who/what", say=silent)
+
+    def refused(*arguments: Any, **settings: Any) -> None:
+        request = raised.value.request  # of the same HTTP library
+        response = importlib.import_module(type(request).__module__.partition(".")[0]).Response(401, request=request)
+        raise HfHubHTTPError("401 Unauthorized", response=response)
+
+    monkeypatch.setattr(hub, "create_repo", refused)
+    with pytest.raises(VarloraError, match=r"401 Unauthorized.*hf auth login"):
         push(run_dir, NAME, base_model=BASE, say=silent)

@@ -29,7 +29,7 @@ from typing import Any
 
 import huggingface_hub
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -64,6 +64,8 @@ FILES = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION, CARD, PICTURE)
 READ = tuple(name for name in FILES if name != PICTURE)
 """All that is downloaded."""
 BASE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+UNREACHED: tuple[Any, ...] = HfHubHTTPError.__bases__
+"""OSError and the HTTP library's own error, of which its ConnectError is one: which library depends on the version."""
 KEPT = ("versions", "commit", "task_version", "prompt_version", "base", "training_rows", "cut")
 """Of a run's config.json: what is true on any machine."""
 
@@ -83,7 +85,7 @@ def push(
     Args:
         run_dir: a trained run; evaluated, if the card is to have metrics.
         name: of the repository, `user/name`; it is made if absent.
-        private: if it is made now, whether only its owner sees it.
+        private: only its owner sees it; one that is there already and is public is refused.
         revision: branch to upload to, made if absent; left out: the main branch.
         base_model: the base's name on the hub; left out: the run's, if that is one.
         folder: write the files here instead, and upload nothing.
@@ -93,7 +95,8 @@ def push(
         Where it is: an address, or the folder.
 
     Raises:
-        VarloraError: the run is not finished, a name is none, the base's is not known, or the hub refuses.
+        VarloraError: the run is not finished, a name is none, the base's is not known, or the hub refuses or is not
+            reached.
     """
     run_dir = Path(run_dir)
     _check_name("name", name, "me/my-adapter")
@@ -121,6 +124,11 @@ def push(
         api = huggingface_hub.HfApi()
         try:
             address = api.create_repo(name, private=private, exist_ok=True, repo_type="model")
+            if private and not api.repo_info(name).private:
+                raise VarloraError(
+                    f"Expected {name} to be private, but it is public, so nothing was uploaded. Make it private in its "
+                    "settings on the hub, choose another name, or leave out `--private`."
+                )
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
             api.upload_folder(
@@ -131,10 +139,10 @@ def push(
                 allow_patterns=list(FILES),
                 delete_patterns=list(FILES),  # a calibration of an earlier run, say
             )
-        except (HfHubHTTPError, OSError) as error:
+        except UNREACHED as error:
             raise VarloraError(
-                f"The hub did not take {name}: {' '.join(str(error).split())[:300]}. Log in by `hf auth login` with a "
-                "token that may write there."
+                f"The hub did not take {name}: {' '.join(str(error).split())[:300]}. Is the network there? Log in by "
+                "`hf auth login` with a token that may write there."
             ) from error
     return str(address)
 
@@ -224,7 +232,7 @@ def _folder(name_or_path: str | Path, revision: str | None) -> Path:
     _check_name("name_or_path", name, "me/my-adapter")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(READ)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except UNREACHED as error:
         raise VarloraError(
             f"The hub has no {name}{f' at {revision}' if revision else ''}, or it cannot be asked: "
             f"{' '.join(str(error).split())[:300]}. A private one needs `hf auth login`."
