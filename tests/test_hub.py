@@ -26,7 +26,7 @@ from varlora.config import settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.hub import FILES, READ, from_pretrained, push
 from varlora.params import copied
-from varlora.run import checksums, file_digest, read_json, write_json
+from varlora.run import checksums, file_digest, load_tensors, read_json, save_tensors, write_json
 from varlora.workflow import calibrate, evaluate, load, train
 
 HfApi, snapshot_download = huggingface_hub.HfApi, huggingface_hub.snapshot_download
@@ -249,15 +249,35 @@ def test_a_posterior_of_another_base_is_refused_by_name(pushed: Path, bundled: P
         ({"model": "/root/base"}, "a name on the hub"),
         ({"task": "/etc/passwd.yaml"}, "a task's name"),
         ({"task": "../task.yaml"}, "a task's name"),
-        ({"task": "nothing"}, "known task"),
+        ({"task": "nothing"}, "a task's name"),
+        ({"task": "mine.yaml"}, "a task's name"),
+        ({"task": ["boolq"]}, "a task's name"),
         ({"lora": {"rank": 10**9}}, "rank"),
         ({"method": "backdoor"}, "Unknown method"),
         ({"code": "import os"}, "Unknown setting"),
     ],
 )
-def test_a_strangers_settings_are_data(pushed: Path, settings: dict[str, Any], why: str) -> None:
+def test_a_strangers_settings_are_data(
+    pushed: Path, settings: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(pushed / "task.yaml", "mine.yaml")  # of another, and none of the repository's
     with pytest.raises((ConfigError, DamagedFileError), match=why):
         from_pretrained(changed(pushed, **settings), say=silent)
+
+
+def test_a_strangers_weights_may_have_no_shape(pushed: Path) -> None:
+    weights, metadata = load_tensors(pushed / "adapter_model.safetensors")
+    name = next(name for name in weights if ".lora_A." in name)
+    save_tensors(pushed / "adapter_model.safetensors", weights | {name: torch.tensor(1.0)}, metadata)
+    with pytest.raises(DamagedFileError, match="rank"):
+        from_pretrained(resealed(pushed), say=silent)
+
+
+def test_a_strangers_task_may_be_a_bomb(pushed: Path) -> None:
+    (pushed / "task.yaml").write_text("a: &a [x]\nfiles: *a\n")
+    with pytest.raises(ConfigError, match="without aliases"):
+        from_pretrained(resealed(pushed), say=silent)
 
 
 def test_a_strangers_files_stay_in_their_folder(pushed: Path, bundled: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from varlora.run import (
     write_json,
     write_text,
 )  # fmt: skip
-from varlora.tasks import get_task
+from varlora.tasks import TASKS, get_task
 from varlora.workflow import Loaded, load_parts
 
 __all__ = ["FILES", "from_pretrained", "push"]
@@ -256,21 +256,24 @@ def _checked(folder: Path, name: str, model: str | None) -> tuple[Mapping[str, A
     if not isinstance(stored, Mapping) or not isinstance(facts.get("base", ""), str):
         raise DamagedFileError(f"Expected settings in {folder / FACTS}, but there are none.")
     own = stored.get("task") == TASK
-    if "/" in str(stored.get("task")) or (own and TASK not in listed):
-        raise DamagedFileError(f"Expected a task's name in {folder / FACTS}, but got {stored.get('task')!r}.")
+    if not (TASK in listed if own else isinstance(stored.get("task"), str) and stored["task"] in TASKS):
+        raise DamagedFileError(
+            f"Expected a task's name in {folder / FACTS}, or its own {TASK}, but got {stored.get('task')!r:.80}. "
+            f"Known: {', '.join(TASKS)}."
+        )
     here: dict[str, Any] = {"task": str(folder / TASK) if own else stored.get("task"), "data_dir": None}
     here |= {"run_dir": None, "sources": _numbered(stored.get("sources"))}
     try:
         settings = settings_from({**stored, **here}, stored=True)
     except ConfigError as error:
-        raise ConfigError(f"{name}: {problem}" for problem in error.problems) from error
+        raise ConfigError(f"{name}: {problem[:500]}" for problem in error.problems[:20]) from error
     files = get_task(settings.task).files.values() if own else ()
     if any(Path(file).name != file or "\\" in file for file in files):
-        raise DamagedFileError(f"Expected plain file names in {folder / TASK}, but got {', '.join(files)}.")
+        raise DamagedFileError(f"Expected plain file names in {folder / TASK}, but got {', '.join(files)[:200]}.")
     if model is None and not BASE.fullmatch(settings.model):
         raise DamagedFileError(
-            f"Expected the base of {name} to be a name on the hub, but got {settings.model!r}. If you know the base, "
-            "pass it as `model`."
+            f"Expected the base of {name} to be a name on the hub, but got {settings.model!r:.200}. If you know the "
+            "base, pass it as `model`."
         )
     _check_rank(folder / ADAPTER[1], settings)
     return facts, settings
@@ -280,10 +283,11 @@ def _check_rank(path: Path, settings: Settings) -> None:
     """Refuse settings of another rank than the weights have, before an adapter of any size is made of them."""
     try:
         with safe_open(path, framework="pt") as file:
-            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+            shapes = [file.get_slice(name).get_shape() for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(f"Expected safetensors in {path}, but it is damaged or cut short ({error}).") from error
+    ranks = {shape[0] if shape else 0 for shape in shapes}
     if ranks != {settings.lora.rank}:
         raise DamagedFileError(
-            f"Expected an adapter of rank {settings.lora.rank} in {path}, as {FACTS} says, but got {sorted(ranks)}."
+            f"Expected an adapter of rank {settings.lora.rank} in {path}, as {FACTS} says, but got {sorted(ranks)[:9]}."
         )
