@@ -208,7 +208,7 @@ def test_nothing_of_the_machine_is_pushed(pushed: Path, run_dir: Path, bundled: 
     assert {path.name for path in pushed.iterdir()} == set(FILES)
     for path in pushed.iterdir():
         content = path.read_bytes()
-        for private in (str(run_dir.parent), str(bundled), "hf_secret"):
+        for private in (str(run_dir.parent), str(bundled), "hf_secret", '"machine"'):
             assert private.encode() not in content, path.name
     assert yaml.safe_load((pushed / "task.yaml").read_text())["files"] == {"train": "train.csv", "dev": "dev.csv"}
 

@@ -175,15 +175,20 @@ def _lay_out(run_dir: Path, name: str, settings: Settings, folder: Path) -> None
         plain["task"] = TASK
     facts = {"settings": plain, **{key: config[key] for key in KEPT if key in config}}
     sources = [{"method": source.get("method")} for source in config.get("concluded_from") or []]
-    write_json(folder / FACTS, facts | {"concluded_from": sources, "pushed": origin()})
+    write_json(folder / FACTS, facts | {"concluded_from": sources, "pushed": _elsewhere(origin())})
     write_json(folder / MANIFEST, checksums(folder))
     chosen = load_calibration(adapter)
     if chosen is not None:
         stored = read_json(adapter / CALIBRATION)
-        write_json(folder / CALIBRATION, stored | {"adapter": file_digest(folder / MANIFEST)})
+        write_json(folder / CALIBRATION, _elsewhere(stored) | {"adapter": file_digest(folder / MANIFEST)})
     write_text(folder / CARD, card)
     if picture is not None:
         write_bytes(folder / PICTURE, picture)
+
+
+def _elsewhere(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a result comes from, without the machine."""
+    return {key: value for key, value in facts.items() if key != "machine"}
 
 
 def _numbered(sources: Any) -> list[str]:
