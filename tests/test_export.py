@@ -294,6 +294,26 @@ def test_nothing_but_an_export_is_replaced_and_that_only_if_asked(
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
+def test_the_folder_may_be_the_one_that_one_is_in(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(exported[0], ".", samples=0, say=silent)
+    assert (tmp_path / "manifest.json").is_file()
+
+
+def test_what_cannot_be_written_is_said_with_what_to_do(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("varlora.export._script", full)
+    with pytest.raises(VarloraError, match=r"could not be written: No space left.*, and export again"):
+        export(exported[0], tmp_path / "out", samples=0, say=silent)
+    assert not any(tmp_path.iterdir())
+
+
 def test_without_rows_the_answers_have_to_be_given(exported: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(exported[0], tmp_path / "run")
     config = json.loads((run_dir / "config.json").read_text())

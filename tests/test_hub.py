@@ -204,6 +204,14 @@ def test_plain_peft_loads_the_mean(pushed: Path, run_dir: Path, bundled: Path) -
     assert read_json(pushed / "adapter_config.json")["base_model_name_or_path"] == BASE
 
 
+def test_the_folder_may_be_the_one_that_one_is_in(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert push(run_dir, NAME, base_model=BASE, folder=".", say=silent) == str(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
 def test_nothing_of_the_machine_is_pushed(pushed: Path, run_dir: Path, bundled: Path) -> None:
     assert {path.name for path in pushed.iterdir()} == set(FILES)
     for path in pushed.iterdir():

@@ -80,7 +80,7 @@ def export(
     Raises:
         VarloraError: `to` is taken, `samples` or `tau` is out of its range, or the answers are not known; see `load`.
     """
-    run_dir, to = Path(run_dir), Path(to)
+    run_dir, to = Path(run_dir), Path(to).absolute()  # `.` has no name
     if samples is not None:
         check_draws(samples, what="samples")
     _check_free(to, overwrite)
@@ -129,7 +129,7 @@ def export(
         manifest["files"] = checksums(folder)
         write_json(folder / MANIFEST, manifest)
 
-    with atomic_folder(to, finish) as temporary:
+    with atomic_folder(to, finish, then="export again") as temporary:
         for name, weights in folders.items():
             with swapped(loaded.model, weights):
                 loaded.model.save_pretrained(temporary / name)  # type: ignore[operator]

@@ -113,10 +113,10 @@ def push(
     if not (run_dir / "predictions.safetensors").is_file():
         say(f"{run_dir} is not evaluated, so its card has no metrics. `varlora evaluate {run_dir}` gives them.")
     if folder is not None:
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # `.` has no name
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise VarloraError(f"Expected `folder` to be new or empty, but {folder} is not. Choose another name.")
-        with atomic_folder(folder, lambda made: None) as temporary:
+        with atomic_folder(folder, lambda made: None, then="try again") as temporary:
             _lay_out(run_dir, name, settings, temporary)
         return str(folder)
     with tempfile.TemporaryDirectory() as scratch:
