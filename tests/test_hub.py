@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import varlora
 from varlora.config import settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
-from varlora.hub import FILES, READ, from_pretrained, push
+from varlora.hub import FILES, READ, from_pretrained, push_to_hub
 from varlora.params import copied
 from varlora.run import checksums, file_digest, load_tensors, read_json, save_tensors, write_json
 from varlora.workflow import calibrate, evaluate, load, train
@@ -133,7 +133,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 @pytest.fixture
 def pushed(run_dir: Path, tmp_path: Path) -> Path:
     """A folder with the files of a repository, for a test to change."""
-    push(run_dir, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    push_to_hub(run_dir, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
     return tmp_path / "pushed"
 
 
@@ -142,7 +142,7 @@ def resealed(folder: Path) -> Path:
     for name in ("manifest.json", "calibration.json"):
         (folder / name).unlink(missing_ok=True)
     listed = checksums(folder)
-    write_json(folder / "manifest.json", {n: d for n, d in listed.items() if n in READ and n != "README.md"})
+    write_json(folder / "manifest.json", {n: d for n, d in listed.items() if n in READ})
     return folder
 
 
@@ -158,12 +158,12 @@ def changed(folder: Path, **settings: Any) -> Path:
 
 def test_what_is_pushed_is_loaded_as_it_was(run_dir: Path, bundled: Path, hub: Hub) -> None:
     said: list[str] = []
-    where = push(run_dir, NAME, private=True, base_model=BASE, say=silent)
+    where = varlora.push_to_hub(run_dir, NAME, private=True, base_model=BASE, say=silent)
     assert where == f"https://huggingface.co/{NAME}"
     assert hub.made == {NAME: True}
     found, was = varlora.from_pretrained(NAME, model=str(bundled), say=said.append), load(run_dir)
     assert BASE in said[0]
-    assert set(hub.asked) == set(READ)
+    assert set(hub.asked) == set(READ) == set(FILES) - {"README.md", "reliability.png"}
     assert same(found.posterior.tensors(), was.posterior.tensors())
     assert same(copied(found.model), copied(was.model))
     assert found.calibration == was.calibration is not None
@@ -176,21 +176,21 @@ def test_what_is_pushed_is_loaded_as_it_was(run_dir: Path, bundled: Path, hub: H
 
 
 def test_what_is_to_be_private_is_not_uploaded_for_all_to_see(run_dir: Path, hub: Hub) -> None:
-    push(run_dir, NAME, base_model=BASE, say=silent)
+    push_to_hub(run_dir, NAME, base_model=BASE, say=silent)
     before = {path: path.stat().st_mtime_ns for path in (hub.folder / NAME / "main").iterdir()}
     with pytest.raises(VarloraError, match="it is public, so nothing was uploaded"):
-        push(run_dir, NAME, private=True, base_model=BASE, say=silent)
+        push_to_hub(run_dir, NAME, private=True, base_model=BASE, say=silent)
     assert {path: path.stat().st_mtime_ns for path in (hub.folder / NAME / "main").iterdir()} == before
-    push(run_dir, "me/other", private=True, base_model=BASE, say=silent)
-    push(run_dir, "me/other", private=True, base_model=BASE, say=silent)
+    push_to_hub(run_dir, "me/other", private=True, base_model=BASE, say=silent)
+    push_to_hub(run_dir, "me/other", private=True, base_model=BASE, say=silent)
 
 
 def test_a_branch_and_what_an_earlier_push_left(run_dir: Path, bundled: Path, hub: Hub, tmp_path: Path) -> None:
-    push(run_dir, NAME, base_model=BASE, revision="v1", say=silent)
+    push_to_hub(run_dir, NAME, base_model=BASE, revision="v1", say=silent)
     assert from_pretrained(NAME, revision="v1", model=str(bundled), say=silent).calibration is not None
     plain = Path(shutil.copytree(run_dir, tmp_path / "plain"))
     (plain / "adapter" / "calibration.json").unlink()
-    push(plain, NAME, base_model=BASE, revision="v1", say=silent)
+    push_to_hub(plain, NAME, base_model=BASE, revision="v1", say=silent)
     assert from_pretrained(NAME, revision="v1", model=str(bundled), say=silent).calibration is None
     with pytest.raises(VarloraError, match="The hub has no me/my-adapter at v2"):
         from_pretrained(NAME, revision="v2", say=silent)
@@ -208,7 +208,7 @@ def test_the_folder_may_be_the_one_that_one_is_in(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert push(run_dir, NAME, base_model=BASE, folder=".", say=silent) == str(tmp_path)
+    assert push_to_hub(run_dir, NAME, base_model=BASE, folder=".", say=silent) == str(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(FILES)
 
 
@@ -305,14 +305,14 @@ def test_a_strangers_files_stay_in_their_folder(pushed: Path, bundled: Path, tmp
 
 def test_what_cannot_be_pushed_or_loaded_is_said(run_dir: Path, tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(VarloraError, match="--base-model"):
-        push(run_dir, NAME, say=silent)
+        push_to_hub(run_dir, NAME, say=silent)
     for name in ("a/b/c", "../me", "me/..", "me/my adapter"):
         with pytest.raises(VarloraError, match="a name on the hub"):
-            push(run_dir, name, base_model=BASE, say=silent)
+            push_to_hub(run_dir, name, base_model=BASE, say=silent)
     with pytest.raises(VarloraError, match="a name on the hub"):
-        push(run_dir, NAME, base_model="a folder/of mine", say=silent)
+        push_to_hub(run_dir, NAME, base_model="a folder/of mine", say=silent)
     with pytest.raises(VarloraError, match="new or empty"):
-        push(run_dir, NAME, base_model=BASE, folder=run_dir, say=silent)
+        push_to_hub(run_dir, NAME, base_model=BASE, folder=run_dir, say=silent)
     with pytest.raises(VarloraError, match="did not make it"):
         from_pretrained(run_dir / "adapter", say=silent)
     for missing in (tmp_path / "gone", "./gone", "/gone/too", "a/b/c"):
@@ -331,7 +331,7 @@ def test_a_hub_that_is_not_reached_or_refuses_is_said(run_dir: Path, hub: Hub, m
     assert not isinstance(raised.value, OSError)
     monkeypatch.setattr(hub, "create_repo", gone.create_repo)
     with pytest.raises(VarloraError, match="Is the network there"):
-        push(run_dir, NAME, base_model=BASE, say=silent)
+        push_to_hub(run_dir, NAME, base_model=BASE, say=silent)
 
     def nowhere(*arguments: Any, **settings: Any) -> str:
         return str(snapshot_download(*arguments, endpoint="http://127.0.0.1:9", token=False, **settings))
@@ -347,4 +347,4 @@ def test_a_hub_that_is_not_reached_or_refuses_is_said(run_dir: Path, hub: Hub, m
 
     monkeypatch.setattr(hub, "create_repo", refused)
     with pytest.raises(VarloraError, match=r"401 Unauthorized.*hf auth login"):
-        push(run_dir, NAME, base_model=BASE, say=silent)
+        push_to_hub(run_dir, NAME, base_model=BASE, say=silent)

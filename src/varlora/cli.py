@@ -516,10 +516,10 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
-    from varlora.hub import push
+    from varlora.hub import push_to_hub
 
     say = _speaker(console)
-    where = push(
+    where = push_to_hub(
         arguments.run_dir,
         arguments.name,
         private=arguments.private,

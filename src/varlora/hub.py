@@ -53,16 +53,16 @@ from varlora.run import (
 from varlora.tasks import TASKS, get_task
 from varlora.workflow import Loaded, load_parts
 
-__all__ = ["FILES", "from_pretrained", "push"]
+__all__ = ["FILES", "from_pretrained", "push_to_hub"]
 
 Say = Callable[[str], None]
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json")
 FACTS, TASK, CARD = "varlora.json", "task.yaml", "README.md"
-FILES = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION, CARD, PICTURE)
-"""All that is uploaded."""
-READ = tuple(name for name in FILES if name != PICTURE)
+READ = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION)
 """All that is downloaded."""
+FILES = (*READ, CARD, PICTURE)
+"""All that is uploaded."""
 BASE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 UNREACHED: tuple[Any, ...] = HfHubHTTPError.__bases__
 """OSError and the HTTP library's own error, of which its ConnectError is one: which library depends on the version."""
@@ -70,7 +70,7 @@ KEPT = ("versions", "commit", "task_version", "prompt_version", "base", "trainin
 """Of a run's config.json: what is true on any machine."""
 
 
-def push(
+def push_to_hub(
     run_dir: str | Path,
     name: str,
     *,
