@@ -85,11 +85,10 @@ def export(
         check_draws(samples, what="samples")
     _check_free(to, overwrite)
     loaded = load(run_dir, model=model, device=device)
-    chosen = loaded.calibration if calibration and tau is None else None
-    tau = 1.0 if tau is None else tau
-    posterior = chosen.applied(loaded.posterior) if chosen else loaded.posterior.scale(tau)
-    if samples is None:
-        samples = chosen.samples if chosen else 10
+    if tau is None and not calibration:
+        tau = 1.0
+    chosen = loaded.calibration if tau is None else None
+    posterior, samples, tau = loaded.used(samples, tau)
     base = model or loaded.settings.model
     if Path(base).exists():  # the scripts are run from anywhere
         base = str(Path(base).resolve())
@@ -114,7 +113,7 @@ def export(
         "posterior": loaded.posterior.kind,
         "seed": seed,
         "samples": samples,
-        "tau": chosen.tau if chosen else tau,
+        "tau": tau,
         "calibration": asdict(chosen) if chosen else None,
         "device": on.type,
         "draws": [

@@ -132,15 +132,15 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         chosen = run.calibration if tau is None else None
         self.say, self.seed, self.normalise_choices = say, seed, normalise_choices
         self._rows: Sequence[Row] | None = None
-        self.samples = samples if samples is not None else chosen.samples if chosen else 10
-        self.posterior: Posterior = run.calibrated if chosen else run.posterior.scale(1.0 if tau is None else tau)
+        self.posterior: Posterior
+        self.posterior, self.samples, tau = run.used(samples, tau)
         self.facts: dict[str, Any] = {
             "version": __version__,
             "run": where,
             "method": run.settings.method,
             "posterior": run.posterior.kind,
             "samples": self.samples,
-            "tau": chosen.tau if chosen else 1.0 if tau is None else tau,
+            "tau": tau,
             "pruned": chosen.pruned if chosen else 0.0,
             "normalise_choices": normalise_choices,
             "seed": seed,
