@@ -232,6 +232,8 @@ def test_without_held_out_rows_it_says_so(run: Path, tmp_path: Path) -> None:
         ({"temperature": math.nan}, "make no sense"),
         ({"pruned": 2}, "make no sense"),
         ({"samples": "many"}, "missing or wrong"),
+        ({"samples": 10**9}, "make no sense"),
+        ({"samples": math.inf}, "missing or wrong"),
         ({"tau": None}, "missing or wrong"),
         ({"adapter": "other"}, "of another adapter"),
     ],

@@ -30,6 +30,7 @@ NO_EXAMPLE = {
     "from_pretrained": "needs a pushed run: tests/test_hub.py",
     "load": "needs a trained run: tests/test_workflow.py",
     "load_rows": "needs data: `make_examples` shows the rows",
+    "push_to_hub": "needs a trained run: tests/test_hub.py",
     "train": "needs a model and data: tests/test_workflow.py",
     "Posterior": "a protocol: its implementations show it",
 }

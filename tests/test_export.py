@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,8 +45,9 @@ from varlora.posterior import (
     Posterior,
     Tempered,
 )
+from varlora.prompt import encode
 from varlora.run import file_digest, write_json
-from varlora.tasks import get_task, load_rows
+from varlora.tasks import Example, get_task, load_rows
 from varlora.workflow import Loaded, _encode, answer_rows, load, train
 
 ASSETS = Path(__file__).parent / "assets"
@@ -292,6 +294,26 @@ def test_nothing_but_an_export_is_replaced_and_that_only_if_asked(
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
+def test_the_folder_may_be_the_one_that_one_is_in(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(exported[0], ".", samples=0, say=silent)
+    assert (tmp_path / "manifest.json").is_file()
+
+
+def test_what_cannot_be_written_is_said_with_what_to_do(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("varlora.export._script", full)
+    with pytest.raises(VarloraError, match=r"could not be written: No space left.*, and export again"):
+        export(exported[0], tmp_path / "out", samples=0, say=silent)
+    assert not any(tmp_path.iterdir())
+
+
 def test_without_rows_the_answers_have_to_be_given(exported: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(exported[0], tmp_path / "run")
     config = json.loads((run_dir / "config.json").read_text())
@@ -301,6 +323,32 @@ def test_without_rows_the_answers_have_to_be_given(exported: tuple[Path, Path], 
         export(run_dir, tmp_path / "out", samples=1, say=silent)
     manifest = export(run_dir, tmp_path / "out", samples=1, answers=["True", "False"], say=silent)
     assert [token["answer"] for token in manifest["answers"][0]] == ["True", "False"]
+
+
+def test_the_answers_tokens_are_those_of_training_whatever_ends_the_prompt(
+    exported: tuple[Path, Path], trained: Loaded, tmp_path: Path
+) -> None:
+    """Also where no prompt was there to look at."""
+    given = export(exported[0], tmp_path / "out", samples=0, answers=["False", "True"], say=silent)
+    found = set()
+    for manifest in (json.loads((exported[1] / "manifest.json").read_text()), given):
+        for prompt in ("Is it? Answer:", "Is it? Answer: ", "Is it?\nAnswer:\n"):
+            tokens = encode(trained.tokenizer, Example("0", prompt, "", "", ("False", "True"), None)).label_tokens
+            found.add(tokens)
+            chosen = client._tokens(manifest, prompt, None)
+            assert [token["id"] for token in chosen] == list(tokens)
+            assert chosen == client._tokens(manifest, prompt, ["False", "True"])
+    assert len(found) == 2
+
+
+def test_a_base_that_lies_here_is_found_from_anywhere(
+    exported: tuple[Path, Path], bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundled.parent)
+    manifest = export(exported[0], tmp_path / "out", samples=0, model=f"./{bundled.name}", say=silent)
+    assert manifest["base"]["model"] == str(bundled.resolve())
+    for script in ("serve_vllm.sh", "serve_sglang.sh"):
+        assert f"\nbase={bundled.resolve()}\n" in (tmp_path / "out" / script).read_text()
 
 
 @pytest.mark.parametrize("name", ["serve_vllm.sh", "serve_sglang.sh"])
@@ -409,7 +457,14 @@ def serving(fake: Any) -> Iterator[str]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with listening(Handler) as url:
+        yield url
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Listen on a free port, and give its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -497,9 +552,91 @@ def test_what_the_client_cannot_do_it_says(
     done = run_client(out, "--prompt", "Is it?", "--answers", "Perhaps", "--url", url)
     assert "Known: False, True" in done.stderr
     done = run_client(out, "--input", "-", stdin="no json")
-    assert "line 1 of standard input" in done.stderr
+    assert "line 1: Expected" in done.stderr
     for refused in ("file:///etc/passwd", "localhost:8000"):
         with pytest.raises(client.Failure, match="http://"):
             client.Server(refused)
     with pytest.raises(client.Failure, match="chat template"):
         client.Server("http://x", "sglang").logprobs_of("mean", "?", [{"id": 1}], True)
+
+
+class Saying:
+    """A server that replies by a function of the prompt, and keeps what it was sent."""
+
+    def __init__(self, values: Callable[[str], Sequence[Any]]) -> None:
+        self.values, self.seen = values, []
+
+    def reply(self, path: str, body: dict[str, Any]) -> Any:
+        self.seen.append((path, body))
+        top = {f"token_id:{id}": value for id, value in zip(body["logprob_token_ids"], self.values(body["prompt"]))}
+        return {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
+
+
+@pytest.mark.parametrize("values", [(math.nan, math.nan), (-math.inf, -math.inf), (-1.0, math.nan), (None, -1.0)])
+def test_probabilities_that_are_none_are_an_error(exported: tuple[Path, Path], values: tuple[Any, Any]) -> None:
+    """As a server sends them whose logits overflow in 16 bit."""
+    with serving(Saying(lambda prompt: values)) as url:
+        done = run_client(exported[1], "--prompt", "Is it?", "--url", f"{url}/v1")
+    assert done.returncode == 1
+    assert "overflow" in json.loads(done.stdout)["error"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_question_that_fails_does_not_end_the_others(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"id": "a", "prompt": "bad"},
+        {"prompt": "Is it?", "answers": 3},
+        {"id": "c", "prompt": 5},
+        "no object",
+        {"id": "e", "prompt": "Is it?", "answers": "True"},
+        {"id": "f", "prompt": "Is it?", "answers": ["Perhaps"]},
+        {"id": "g", "prompt": "Is it\u2028so?"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    server = Saying(lambda prompt: (math.nan,) * 2 if prompt == "bad" else (-1.0, -1.0))
+    with serving(server) as url:
+        done = run_client(exported[1], "--input", tmp_path / "rows.jsonl", "--url", f"{url}/v1")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in found] == ["a", "1", "c", "3", "e", "f", "g"]
+    for row, why in zip(found, ("overflow", "answers", "all of it text", "prompt", "all of it text", "Known: ")):
+        assert why in row["error"]
+    assert found[-1]["probabilities"] == {"False": 0.5, "True": 0.5}
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_goes_where_it_is_meant_to_and_nowhere_else(
+    exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-for-this-server")
+    monkeypatch.setenv("MY_KEY", "sk-mine\n")
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_error(404)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with listening(Handler) as url:
+        done = run_client(exported[1], "--prompt", "Is it?", "--url", url)
+        assert "/elsewhere" in json.loads(done.stdout)["error"]
+        assert {key for _, key in seen} == {None}
+        run_client(exported[1], "--prompt", "Is it?", "--url", url, "--api-key-env", "MY_KEY")
+        assert {key for _, key in seen} == {None, "Bearer sk-mine"}
+        assert {path for path, _ in seen} == {"/completions"}
+        monkeypatch.setenv("MY_KEY", "sk-\u2026")
+        for name in ("MY_KEY", "NO_SUCH_KEY"):
+            done = run_client(exported[1], "--prompt", "Is it?", "--url", url, "--api-key-env", name)
+            assert done.returncode == 1
+            assert f"by the name {name}" in done.stderr
+            assert "sk-" not in done.stderr

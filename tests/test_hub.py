@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -13,6 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers import same, save_base
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -20,11 +24,12 @@ from transformers import AutoModelForCausalLM
 import varlora
 from varlora.config import settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
-from varlora.hub import FILES, READ, from_pretrained, push
+from varlora.hub import FILES, READ, from_pretrained, push_to_hub
 from varlora.params import copied
-from varlora.run import checksums, file_digest, read_json, write_json
+from varlora.run import checksums, file_digest, load_tensors, read_json, save_tensors, write_json
 from varlora.workflow import calibrate, evaluate, load, train
 
+HfApi, snapshot_download = huggingface_hub.HfApi, huggingface_hub.snapshot_download
 NAME, BASE = "me/my-adapter", "someone/tiny-base"
 
 
@@ -66,10 +71,27 @@ def run_dir(bundled: Path, tmp_path_factory: pytest.TempPathFactory, one_thread:
 
 
 class Hub:
-    """Repositories in a folder, at the boundary where `HfApi` and `snapshot_download` would ask the network."""
+    """Repositories in a folder, at the boundary where `HfApi` and `snapshot_download` would ask the network.
+
+    Calls have to be such that the library takes them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.made, self.asked = folder, {}, []
+
+    def __getattribute__(self, name: str) -> Any:
+        found, real = object.__getattribute__(self, name), getattr(HfApi, name, None)
+        if real is None or not callable(found):
+            return found
+
+        def checked(*arguments: Any, **settings: Any) -> Any:
+            inspect.signature(real).bind(self, *arguments, **settings)
+            return found(*arguments, **settings)
+
+        return checked
+
+    def repo_info(self, repo_id: str) -> Any:
+        return SimpleNamespace(private=self.made[repo_id])
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool, repo_type: str) -> str:
         assert exist_ok
@@ -111,7 +133,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 @pytest.fixture
 def pushed(run_dir: Path, tmp_path: Path) -> Path:
     """A folder with the files of a repository, for a test to change."""
-    push(run_dir, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    push_to_hub(run_dir, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
     return tmp_path / "pushed"
 
 
@@ -120,7 +142,7 @@ def resealed(folder: Path) -> Path:
     for name in ("manifest.json", "calibration.json"):
         (folder / name).unlink(missing_ok=True)
     listed = checksums(folder)
-    write_json(folder / "manifest.json", {n: d for n, d in listed.items() if n in READ and n != "README.md"})
+    write_json(folder / "manifest.json", {n: d for n, d in listed.items() if n in READ})
     return folder
 
 
@@ -136,12 +158,12 @@ def changed(folder: Path, **settings: Any) -> Path:
 
 def test_what_is_pushed_is_loaded_as_it_was(run_dir: Path, bundled: Path, hub: Hub) -> None:
     said: list[str] = []
-    where = push(run_dir, NAME, private=True, base_model=BASE, say=silent)
+    where = varlora.push_to_hub(run_dir, NAME, private=True, base_model=BASE, say=silent)
     assert where == f"https://huggingface.co/{NAME}"
     assert hub.made == {NAME: True}
     found, was = varlora.from_pretrained(NAME, model=str(bundled), say=said.append), load(run_dir)
     assert BASE in said[0]
-    assert set(hub.asked) == set(READ)
+    assert set(hub.asked) == set(READ) == set(FILES) - {"README.md", "reliability.png"}
     assert same(found.posterior.tensors(), was.posterior.tensors())
     assert same(copied(found.model), copied(was.model))
     assert found.calibration == was.calibration is not None
@@ -153,12 +175,22 @@ def test_what_is_pushed_is_loaded_as_it_was(run_dir: Path, bundled: Path, hub: H
     assert not model.training
 
 
+def test_what_is_to_be_private_is_not_uploaded_for_all_to_see(run_dir: Path, hub: Hub) -> None:
+    push_to_hub(run_dir, NAME, base_model=BASE, say=silent)
+    before = {path: path.stat().st_mtime_ns for path in (hub.folder / NAME / "main").iterdir()}
+    with pytest.raises(VarloraError, match="it is public, so nothing was uploaded"):
+        push_to_hub(run_dir, NAME, private=True, base_model=BASE, say=silent)
+    assert {path: path.stat().st_mtime_ns for path in (hub.folder / NAME / "main").iterdir()} == before
+    push_to_hub(run_dir, "me/other", private=True, base_model=BASE, say=silent)
+    push_to_hub(run_dir, "me/other", private=True, base_model=BASE, say=silent)
+
+
 def test_a_branch_and_what_an_earlier_push_left(run_dir: Path, bundled: Path, hub: Hub, tmp_path: Path) -> None:
-    push(run_dir, NAME, base_model=BASE, revision="v1", say=silent)
+    push_to_hub(run_dir, NAME, base_model=BASE, revision="v1", say=silent)
     assert from_pretrained(NAME, revision="v1", model=str(bundled), say=silent).calibration is not None
     plain = Path(shutil.copytree(run_dir, tmp_path / "plain"))
     (plain / "adapter" / "calibration.json").unlink()
-    push(plain, NAME, base_model=BASE, revision="v1", say=silent)
+    push_to_hub(plain, NAME, base_model=BASE, revision="v1", say=silent)
     assert from_pretrained(NAME, revision="v1", model=str(bundled), say=silent).calibration is None
     with pytest.raises(VarloraError, match="The hub has no me/my-adapter at v2"):
         from_pretrained(NAME, revision="v2", say=silent)
@@ -172,11 +204,19 @@ def test_plain_peft_loads_the_mean(pushed: Path, run_dir: Path, bundled: Path) -
     assert read_json(pushed / "adapter_config.json")["base_model_name_or_path"] == BASE
 
 
+def test_the_folder_may_be_the_one_that_one_is_in(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert push_to_hub(run_dir, NAME, base_model=BASE, folder=".", say=silent) == str(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
 def test_nothing_of_the_machine_is_pushed(pushed: Path, run_dir: Path, bundled: Path) -> None:
     assert {path.name for path in pushed.iterdir()} == set(FILES)
     for path in pushed.iterdir():
         content = path.read_bytes()
-        for private in (str(run_dir.parent), str(bundled), "hf_secret"):
+        for private in (str(run_dir.parent), str(bundled), "hf_secret", '"machine"'):
             assert private.encode() not in content, path.name
     assert yaml.safe_load((pushed / "task.yaml").read_text())["files"] == {"train": "train.csv", "dev": "dev.csv"}
 
@@ -217,15 +257,35 @@ def test_a_posterior_of_another_base_is_refused_by_name(pushed: Path, bundled: P
         ({"model": "/root/base"}, "a name on the hub"),
         ({"task": "/etc/passwd.yaml"}, "a task's name"),
         ({"task": "../task.yaml"}, "a task's name"),
-        ({"task": "nothing"}, "known task"),
+        ({"task": "nothing"}, "a task's name"),
+        ({"task": "mine.yaml"}, "a task's name"),
+        ({"task": ["boolq"]}, "a task's name"),
         ({"lora": {"rank": 10**9}}, "rank"),
         ({"method": "backdoor"}, "Unknown method"),
         ({"code": "import os"}, "Unknown setting"),
     ],
 )
-def test_a_strangers_settings_are_data(pushed: Path, settings: dict[str, Any], why: str) -> None:
+def test_a_strangers_settings_are_data(
+    pushed: Path, settings: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(pushed / "task.yaml", "mine.yaml")  # of another, and none of the repository's
     with pytest.raises((ConfigError, DamagedFileError), match=why):
         from_pretrained(changed(pushed, **settings), say=silent)
+
+
+def test_a_strangers_weights_may_have_no_shape(pushed: Path) -> None:
+    weights, metadata = load_tensors(pushed / "adapter_model.safetensors")
+    name = next(name for name in weights if ".lora_A." in name)
+    save_tensors(pushed / "adapter_model.safetensors", weights | {name: torch.tensor(1.0)}, metadata)
+    with pytest.raises(DamagedFileError, match="rank"):
+        from_pretrained(resealed(pushed), say=silent)
+
+
+def test_a_strangers_task_may_be_a_bomb(pushed: Path) -> None:
+    (pushed / "task.yaml").write_text("a: &a [x]\nfiles: *a\n")
+    with pytest.raises(ConfigError, match="without aliases"):
+        from_pretrained(resealed(pushed), say=silent)
 
 
 def test_a_strangers_files_stay_in_their_folder(pushed: Path, bundled: Path, tmp_path: Path) -> None:
@@ -245,14 +305,14 @@ def test_a_strangers_files_stay_in_their_folder(pushed: Path, bundled: Path, tmp
 
 def test_what_cannot_be_pushed_or_loaded_is_said(run_dir: Path, tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(VarloraError, match="--base-model"):
-        push(run_dir, NAME, say=silent)
+        push_to_hub(run_dir, NAME, say=silent)
     for name in ("a/b/c", "../me", "me/..", "me/my adapter"):
         with pytest.raises(VarloraError, match="a name on the hub"):
-            push(run_dir, name, base_model=BASE, say=silent)
+            push_to_hub(run_dir, name, base_model=BASE, say=silent)
     with pytest.raises(VarloraError, match="a name on the hub"):
-        push(run_dir, NAME, base_model="a folder/of mine", say=silent)
+        push_to_hub(run_dir, NAME, base_model="a folder/of mine", say=silent)
     with pytest.raises(VarloraError, match="new or empty"):
-        push(run_dir, NAME, base_model=BASE, folder=run_dir, say=silent)
+        push_to_hub(run_dir, NAME, base_model=BASE, folder=run_dir, say=silent)
     with pytest.raises(VarloraError, match="did not make it"):
         from_pretrained(run_dir / "adapter", say=silent)
     for missing in (tmp_path / "gone", "./gone", "/gone/too", "a/b/c"):
@@ -261,9 +321,30 @@ def test_what_cannot_be_pushed_or_loaded_is_said(run_dir: Path, tmp_path: Path, 
     with pytest.raises(VarloraError, match="The hub has no who/what"):
         from_pretrained("who/what", say=silent)
 
-    def refused(*arguments: Any, **more: Any) -> None:
-        raise OSError("401 Unauthorized")
 
-    hub.create_repo = refused  # type: ignore[method-assign]
-    with pytest.raises(VarloraError, match="hf auth login"):
-        push(run_dir, NAME, base_model=BASE, say=silent)
+def test_a_hub_that_is_not_reached_or_refuses_is_said(run_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library's own errors: no one listens at port 9."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    gone = HfApi(endpoint="http://127.0.0.1:9", token=False)
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        gone.create_repo(NAME, private=False)
+    assert not isinstance(raised.value, OSError)
+    monkeypatch.setattr(hub, "create_repo", gone.create_repo)
+    with pytest.raises(VarloraError, match="Is the network there"):
+        push_to_hub(run_dir, NAME, base_model=BASE, say=silent)
+
+    def nowhere(*arguments: Any, **settings: Any) -> str:
+        return str(snapshot_download(*arguments, endpoint="http://127.0.0.1:9", token=False, **settings))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nowhere)
+    with pytest.raises(VarloraError, match="it cannot be asked"):
+        from_pretrained("who/what", say=silent)
+
+    def refused(*arguments: Any, **settings: Any) -> None:
+        request = raised.value.request  # of the same HTTP library
+        response = importlib.import_module(type(request).__module__.partition(".")[0]).Response(401, request=request)
+        raise HfHubHTTPError("401 Unauthorized", response=response)
+
+    monkeypatch.setattr(hub, "create_repo", refused)
+    with pytest.raises(VarloraError, match=r"401 Unauthorized.*hf auth login"):
+        push_to_hub(run_dir, NAME, base_model=BASE, say=silent)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import same
 
 import varlora
 from varlora import metrics
+from varlora.calibration import Calibration
 from varlora.config import Settings, settings_from, settings_of
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.predictions import load_predictions
@@ -144,6 +146,22 @@ def test_answers_have_probabilities_and_uncertainty(run_dir):
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_posterior_is_used_as_was_chosen_unless_its_variance_is_given(run_dir):
+    plain = load(run_dir)
+    chosen = Calibration(tau=0.25, pruned=0.5, temperature=1.5, temperature_mean=2.0, samples=4)
+    calibrated = dataclasses.replace(plain, calibration=chosen)
+    for loaded, given, expected in (
+        (plain, (None, None), (plain.posterior, 10, 1.0)),
+        (plain, (3, 2.0), (plain.posterior.scale(2.0), 3, 2.0)),
+        (calibrated, (None, None), (chosen.applied(plain.posterior), 4, 0.25)),
+        (calibrated, (0, None), (chosen.applied(plain.posterior), 0, 0.25)),
+        (calibrated, (None, 1.0), (plain.posterior, 10, 1.0)),
+    ):
+        posterior, samples, tau = loaded.used(*given)
+        assert (type(posterior), samples, tau) == (type(expected[0]), *expected[1:])
+        assert same(posterior.tensors(), expected[0].tensors())
 
 
 def test_calibration_rows_are_never_trained_on_nor_reported(base, tmp_path):

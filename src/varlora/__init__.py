@@ -13,7 +13,7 @@ from varlora.posterior import DiagonalGaussian, Mixture, Point, Posterior
 
 if TYPE_CHECKING:
     from varlora.config import Settings
-    from varlora.hub import from_pretrained
+    from varlora.hub import from_pretrained, push_to_hub
     from varlora.methods import METHODS
     from varlora.model import LoRA, class_logits, load_model
     from varlora.report import build_report
@@ -40,12 +40,13 @@ __all__ = [
     "load",
     "load_model",
     "load_rows",
+    "push_to_hub",
     "train",
 ]
 
 _HOMES = {
     "config": ("Settings",),
-    "hub": ("from_pretrained",),
+    "hub": ("from_pretrained", "push_to_hub"),
     "methods": ("METHODS",),
     "model": ("LoRA", "class_logits", "load_model"),
     "report": ("build_report",),

@@ -34,6 +34,8 @@ SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Shares of weights that are tried, one after the other while it helps."""
 SEARCH_DRAWS = 8
 """Draws of each trial."""
+MOST_DRAWS = 100_000
+"""Draws that a stored calibration may ask for."""
 BEARABLE = 0.01
 """Relative rise of the NLL that fewer draws may cost."""
 
@@ -214,6 +216,8 @@ def _finite(value: float) -> float | None:
 def load_calibration(adapter: Path) -> Calibration | None:
     """Return how an adapter is to be used, if that was chosen.
 
+    It may come from a stranger, so a number of draws that would take forever is refused.
+
     Raises:
         DamagedFileError: the file is damaged, or of another adapter.
     """
@@ -227,13 +231,13 @@ def load_calibration(adapter: Path) -> Calibration | None:
             raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
         factors = [float(stored[name]) for name in ("tau", "pruned", "temperature", "temperature_mean")]
         chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"Expected a calibration in {path}, but {error} is missing or wrong. {again}") from error
     within = (
         math.isfinite(chosen.tau) and chosen.tau >= 0,
         0 <= chosen.pruned <= 1,
         0 < chosen.temperature < math.inf and 0 < chosen.temperature_mean < math.inf,
-        chosen.samples >= 0,
+        0 <= chosen.samples <= MOST_DRAWS,
     )
     if not all(within):
         raise DamagedFileError(f"Expected a calibration in {path}, but its numbers make no sense: {chosen}. {again}")

@@ -516,10 +516,10 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
-    from varlora.hub import push
+    from varlora.hub import push_to_hub
 
     say = _speaker(console)
-    where = push(
+    where = push_to_hub(
         arguments.run_dir,
         arguments.name,
         private=arguments.private,
@@ -664,7 +664,7 @@ def _parser() -> argparse.ArgumentParser:
     push = verb("push", _push, "Upload adapter, posterior and a model card to the Hugging Face hub.", PUSH_EXAMPLES)
     push.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     push.add_argument("name", metavar="USER/NAME", help="the repository")
-    push.add_argument("--private", action="store_true", help="if it is made now, only you see it")
+    push.add_argument("--private", action="store_true", help="only you see it; a public one is refused")
     push.add_argument("--revision", help="branch to upload to, made if absent (default: main)")
     push.add_argument("--base-model", help="the base's name on the hub, where the run has a folder's")
     push.add_argument("--folder", type=Path, help="write the repository's files here and upload nothing")

@@ -7,19 +7,21 @@
 
 Each question goes to each draw's adapter for one token. The logarithms of the probabilities of the answers' first
 tokens are read from the reply, divided by the temperature and made probabilities of the answers by a softmax: those of
-the draws are averaged, never their logarithms. Each line of output has answer, probabilities and uncertainty in nats.
+the draws are averaged, never their logarithms. Each line of output has answer, probabilities and uncertainty in nats,
+or the error of a question that has no answer; the exit status is 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import math
 import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,13 @@ class Failure(Exception):
     """What went wrong, for the user to mend."""
 
 
+class _Direct(urllib.request.HTTPRedirectHandler):
+    """No redirects: what is asked, and the key with it, goes to the server that the user named and to no other."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        raise Failure(f"{req.full_url} answered {code}: go to {newurl}. If that is the server, give it as --url.")
+
+
 class Server:
     """Where the adapters are served.
 
@@ -48,14 +57,23 @@ class Server:
         logprobs: how many of the likeliest tokens to ask for, where a server cannot be asked for tokens by number.
         prefix: what the server puts before an adapter's name (`BASE:` in SGLang's OpenAI-compatible API).
         timeout: seconds to wait for a reply.
+        key: sent as the bearer's; None: none.
     """
 
     def __init__(
-        self, url: str, api: str = "openai", logprobs: int = 20, prefix: str = "", timeout: float = 120.0
+        self,
+        url: str,
+        api: str = "openai",
+        logprobs: int = 20,
+        prefix: str = "",
+        timeout: float = 120.0,
+        key: str | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise Failure(f"Expected a URL that begins with http:// or https://, but got {url!r}.")
         self.url, self.api, self.logprobs, self.prefix, self.timeout = url.rstrip("/"), api, logprobs, prefix, timeout
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.opener = urllib.request.build_opener(_Direct)
 
     def logprobs_of(self, adapter: str, prompt: str, tokens: Sequence[Mapping[str, Any]], chat: bool) -> list[float]:
         """Return the logarithm of the probability of each answer's token as the next one.
@@ -112,7 +130,7 @@ class Server:
                     "Ask a server that tells them by number: vLLM, or SGLang with --api sglang."
                 )
             if name in found:
-                values.append(float(found[name]))
+                values.append(found[name])
             else:
                 missing.append(token["answer"])
         if missing:
@@ -123,20 +141,22 @@ class Server:
                 "leave none out; older ones do so after `vllm serve --logprobs-mode processed_logprobs` "
                 "(`allowed_token_ids`); SGLang does with --api sglang."
             )
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise Failure(
+                f"Expected logarithms of probabilities from {adapter}, but got {_short(values)}: its logits overflow, "
+                "probably. Serve it with --dtype bfloat16 or float32."
+            )
         return values
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), self.headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with self.opener.open(request, timeout=self.timeout) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             text = error.read(2000).decode(errors="replace")
             raise Failure(f"{self.url}{path} answered {error.code}: {_short(text)}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise Failure(f"{self.url}{path} cannot be asked: {error}. Is the server running?") from error
 
 
@@ -155,7 +175,7 @@ def ask(
         prompt: what to ask, as in training.
         answers: those of this question; left out: those of all questions, if these are the same.
     """
-    tokens = _tokens(manifest, answers)
+    tokens = _tokens(manifest, prompt, answers)
     draws = manifest["draws"]
     with ThreadPoolExecutor(max_workers=min(16, len(draws))) as pool:
         asked = [pool.submit(server.logprobs_of, draw["name"], prompt, tokens, manifest["chat"]) for draw in draws]
@@ -167,8 +187,10 @@ def ask(
     return {"answer": best, "probabilities": probabilities, "uncertainty": uncertainty}
 
 
-def _tokens(manifest: Mapping[str, Any], answers: Sequence[str] | None) -> Sequence[Mapping[str, Any]]:
-    known = manifest["answers"]
+def _tokens(manifest: Mapping[str, Any], prompt: str, answers: Sequence[str] | None) -> Sequence[Mapping[str, Any]]:
+    """Return the tokens that begin the answers after a prompt, which may end in white space, or in a chat template."""
+    after_space = not manifest["chat"] and prompt[-1:].isspace()
+    known = [one for one in manifest["answers"] if one[0]["after_space"] == after_space]
     fitting = [one for one in known if answers is None or [token["answer"] for token in one] == list(answers)]
     if len(fitting) == 1:
         return fitting[0]
@@ -212,26 +234,47 @@ def _entropy(probabilities: Sequence[float]) -> float:
     return -math.fsum(p * math.log(p) for p in probabilities if p > 0)
 
 
-def _questions(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[str] | None]]:
-    """Yield id, prompt and answers of each question."""
+def _lines(arguments: argparse.Namespace) -> list[str]:
+    """Return the questions, a JSON object a line."""
     if arguments.prompt is not None:
-        yield "0", arguments.prompt, arguments.answers
-        return
-    name = "standard input" if arguments.input == "-" else arguments.input
+        return [json.dumps({"id": "0", "prompt": arguments.prompt})]
     try:
-        lines = sys.stdin.readlines() if arguments.input == "-" else Path(name).read_text("utf-8").splitlines()
+        if arguments.input == "-":
+            return sys.stdin.readlines()
+        return Path(arguments.input).read_text("utf-8").split("\n")  # JSON's texts may hold the other line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"{name} cannot be read: {error}") from error
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            yield str(row.get("id", number)), row["prompt"], row.get("answers", arguments.answers)
-        except (ValueError, KeyError, AttributeError) as error:
-            raise Failure(
-                f'Expected {{"prompt": ..., "answers": [...]}} in line {number + 1} of {name}, but got {line[:80]!r}.'
-            ) from error
+        raise Failure(f"{arguments.input} cannot be read: {error}") from error
+
+
+def _question(line: str) -> tuple[str, list[str] | None]:
+    """Return prompt and answers of a line."""
+    try:
+        row = json.loads(line)
+        prompt, answers = row["prompt"], row.get("answers")
+        texts = [prompt, *(answers or ())]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(answers, (list, type(None))):
+        raise Failure(f'Expected {{"prompt": ..., "answers": [...]}}, all of it text, but got {line.strip()[:80]!r}.')
+    return prompt, answers
+
+
+def _id(line: str, number: int) -> str:
+    """Return what a question is called in the output: its id, or else its place."""
+    try:
+        return str(json.loads(line).get("id", number))
+    except (ValueError, AttributeError, RecursionError):
+        return str(number)
+
+
+def _key(name: str | None) -> str | None:
+    """Return the key that the environment holds by a name."""
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise Failure(f"Expected a key in the environment by the name {name}, but there is none, or no plain text.")
+    return key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,22 +288,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help=f"default: {URLS['openai']}, or {URLS['sglang']} for sglang")
     parser.add_argument("--prefix", default="", help="what the server puts before an adapter's name")
     parser.add_argument("--logprobs", type=int, default=20, help="likeliest tokens to ask for (default: 20)")
+    parser.add_argument("--api-key-env", metavar="NAME", help="variable with a key for the server (default: no key)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds (default: 120)")
     parser.add_argument("--manifest", type=Path, default=Path(__file__).with_name("manifest.json"))
     arguments = parser.parse_args(argv)
     url = arguments.url or URLS[arguments.api]
+    failed = False
     try:
         try:
             manifest = json.loads(arguments.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise Failure(f"{arguments.manifest} cannot be read: {error}") from error
-        server = Server(url, arguments.api, arguments.logprobs, arguments.prefix, arguments.timeout)
-        for id, prompt, answers in _questions(arguments):
-            print(json.dumps({"id": id, **ask(manifest, server, prompt, answers)}), flush=True)
+        key = _key(arguments.api_key_env)
+        server = Server(url, arguments.api, arguments.logprobs, arguments.prefix, arguments.timeout, key)
+        for number, line in enumerate(_lines(arguments)):
+            if not line.strip():
+                continue
+            try:
+                prompt, answers = _question(line)
+                found = ask(manifest, server, prompt, arguments.answers if answers is None else answers)
+            except Failure as failure:
+                found, failed = {"error": str(failure)}, True
+                print(f"error: line {number + 1}: {failure}", file=sys.stderr)
+            print(json.dumps({"id": _id(line, number), **found}), flush=True)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,18 @@ def export(
     Raises:
         VarloraError: `to` is taken, `samples` or `tau` is out of its range, or the answers are not known; see `load`.
     """
-    run_dir, to = Path(run_dir), Path(to)
+    run_dir, to = Path(run_dir), Path(to).absolute()  # `.` has no name
     if samples is not None:
         check_draws(samples, what="samples")
     _check_free(to, overwrite)
     loaded = load(run_dir, model=model, device=device)
-    chosen = loaded.calibration if calibration and tau is None else None
-    tau = 1.0 if tau is None else tau
-    posterior = chosen.applied(loaded.posterior) if chosen else loaded.posterior.scale(tau)
-    if samples is None:
-        samples = chosen.samples if chosen else 10
+    if tau is None and not calibration:
+        tau = 1.0
+    chosen = loaded.calibration if tau is None else None
+    posterior, samples, tau = loaded.used(samples, tau)
+    base = model or loaded.settings.model
+    if Path(base).exists():  # the scripts are run from anywhere
+        base = str(Path(base).resolve())
     known, questions = _answers(run_dir, loaded, answers, say)
     on = next(iter(trainable(loaded.model).values())).device
     generator = torch.Generator(on).manual_seed(seed)
@@ -107,11 +109,11 @@ def export(
     manifest = {
         KEY: 1,
         **_facts(run_dir, loaded.settings),
-        "base": {"model": model or loaded.settings.model, "revision": loaded.settings.revision},
+        "base": {"model": base, "revision": loaded.settings.revision},
         "posterior": loaded.posterior.kind,
         "seed": seed,
         "samples": samples,
-        "tau": chosen.tau if chosen else tau,
+        "tau": tau,
         "calibration": asdict(chosen) if chosen else None,
         "device": on.type,
         "draws": [
@@ -126,7 +128,7 @@ def export(
         manifest["files"] = checksums(folder)
         write_json(folder / MANIFEST, manifest)
 
-    with atomic_folder(to, finish) as temporary:
+    with atomic_folder(to, finish, then="export again") as temporary:
         for name, weights in folders.items():
             with swapped(loaded.model, weights):
                 loaded.model.save_pretrained(temporary / name)  # type: ignore[operator]
@@ -196,30 +198,33 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
 def _answers(
     run_dir: Path, loaded: Loaded, answers: Sequence[str] | None, say: Say
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Return each list of answers that questions have, with their tokens, and the questions."""
+    """Return each list of answers that questions have, with their tokens, and the questions.
+
+    Tokens depend on whether white space ends the prompt, so there are those of both endings; a chat template has one.
+    """
     settings, tokenizer = loaded.settings, loaded.tokenizer
-    if answers:
-        rows = [("", tuple(answers))]
-    else:
-        rows = _rows(run_dir, settings)
-        if not rows:
-            raise VarloraError(
-                f"Expected `answers`: no predictions or rows of {get_task(settings.task).name} are here to tell them. "
-                "Pass `--answers` with what the model may say, or run `varlora evaluate` first."
-            )
+    rows = [("", tuple(answers))] if answers else _rows(run_dir, settings)
+    if not rows:
+        raise VarloraError(
+            f"Expected `answers`: no predictions or rows of {get_task(settings.task).name} are here to tell them. "
+            "Pass `--answers` with what the model may say, or run `varlora evaluate` first."
+        )
     texts = Counter(tokenizer.batch_decode([[token] for token in range(len(tokenizer))]))
-    known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for prompt, of_row in rows:
-        if of_row not in known:
-            tokens = answer_tokens(tokenizer, of_row, settings.chat, after_space=prompt[-1:].isspace())
-            known[of_row] = [
-                {"answer": answer, "id": token, "text": text, "shared": texts[text] > 1}
-                for answer, token in zip(of_row, tokens)
-                for text in [str(tokenizer.decode([token]))]
-            ]
-    if len(known) > 1:
-        say(f"Questions have {len(known)} different lists of answers: a question has to come with its `answers`.")
-    return list(known.values()), [{"prompt": p, "answers": list(of_row)} for p, of_row in rows if p]
+    lists = list(dict.fromkeys(of_row for _, of_row in rows))
+    known = []
+    for of_row in lists:
+        for after_space in (False,) if settings.chat else (False, True):
+            tokens = answer_tokens(tokenizer, of_row, settings.chat, after_space)
+            known.append(
+                [
+                    {"answer": answer, "id": token, "text": text, "shared": texts[text] > 1, "after_space": after_space}
+                    for answer, token in zip(of_row, tokens)
+                    for text in [str(tokenizer.decode([token]))]
+                ]
+            )
+    if len(lists) > 1:
+        say(f"Questions have {len(lists)} different lists of answers: a question has to come with its `answers`.")
+    return known, [{"prompt": p, "answers": list(of_row)} for p, of_row in rows if p]
 
 
 def _rows(run_dir: Path, settings: Settings) -> list[tuple[str, tuple[str, ...]]]:

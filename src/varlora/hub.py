@@ -29,7 +29,7 @@ from typing import Any
 
 import huggingface_hub
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -50,25 +50,27 @@ from varlora.run import (
     write_json,
     write_text,
 )  # fmt: skip
-from varlora.tasks import get_task
+from varlora.tasks import TASKS, get_task
 from varlora.workflow import Loaded, load_parts
 
-__all__ = ["FILES", "from_pretrained", "push"]
+__all__ = ["FILES", "from_pretrained", "push_to_hub"]
 
 Say = Callable[[str], None]
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json")
 FACTS, TASK, CARD = "varlora.json", "task.yaml", "README.md"
-FILES = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION, CARD, PICTURE)
-"""All that is uploaded."""
-READ = tuple(name for name in FILES if name != PICTURE)
+READ = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION)
 """All that is downloaded."""
+FILES = (*READ, CARD, PICTURE)
+"""All that is uploaded."""
 BASE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+UNREACHED: tuple[Any, ...] = HfHubHTTPError.__bases__
+"""OSError and the HTTP library's own error, of which its ConnectError is one: which library depends on the version."""
 KEPT = ("versions", "commit", "task_version", "prompt_version", "base", "training_rows", "cut")
 """Of a run's config.json: what is true on any machine."""
 
 
-def push(
+def push_to_hub(
     run_dir: str | Path,
     name: str,
     *,
@@ -83,7 +85,7 @@ def push(
     Args:
         run_dir: a trained run; evaluated, if the card is to have metrics.
         name: of the repository, `user/name`; it is made if absent.
-        private: if it is made now, whether only its owner sees it.
+        private: only its owner sees it; one that is there already and is public is refused.
         revision: branch to upload to, made if absent; left out: the main branch.
         base_model: the base's name on the hub; left out: the run's, if that is one.
         folder: write the files here instead, and upload nothing.
@@ -93,7 +95,8 @@ def push(
         Where it is: an address, or the folder.
 
     Raises:
-        VarloraError: the run is not finished, a name is none, the base's is not known, or the hub refuses.
+        VarloraError: the run is not finished, a name is none, the base's is not known, or the hub refuses or is not
+            reached.
     """
     run_dir = Path(run_dir)
     _check_name("name", name, "me/my-adapter")
@@ -110,10 +113,10 @@ def push(
     if not (run_dir / "predictions.safetensors").is_file():
         say(f"{run_dir} is not evaluated, so its card has no metrics. `varlora evaluate {run_dir}` gives them.")
     if folder is not None:
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # `.` has no name
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise VarloraError(f"Expected `folder` to be new or empty, but {folder} is not. Choose another name.")
-        with atomic_folder(folder, lambda made: None) as temporary:
+        with atomic_folder(folder, lambda made: None, then="try again") as temporary:
             _lay_out(run_dir, name, settings, temporary)
         return str(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -121,6 +124,11 @@ def push(
         api = huggingface_hub.HfApi()
         try:
             address = api.create_repo(name, private=private, exist_ok=True, repo_type="model")
+            if private and not api.repo_info(name).private:
+                raise VarloraError(
+                    f"Expected {name} to be private, but it is public, so nothing was uploaded. Make it private in its "
+                    "settings on the hub, choose another name, or leave out `--private`."
+                )
             if revision is not None:
                 api.create_branch(name, branch=revision, exist_ok=True)
             api.upload_folder(
@@ -131,10 +139,10 @@ def push(
                 allow_patterns=list(FILES),
                 delete_patterns=list(FILES),  # a calibration of an earlier run, say
             )
-        except (HfHubHTTPError, OSError) as error:
+        except UNREACHED as error:
             raise VarloraError(
-                f"The hub did not take {name}: {' '.join(str(error).split())[:300]}. Log in by `hf auth login` with a "
-                "token that may write there."
+                f"The hub did not take {name}: {' '.join(str(error).split())[:300]}. Is the network there? Log in by "
+                "`hf auth login` with a token that may write there."
             ) from error
     return str(address)
 
@@ -167,15 +175,20 @@ def _lay_out(run_dir: Path, name: str, settings: Settings, folder: Path) -> None
         plain["task"] = TASK
     facts = {"settings": plain, **{key: config[key] for key in KEPT if key in config}}
     sources = [{"method": source.get("method")} for source in config.get("concluded_from") or []]
-    write_json(folder / FACTS, facts | {"concluded_from": sources, "pushed": origin()})
+    write_json(folder / FACTS, facts | {"concluded_from": sources, "pushed": _elsewhere(origin())})
     write_json(folder / MANIFEST, checksums(folder))
     chosen = load_calibration(adapter)
     if chosen is not None:
         stored = read_json(adapter / CALIBRATION)
-        write_json(folder / CALIBRATION, stored | {"adapter": file_digest(folder / MANIFEST)})
+        write_json(folder / CALIBRATION, _elsewhere(stored) | {"adapter": file_digest(folder / MANIFEST)})
     write_text(folder / CARD, card)
     if picture is not None:
         write_bytes(folder / PICTURE, picture)
+
+
+def _elsewhere(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a result comes from, without the machine."""
+    return {key: value for key, value in facts.items() if key != "machine"}
 
 
 def _numbered(sources: Any) -> list[str]:
@@ -224,7 +237,7 @@ def _folder(name_or_path: str | Path, revision: str | None) -> Path:
     _check_name("name_or_path", name, "me/my-adapter")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(READ)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except UNREACHED as error:
         raise VarloraError(
             f"The hub has no {name}{f' at {revision}' if revision else ''}, or it cannot be asked: "
             f"{' '.join(str(error).split())[:300]}. A private one needs `hf auth login`."
@@ -248,21 +261,24 @@ def _checked(folder: Path, name: str, model: str | None) -> tuple[Mapping[str, A
     if not isinstance(stored, Mapping) or not isinstance(facts.get("base", ""), str):
         raise DamagedFileError(f"Expected settings in {folder / FACTS}, but there are none.")
     own = stored.get("task") == TASK
-    if "/" in str(stored.get("task")) or (own and TASK not in listed):
-        raise DamagedFileError(f"Expected a task's name in {folder / FACTS}, but got {stored.get('task')!r}.")
+    if not (TASK in listed if own else isinstance(stored.get("task"), str) and stored["task"] in TASKS):
+        raise DamagedFileError(
+            f"Expected a task's name in {folder / FACTS}, or its own {TASK}, but got {stored.get('task')!r:.80}. "
+            f"Known: {', '.join(TASKS)}."
+        )
     here: dict[str, Any] = {"task": str(folder / TASK) if own else stored.get("task"), "data_dir": None}
     here |= {"run_dir": None, "sources": _numbered(stored.get("sources"))}
     try:
         settings = settings_from({**stored, **here}, stored=True)
     except ConfigError as error:
-        raise ConfigError(f"{name}: {problem}" for problem in error.problems) from error
+        raise ConfigError(f"{name}: {problem[:500]}" for problem in error.problems[:20]) from error
     files = get_task(settings.task).files.values() if own else ()
     if any(Path(file).name != file or "\\" in file for file in files):
-        raise DamagedFileError(f"Expected plain file names in {folder / TASK}, but got {', '.join(files)}.")
+        raise DamagedFileError(f"Expected plain file names in {folder / TASK}, but got {', '.join(files)[:200]}.")
     if model is None and not BASE.fullmatch(settings.model):
         raise DamagedFileError(
-            f"Expected the base of {name} to be a name on the hub, but got {settings.model!r}. If you know the base, "
-            "pass it as `model`."
+            f"Expected the base of {name} to be a name on the hub, but got {settings.model!r:.200}. If you know the "
+            "base, pass it as `model`."
         )
     _check_rank(folder / ADAPTER[1], settings)
     return facts, settings
@@ -272,10 +288,11 @@ def _check_rank(path: Path, settings: Settings) -> None:
     """Refuse settings of another rank than the weights have, before an adapter of any size is made of them."""
     try:
         with safe_open(path, framework="pt") as file:
-            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+            shapes = [file.get_slice(name).get_shape() for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(f"Expected safetensors in {path}, but it is damaged or cut short ({error}).") from error
+    ranks = {shape[0] if shape else 0 for shape in shapes}
     if ranks != {settings.lora.rank}:
         raise DamagedFileError(
-            f"Expected an adapter of rank {settings.lora.rank} in {path}, as {FACTS} says, but got {sorted(ranks)}."
+            f"Expected an adapter of rank {settings.lora.rank} in {path}, as {FACTS} says, but got {sorted(ranks)[:9]}."
         )

@@ -230,12 +230,17 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(path: Path, manifest: Callable[[Path], None] = write_manifest) -> Iterator[Path]:
-    """Give an empty folder to write to; on success `manifest` writes its manifest and it takes the place of `path`."""
+def atomic_folder(
+    path: Path, manifest: Callable[[Path], None] = write_manifest, then: str = "go on with `resume`"
+) -> Iterator[Path]:
+    """Give an empty folder to write to; on success `manifest` writes its manifest and it takes the place of `path`.
+
+    `then` is what a user is to do once it can be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        with told_if_unwritten(path):
+        with told_if_unwritten(path, then):
             yield temporary
             temporary.chmod(0o755)
             complete(temporary, path, manifest)
@@ -263,14 +268,14 @@ def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] = wri
 
 
 @contextmanager
-def told_if_unwritten(path: Path) -> Iterator[None]:
+def told_if_unwritten(path: Path, then: str = "go on with `resume`") -> Iterator[None]:
     """Say in words that what is being written to `path` cannot be: the disk is full, say."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise VarloraError(
-            f"{path} could not be written: {error}. What was there before is whole. Make room or give access, and go "
-            "on with `resume`."
+            f"{path} could not be written: {error}. What was there before is whole. Make room or give access, and "
+            f"{then}."
         ) from error
 
 

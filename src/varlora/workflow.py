@@ -85,6 +85,22 @@ class Loaded:
         """The posterior as it is to be drawn from: calibrated, where that was done."""
         return self.posterior if self.calibration is None else self.calibration.applied(self.posterior)
 
+    def used(self, samples: int | None = None, tau: float | None = None) -> tuple[Posterior, int, float]:
+        """Return the posterior to draw from, the number of draws, and the factor τ of the variance that it has.
+
+        Args:
+            samples: draws; 0: only the mean; left out: what `calibrate` chose, else 10.
+            tau: factor of the variance of what was trained, without the rest of what was chosen; left out: what was
+                chosen, else 1.
+        """
+        chosen = self.calibration if tau is None else None
+        if samples is None:
+            samples = chosen.samples if chosen else 10
+        if chosen:
+            return chosen.applied(self.posterior), samples, chosen.tau
+        tau = 1.0 if tau is None else tau
+        return self.posterior.scale(tau), samples, tau
+
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `model, posterior = load(run_dir)`."""
         return iter((self.model, self.posterior))
@@ -630,12 +646,9 @@ def answer_rows(
         say: told in words what a user should know.
     """
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
-    chosen = loaded.calibration if tau is None else None
-    used = dataclasses.replace(loaded, posterior=loaded.calibrated) if chosen else loaded
-    if samples is None:
-        samples = chosen.samples if chosen else 10
-    tau = 1.0 if tau is None else tau
-    predictions = _predict(used, encoded.rows, samples=samples, tau=tau, seed=seed, how=how)
+    posterior, samples, _ = loaded.used(samples, tau)
+    used = dataclasses.replace(loaded, posterior=posterior)
+    predictions = _predict(used, encoded.rows, samples=samples, seed=seed, how=how)
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
         probabilities = dict(zip(example.answers, probs))

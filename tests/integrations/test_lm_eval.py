@@ -6,7 +6,9 @@ import json
 import math
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +45,10 @@ def silent(words: str) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def offline(tmp_path_factory):
-    """No network, no cache outside, and a model this small gains nothing from threads."""
+    """No network, no cache outside, and a model this small gains nothing from threads.
+
+    Nor does each evaluation ask pip what is installed, which takes a second: the harness writes it beside results.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
@@ -53,6 +58,7 @@ def offline(tmp_path_factory):
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)  # read from the environment at import
     patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked for")
     yield
     patch.undo()
     torch.set_num_threads(threads)
@@ -264,6 +270,18 @@ def test_a_draw_that_fails_leaves_the_model_as_it_was(loaded, monkeypatch):
     assert same(bits(loaded.model), before)
 
 
+def test_one_model_that_overflows_is_an_error_too_and_in_no_cache(loaded, monkeypatch):
+    kept = []
+    lm = ours.VarloraLM(loaded, samples=0, say=silent)
+    lm.set_cache_hook(SimpleNamespace(add_partial=lambda *one: kept.append(one)))
+    found = lm.loglikelihood([request("a", " b")], disable_tqdm=True)
+    assert kept == [("loglikelihood", ("a", " b"), found[0])]
+    monkeypatch.setattr(lm, "_model_call", lambda inputs: torch.full((*inputs.shape, lm.vocab_size), math.nan))
+    with pytest.raises(VarloraError, match="are no numbers"):
+        lm.loglikelihood([request("a", " c")], disable_tqdm=True)
+    assert len(kept) == 1
+
+
 def test_texts_longer_than_the_context_are_read_in_windows_by_each_draw(loaded, evaluated, tmp_path):
     long = evaluated(ours.VarloraLM(loaded, samples=2, max_length=5, batch_size=3, say=silent), TEXTS, limit=2)
     generator = torch.Generator().manual_seed(0)
@@ -376,7 +394,8 @@ def test_the_harness_knows_it_by_name(ivon_run, evaluated, averaged):
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_command_line(ivon_run, tasks, averaged, tmp_path, monkeypatch, capsys):
-    """As `python -m` runs it, without the half minute that another process takes to import everything."""
+    """As `python -m` runs it, without another process, and without the harness's own 13,000 tasks to read."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the harness sets for good
     command = ["run", "--model", "varlora", "--batch_size", "4", "--model_args", f"run={ivon_run},samples={S}"]

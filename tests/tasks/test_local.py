@@ -50,6 +50,32 @@ def test_csv_and_tsv_beside_the_task_file():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "a: &a [x, x]\n"
+            + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24))
+            + "files: *y\n",
+            "without aliases",
+        ),
+        ("[" * 100_000, "to be YAML"),
+        ("name: 2020-99-99", "to be YAML"),
+        ("name: [1, 2", "to be YAML"),
+        (f"[{'x, ' * 100_000}y]", "to hold keys"),
+        (f"{{files: [{'x, ' * 100_000}y]}}", "`files`"),
+        ("".join(f"key{i}: 1\n" for i in range(300)), "Unknown key `key0`"),
+        (json.dumps(BASE | {"evaluation": ["dev"]}), "`evaluation` to be text"),
+    ],
+    ids=["aliases", "deep", "date", "cut", "long list", "long files", "many keys", "no text"],
+)
+def test_a_strangers_file_is_refused_in_few_words(tmp_path, text, why):
+    (tmp_path / "task.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=why) as raised:
+        get_task(tmp_path / "task.yaml")
+    assert len(str(raised.value)) < 20_000
+
+
 def test_choices_of_their_own():
     first, second, third = dev(LOCAL / "quiz.yaml")
     assert first.prompt == "What is 2 + 2? A. 3 B. 4 C. 5 (1) Answer:"

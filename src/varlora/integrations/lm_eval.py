@@ -132,15 +132,15 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         chosen = run.calibration if tau is None else None
         self.say, self.seed, self.normalise_choices = say, seed, normalise_choices
         self._rows: Sequence[Row] | None = None
-        self.samples = samples if samples is not None else chosen.samples if chosen else 10
-        self.posterior: Posterior = run.calibrated if chosen else run.posterior.scale(1.0 if tau is None else tau)
+        self.posterior: Posterior
+        self.posterior, self.samples, tau = run.used(samples, tau)
         self.facts: dict[str, Any] = {
             "version": __version__,
             "run": where,
             "method": run.settings.method,
             "posterior": run.posterior.kind,
             "samples": self.samples,
-            "tau": chosen.tau if chosen else 1.0 if tau is None else tau,
+            "tau": tau,
             "pruned": chosen.pruned if chosen else 0.0,
             "normalise_choices": normalise_choices,
             "seed": seed,
@@ -223,8 +223,15 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
                     f"and {len(continuation)} tokens in {texts!r:.200}. Mend the task, or pass another `max_length`."
                 )
         if len(self.draws) == 1:
-            with swapped(self.model, self.draws[0].weights):
-                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # type: ignore[arg-type, unused-ignore]
+            hook = self.cache_hook  # type: ignore[has-type, unused-ignore]
+            self.cache_hook = _NumbersAlone(hook)
+            try:
+                with swapped(self.model, self.draws[0].weights):
+                    found = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # type: ignore[arg-type, unused-ignore]
+            finally:
+                self.cache_hook = hook
+            _check_numbers(_column(found)[None])
+            return found
         # requests that differ in their last token alone, such as the letters of choices, need one pass
         groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
@@ -305,14 +312,30 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         return {**info, "varlora": {**self.facts, "base": base}}
 
 
-def _averaged(lls: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Return log Σₛ wₛ exp(llₛ), (N,), from (S, N) float64."""
+class _NumbersAlone:
+    """The harness's cache, without what is no number: the evaluation ends with an error, and may be begun again."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def add_partial(self, attribute: str, request: Any, answer: tuple[float, bool]) -> None:
+        """Hand an answer on."""
+        if not math.isnan(answer[0]):
+            self.hook.add_partial(attribute, request, answer)
+
+
+def _check_numbers(lls: Tensor) -> None:
     if lls.isnan().any():
         wrong = lls.isnan().any(1).nonzero()[:, 0].tolist()
         raise VarloraError(
             f"Expected loglikelihoods of every draw, but those of draws {wrong} are no numbers: their logits overflow. "
             "Pass a smaller `tau`, or samples=0, or train with dtype bfloat16 or float32."
         )
+
+
+def _averaged(lls: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Return log Σₛ wₛ exp(llₛ), (N,), from (S, N) float64."""
+    _check_numbers(lls)
     weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float64)
     return (lls + weights.log()[:, None]).logsumexp(0)
 

@@ -39,6 +39,8 @@ KEYS = (
     *("name", "version", "prompt", "cut", "answers", "choices", "label", "id", "slice"),
     *("files", "evaluation", "limit"),
 )
+MOST = 20
+"""Problems of a file that are told."""
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
@@ -130,13 +132,21 @@ def load_task(path: Path) -> Task:
         ConfigError: the file is absent or no YAML, or all its problems together.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            # a few lines of them stand for more than any memory holds
+            raise ConfigError([f"Expected {path} without aliases (*name). Write out what they stand for."])
+        config = yaml.safe_load(text)
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError([f"Expected a task file at {path}, but it cannot be read: {error.strerror}."]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"Expected {path} to be YAML: {error}"]) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError([f"Expected {path} to be YAML: {_short(str(error))}"]) from None
     if not isinstance(config, dict):
-        raise ConfigError([f"Expected {path} to hold keys such as `name` and `prompt`, but got {config!r}."])
+        raise ConfigError(
+            [f"Expected {path} to hold keys such as `name` and `prompt`, but got {_short(repr(config))}."]
+        )
     problems = [f"Unknown key `{key}`. {did_you_mean(str(key), KEYS)}" for key in config if key not in KEYS]
     problems += [
         f"Expected a key `{key}`, but there is none."
@@ -155,12 +165,12 @@ def load_task(path: Path) -> Task:
     answers, values = _answers(config, problems)
     files = _files(config, problems)
     evaluation = config.get("evaluation", "dev")
-    if files and evaluation not in files:
+    if files and str(evaluation) not in files:
         hint = did_you_mean(str(evaluation), files)
         problems.append(f"Expected `evaluation` to be a split of `files`, but got {evaluation!r}. {hint}")
     limit = _limit(config, files, problems)
     if problems:
-        raise ConfigError(f"{path}: {problem}" for problem in problems)
+        raise ConfigError(f"{path}: {_short(problem)}" for problem in problems[:MOST])
     cut, choices, id, slice = (config.get(key) for key in ("cut", "choices", "id", "slice"))
     schema = _Schema(pieces, answers, values, config["label"], cut, choices, id, slice)
     names = [name for _, name in pieces if name is not None and not (choices and name == "choices")]
@@ -176,6 +186,11 @@ def load_task(path: Path) -> Task:
         limit=limit,
         slice=slice,
     )
+
+
+def _short(text: str) -> str:
+    """Return a message of bearable length: what it quotes may be of any."""
+    return text if len(text) <= 500 else f"{text[:400]} ... {text[-100:]}"
 
 
 def _pieces(config: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, str | None], ...]:
