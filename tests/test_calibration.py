@@ -14,12 +14,17 @@ from torch import Tensor
 from varlora.calibration import BEARABLE, SEARCH_DRAWS, Calibration, calibrate, load_calibration, save_calibration
 from varlora.cli import main
 from varlora.config import settings_from
+from varlora.data import encode_all
+from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.metrics import average_probs, nll
 from varlora.posterior import DiagonalGaussian, Point, Posterior, Tempered
+from varlora.predict import predict
+from varlora.predictions import load_predictions
 from varlora.report import build_report
+from varlora.tasks import get_task, load_rows
 from varlora.temperature import fit_temperature
-from varlora.workflow import evaluate, load, train
+from varlora.workflow import answer_rows, evaluate, load, train
 
 ROWS, WEIGHTS = 400, 40
 SMALL = 0.03
@@ -177,6 +182,30 @@ def test_what_is_chosen_is_stored_with_the_adapter_and_used(copy: Path, capsys: 
     assert isinstance(loaded.calibrated, Tempered)
 
 
+def test_the_last_layers_are_chosen_for_and_drawn_from_then_on(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", str(copy), "--samples", "4", "--last-layers", "1"]) == 0
+    loaded = load(copy)
+    assert loaded.calibration is not None
+    assert loaded.calibration.last_layers == 1
+    posterior, samples, _, how = loaded.used()
+    assert how == Drawing(last_layers=1)
+    task = get_task(loaded.settings.task)
+    examples = load_rows(task, task.evaluation, None).examples[:3]
+    (row, *_) = answer_rows(loaded, examples, samples=4)
+    encoded = encode_all(loaded.tokenizer, examples).rows
+    found = {
+        layers: predict(
+            loaded.model, posterior, encoded, pad_token_id=0, samples=4, how=Drawing(last_layers=layers)
+        ).probs[0]
+        for layers in (None, 1)
+    }
+    assert list(row["probabilities"].values()) == pytest.approx(found[1].tolist(), abs=1e-6)
+    assert (found[1] - found[None]).abs().max() > 1e-5 or samples == 0
+    main(["evaluate", str(copy), "--samples", "2"])
+    assert load_predictions(copy / "predictions-calibrated.safetensors").meta["last_layers"] == "1"
+    assert "last_layers" not in load_predictions(copy / "predictions.safetensors").meta
+
+
 def test_predict_uses_it_unless_told_otherwise(copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         (Path(__file__).resolve().parents[1] / "src/varlora/demo/bundled/tasks/two_choices.dev.jsonl")
@@ -232,6 +261,8 @@ def test_without_held_out_rows_it_says_so(run: Path, tmp_path: Path) -> None:
         ({"temperature": math.nan}, "make no sense"),
         ({"pruned": 2}, "make no sense"),
         ({"samples": "many"}, "missing or wrong"),
+        ({"last_layers": 0}, "make no sense"),
+        ({"last_layers": "all"}, "missing or wrong"),
         ({"samples": 10**9}, "make no sense"),
         ({"samples": math.inf}, "missing or wrong"),
         ({"tau": None}, "missing or wrong"),

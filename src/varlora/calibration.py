@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from varlora import metrics
+from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import check_draws
@@ -58,6 +59,13 @@ class Calibration:
     """What the mean's logits are divided by."""
     samples: int
     """Draws that are averaged; 0: the mean."""
+    last_layers: int | None = None
+    """Last adapted layers that are drawn, those below at the mean; None: all."""
+
+    @property
+    def how(self) -> Drawing:
+        """How the draws are made."""
+        return Drawing(last_layers=self.last_layers)
 
     def applied(self, posterior: Posterior) -> Tempered:
         """Return the posterior as it is to be drawn from."""
@@ -90,13 +98,14 @@ class Search:
     """Passes of a model over them."""
 
 
-def calibrate(posterior: Posterior, draw: Draw, samples: int = 16) -> Search:
+def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, last_layers: int | None = None) -> Search:
     """Choose τ, the share that is pruned, the temperature and the number of draws on held-out rows.
 
     Args:
         posterior: what training ended with.
         draw: gives logits of the held-out rows, with the same noise for every posterior.
         samples: draws at the most; 0: only the mean and its temperature.
+        last_layers: what `draw` draws of the adapter; None: all.
 
     Raises:
         MetricError: there are no rows, or a label is wrong.
@@ -108,7 +117,7 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = 16) -> Search:
     pruned = _share(trials, tau)
     mean = trials.made(0.0, pruned)
     drawn = _number(trials, tau, pruned) if tau else mean
-    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples)
+    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples, last_layers)
     return Search(chosen, tuple(trials.trials), trials.rows, trials.passes)
 
 
@@ -230,7 +239,9 @@ def load_calibration(adapter: Path) -> Calibration | None:
         if stored["adapter"] != file_digest(adapter / MANIFEST):
             raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
         factors = [float(stored[name]) for name in ("tau", "pruned", "temperature", "temperature_mean")]
-        chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]))
+        layers = stored.get("last_layers")  # not in files of older versions
+        layers = None if layers is None else int(layers)
+        chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]), layers)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"Expected a calibration in {path}, but {error} is missing or wrong. {again}") from error
     within = (
@@ -238,6 +249,7 @@ def load_calibration(adapter: Path) -> Calibration | None:
         0 <= chosen.pruned <= 1,
         0 < chosen.temperature < math.inf and 0 < chosen.temperature_mean < math.inf,
         0 <= chosen.samples <= MOST_DRAWS,
+        layers is None or layers >= 1,
     )
     if not all(within):
         raise DamagedFileError(f"Expected a calibration in {path}, but its numbers make no sense: {chosen}. {again}")

@@ -266,6 +266,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
         search = calibrate(
             run_dir,
             samples=arguments.samples,
+            last_layers=arguments.last_layers,
             seed=arguments.seed,
             token_budget=arguments.token_budget,
             data_dir=arguments.data_dir,
@@ -592,6 +593,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     calibrate.add_argument("--samples", type=int, default=16, help="draws at the most (default: 16)")
+    calibrate.add_argument(
+        "--last-layers",
+        type=int,
+        metavar="K",
+        help="draw the last K adapted layers alone, now and later (default: all)",
+    )
     calibrate.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     calibrate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
     calibrate.add_argument("--data-dir", help="where the data lie now, if not where they were")

@@ -88,14 +88,14 @@ def export(
     if tau is None and not calibration:
         tau = 1.0
     chosen = loaded.calibration if tau is None else None
-    posterior, samples, tau = loaded.used(samples, tau)
+    posterior, samples, tau, how = loaded.used(samples, tau)
     base = model or loaded.settings.model
     if Path(base).exists():  # the scripts are run from anywhere
         base = str(Path(base).resolve())
     known, questions = _answers(run_dir, loaded, answers, say)
     on = next(iter(trainable(loaded.model).values())).device
     generator = torch.Generator(on).manual_seed(seed)
-    draws = distinct(posterior.drawn(samples, generator).models() if samples else means(posterior))
+    draws = distinct(posterior.drawn(samples, generator, how).models() if samples else means(posterior))
     notes = _notes(posterior, samples, draws, loaded.settings)
     for note in notes:
         say(note)

@@ -85,8 +85,8 @@ class Loaded:
         """The posterior as it is to be drawn from: calibrated, where that was done."""
         return self.posterior if self.calibration is None else self.calibration.applied(self.posterior)
 
-    def used(self, samples: int | None = None, tau: float | None = None) -> tuple[Posterior, int, float]:
-        """Return the posterior to draw from, the number of draws, and the factor τ of the variance that it has.
+    def used(self, samples: int | None = None, tau: float | None = None) -> tuple[Posterior, int, float, Drawing]:
+        """Return the posterior to draw from, the number of draws, the factor τ of its variance, and how it is drawn.
 
         Args:
             samples: draws; 0: only the mean; left out: what `calibrate` chose, else 10.
@@ -97,9 +97,9 @@ class Loaded:
         if samples is None:
             samples = chosen.samples if chosen else 10
         if chosen:
-            return chosen.applied(self.posterior), samples, chosen.tau
+            return chosen.applied(self.posterior), samples, chosen.tau, chosen.how
         tau = 1.0 if tau is None else tau
-        return self.posterior.scale(tau), samples, tau
+        return self.posterior.scale(tau), samples, tau, PLAIN
 
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `model, posterior = load(run_dir)`."""
@@ -511,8 +511,9 @@ def evaluate(
     beside.unlink(missing_ok=True)
     if (chosen := loaded.calibration) is not None:
         used = dataclasses.replace(loaded, posterior=loaded.calibrated)
-        tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples)
-        facts = {name: repr(value) for name, value in dataclasses.asdict(chosen).items()}
+        as_chosen = dataclasses.replace(how, last_layers=chosen.last_layers)
+        tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=as_chosen)
+        facts = {name: repr(value) for name, value in dataclasses.asdict(chosen).items() if value is not None}
         save_predictions(dataclasses.replace(tuned, meta={**tuned.meta, **facts}), beside)
         known = tuned.labels >= 0
         more = {"calibration": dataclasses.asdict(chosen)}
@@ -539,6 +540,7 @@ def calibrate(
     run_dir: str | Path,
     *,
     samples: int = 16,
+    last_layers: int | None = None,
     seed: int = 0,
     token_budget: int = 4096,
     data_dir: str | None = None,
@@ -550,6 +552,7 @@ def calibrate(
     Args:
         run_dir: a trained run.
         samples: draws at the most; 0: only the mean and its temperature.
+        last_layers: draw only the adapter's last so many layers, now and later; left out: all.
         seed: seed of the draws.
         token_budget: tokens a batch, padding included.
         data_dir: where the data lie now, if not where they were.
@@ -572,12 +575,14 @@ def calibrate(
     rows = _encode(loaded.model, loaded.tokenizer, examples, settings, say).rows
     _check_same(run_dir, "held_out", _checksum(rows), f"the held-out rows of {task.name}")
 
+    how = Drawing(last_layers=last_layers)
+
     def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
         one = dataclasses.replace(loaded, posterior=posterior)
-        found = _predict(one, rows, samples=n, seed=seed, token_budget=token_budget)
+        found = _predict(one, rows, samples=n, seed=seed, token_budget=token_budget, how=how)
         return found.logits, found.labels
 
-    search = search_calibration(loaded.posterior, draw, samples)
+    search = search_calibration(loaded.posterior, draw, samples, last_layers)
     save_calibration(search, run_dir / "adapter")
     return search
 
@@ -646,8 +651,9 @@ def answer_rows(
         say: told in words what a user should know.
     """
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
-    posterior, samples, _ = loaded.used(samples, tau)
+    posterior, samples, _, as_chosen = loaded.used(samples, tau)
     used = dataclasses.replace(loaded, posterior=posterior)
+    how = dataclasses.replace(how, last_layers=how.last_layers or as_chosen.last_layers)
     predictions = _predict(used, encoded.rows, samples=samples, seed=seed, how=how)
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):

@@ -133,7 +133,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         self.say, self.seed, self.normalise_choices = say, seed, normalise_choices
         self._rows: Sequence[Row] | None = None
         self.posterior: Posterior
-        self.posterior, self.samples, tau = run.used(samples, tau)
+        self.posterior, self.samples, tau, self.how = run.used(samples, tau)
         self.facts: dict[str, Any] = {
             "version": __version__,
             "run": where,
@@ -161,7 +161,9 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
         """Return the models that are averaged, with shares that sum to 1."""
         generator = torch.Generator(next(iter(trainable(self.model).values())).device).manual_seed(self.seed)
         of_mean = self.samples == 0
-        draws = distinct(means(self.posterior) if of_mean else self.posterior.drawn(self.samples, generator).models())
+        draws = distinct(
+            means(self.posterior) if of_mean else self.posterior.drawn(self.samples, generator, self.how).models()
+        )
         total = sum(draw.weight for draw in draws)
         return [draw._replace(weight=draw.weight / total) for draw in draws]
 
