@@ -16,6 +16,9 @@ import torch
 from serve_helpers import Held, live, loaded, numbered, silent, task_rows, trained, until
 
 from varlora.calibration import Calibration
+from varlora.cli import main
+from varlora.drawing import PLAIN, Drawing
+from varlora.predict import Predictor
 from varlora.predictions import load_predictions
 from varlora.serve import Limits, make_service
 from varlora.serve.abstain import of_held_out
@@ -120,6 +123,42 @@ def test_settings_of_the_service(service):
         reply = mean.ask(rows=rows).json
         same_numbers(reply["results"], expected(rows, samples=0))
         assert all(spread["std"] == 0 for spread in reply["results"][0]["spread"].values())
+        assert reply["samples"] == mean.get("/v1/run").json["samples"] == 0
+
+
+def test_draws_are_made_and_run_as_the_service_is_told():
+    rows, how = task_rows()[:3], Drawing(noise="antithetic", last_layers=1)
+    wanted = expected(rows, how=how)
+    with live(how=how) as service:
+        same_numbers(service.ask(rows=rows).json["results"], wanted)
+    assert wanted[0]["probabilities"] != pytest.approx(expected(rows)[0]["probabilities"], abs=1e-4)
+
+
+def test_the_command_line_passes_on_how_draws_are_made(monkeypatch):
+    told = {}
+    monkeypatch.setattr("varlora.serve.serve", lambda run_dir, **settings: told.update(settings))
+    assert main(["serve", "run", "--noise", "latin", "--last-layers", "2", "--tolerance", "0.01"]) == 0
+    assert told["how"] == Drawing(noise="latin", last_layers=2, tolerance=0.01)
+
+
+def test_export_takes_no_options_that_it_does_not_use(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "run", "--to", "served", "--noise", "latin"])
+    assert "--noise" in capsys.readouterr().err
+
+
+def test_the_services_own_draws_stay_whatever_others_ask_for(fresh, monkeypatch):
+    made, own = [], Predictor.__init__
+
+    def noted(self, *settings):
+        made.append(settings[3])
+        own(self, *settings)
+
+    monkeypatch.setattr(Predictor, "__init__", noted)
+    for tau in (0.1, 0.2, 0.3, 0.4, 0.5):
+        assert fresh.ask(**ASK, tau=tau).status == 200
+    assert fresh.ask(**ASK).status == fresh.ask(**ASK, tau=0.5).status == 200
+    assert made == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 def test_a_calibrated_run_is_used_as_chosen_and_tau_is_of_what_was_trained():
@@ -127,7 +166,8 @@ def test_a_calibrated_run_is_used_as_chosen_and_tau_is_of_what_was_trained():
     chosen = dataclasses.replace(run, calibration=Calibration(0.5, 0.1, 1.7, 1.2, 4))
     with live(run=chosen) as service:
         reply = service.ask(rows=rows).json
-        assert (reply["calibrated"], reply["samples"]) == (True, 4)
+        assert (reply["calibrated"], reply["tau"], reply["samples"]) == (True, 0.5, 4)
+        assert service.get("/v1/run").json["tau"] == 0.5
         same_numbers(reply["results"], expected(rows, chosen))
         reply = service.ask(rows=rows, tau=1.0).json
         assert (reply["calibrated"], reply["samples"]) == (False, 10)
@@ -179,8 +219,16 @@ def test_with_held_out_rows_the_risk_is_kept_on_them(tmp_path):
         assert reply["results"][0]["abstain"] is wanted.abstains(confidence)
         assert service.ask(**ASK, risk=1.0).json["results"][0]["abstain"] is False
         assert service.ask(**ASK, tau=2.0).json["risk"]["held_out"] == 0  # they were not drawn like this
+    with live(run_dir, risk=0.5, tau=1) as service:
+        assert service.ask(**ASK).json["risk"]["held_out"] == len(held_out.labels)
     with live(run_dir, risk=0.5, samples=3) as service:
         assert service.ask(**ASK).json["risk"]["held_out"] == 0
+    with live(run_dir, risk=0.5, how=Drawing(noise="latin")) as service:
+        assert service.ask(**ASK).json["risk"]["held_out"] == 0
+    evaluate(run_dir, split="calibration", how=Drawing(noise="latin"), say=silent)
+    for how, count in ((PLAIN, 0), (Drawing(noise="latin"), len(held_out.labels))):
+        with live(run_dir, risk=0.5, how=how) as service:
+            assert service.ask(**ASK).json["risk"]["held_out"] == count
     (run_dir / "predictions-calibration.safetensors").write_bytes(b"")
     with live(run_dir, risk=0.5) as service:
         assert service.ask(**ASK).json["risk"]["held_out"] == 0

@@ -230,7 +230,8 @@ def _answered(
             draws = max(draws, len(outcome.draws))
     abstained(sum(bool(result.get("abstain")) for result in results))
     status = 200 if len(refusals) < len(outcomes) else max(refusal.status for refusal in refusals)
-    found: dict[str, Any] = {"results": results, "calibrated": use.calibrated, "tau": use.tau, "samples": draws}
+    found: dict[str, Any] = {"results": results, "calibrated": use.calibrated, "tau": use.tau}
+    found["samples"] = draws if use.samples else 0
     if threshold is not None:
         found["risk"] = {"target": threshold.risk, "confidence": threshold.confidence, "held_out": threshold.rows}
     return JSONResponse(found, status)

@@ -71,7 +71,7 @@ class Use:
     calibrated: bool
     """Whether the posterior is used as `varlora calibrate` chose."""
     tau: float
-    """Factor of the variance, beside what was chosen."""
+    """Factor of the variance of what was trained; if calibrated, the one that was chosen."""
     samples: int
     """Draws; 0: the mean."""
 
