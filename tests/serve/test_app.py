@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import http.client
 import json
 import shutil
@@ -20,9 +21,9 @@ from varlora.cli import main
 from varlora.drawing import PLAIN, Drawing
 from varlora.predict import Predictor
 from varlora.predictions import load_predictions
-from varlora.serve import Limits, make_service
+from varlora.serve import Limits, app, make_service
 from varlora.serve.abstain import of_held_out
-from varlora.serve.asking import Asker
+from varlora.serve.asking import Ask, Asker
 from varlora.tasks import get_task
 from varlora.workflow import answer_rows, evaluate
 
@@ -248,6 +249,34 @@ def test_of_several_rows_the_wrong_ones_fail_alone(service):
     same_numbers([first, last], expected(rows[:2]))
 
 
+BAD = "\ud800"  # a lone surrogate, which JSON can say and UTF-8 cannot
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"id": BAD}, "\\ud800"),
+        ({"id": "a", "question": BAD}, "a"),
+        ({"id": "a", "choices": [BAD, "b"]}, "a"),
+        ({"id": "a", "question": None, BAD: "x"}, "a"),
+        ({"id": "x" * 201}, "0"),
+        ({"id": "a", "choices": None}, "a"),
+    ],
+)
+def test_a_row_that_cannot_be_read_fails_alone_and_by_its_own_name(service, more, name):
+    row, other = task_rows()[:2]
+    reply = service.ask(rows=[{**row, **more}, other])
+    assert reply.status == 200
+    wrong, right = reply.json["results"]
+    assert (wrong["id"], wrong["error"]["code"]) == (name, "wrong_row")
+    same_numbers([right], expected([other]))
+
+
+@pytest.mark.parametrize("body", [{"question": "q", "answers": ["a", "b"], BAD: 1}, {**ASK, "id": BAD}])
+def test_a_request_that_is_no_unicode_is_refused(service, body):
+    assert service.ask(**body).status == 422
+
+
 def test_if_all_rows_are_wrong_so_is_the_request(service):
     reply = service.ask(questions=[{"id": "a", "question": "?", "answers": []}, {"question": "?", "answers": ["x"]}])
     assert reply.status == 422
@@ -422,6 +451,15 @@ def test_every_response_has_the_security_headers(service):
         assert not {"server", "access-control-allow-origin"} & set(reply.headers)
 
 
+@pytest.mark.parametrize("host", ["localhost:8000", "[::1]:8000", "::1", "ask.example.org:443"])
+def test_a_host_that_is_allowed_may_be_written_with_a_port(host):
+    with live(hosts=[host]) as service:
+        bare = host.rpartition(":")[0] if host != "::1" else "[::1]"
+        for given in (bare, f"{bare}:1234"):
+            assert service.get("/healthz", Host=given).status == 200
+        assert service.get("/healthz", Host="evil.example").status == 400
+
+
 def test_the_host_must_be_one_of_those_allowed():
     with live(hosts=("localhost", "127.0.0.1", "::1")) as service:
         for host in ("localhost:80", "LOCALHOST", "127.0.0.1", "[::1]:8000"):
@@ -496,6 +534,42 @@ def test_metrics_count_right(held):
     assert numbers["queue_seconds_count"] == 6
 
 
+def test_what_waits_keeps_its_tokens_and_not_its_texts(held):
+    service, held, _ = held
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(service.ask, rows=[*task_rows()[:3], {"id": "wrong"}])
+        until(lambda: service.service.engine.waiting == 3)
+        until(lambda: not [one for one in gc.get_objects() if type(one) is Ask], seconds=10)
+        held.go.set()
+        assert waiting.result().json["results"][3]["id"] == "wrong"
+
+
+def test_large_responses_are_made_beside_the_event_loop(service, monkeypatch):
+    threads = []
+    own = app._answered
+
+    def noted(*given):
+        threads.append(threading.current_thread())
+        return own(*given)
+
+    monkeypatch.setattr(app, "_answered", noted)
+    reply = service.ask(rows=task_rows()[:64])
+    assert len(reply.json["results"]) == 64
+    assert service.ask(**ASK).status == 200
+    assert threads[0] is not threads[1]
+
+
+def test_a_service_that_is_closed_leaves_no_thread():
+    def own():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("varlora-")}
+
+    before = own()
+    with live() as service:
+        assert service.ask(**ASK).status == 200
+        assert {thread.name for thread in own() - before} == {"varlora-engine", "varlora-tokenizer_0"}
+    assert own() == before
+
+
 def test_services_do_not_share_their_counts():
     services = [make_service(loaded(), trained(), say=silent) for _ in range(2)]
     services[0].counters.rows("answered", 5)
@@ -504,7 +578,7 @@ def test_services_do_not_share_their_counts():
     ]
     assert found == [5, 0]
     for one in services:
-        one.engine.close()
+        one.close()
 
 
 def test_connections_are_kept(service):
@@ -519,4 +593,3 @@ def test_connections_are_kept(service):
         assert connection.sock is sock
     assert statuses == {200: 5}
     connection.close()
-    assert threading.active_count() < 100

@@ -8,9 +8,11 @@ The engine's thread alone touches the model. Draws are the same S models for eve
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +36,7 @@ __all__ = ["Limits", "Service", "make_service", "serve"]
 Say = Callable[[str], None]
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""What the own machine is called."""
 KEPT = 4
 """Ways to draw whose draws are kept beside the service's own: the latest that requests asked for."""
 
@@ -48,6 +51,13 @@ class Service:
     """Works the queue off."""
     counters: Any
     """What was counted."""
+    tokenizing: ThreadPoolExecutor
+    """Makes rows ready."""
+
+    def close(self) -> None:
+        """Take nothing more, wait until what was taken is done, and end the threads."""
+        self.engine.close()
+        self.tokenizing.shutdown()
 
 
 def serve(
@@ -94,10 +104,11 @@ def serve(
     _check_use(samples, tau, risk)
     with listen(host, port) as sock:
         loaded = load(run_dir, model=model)
-        hosts = tuple(allowed_hosts) or (LOOPBACK if host in LOOPBACK else ())
+        hosts = tuple(allowed_hosts) or ((*LOOPBACK, host) if _is_loopback(host) else ())
         settings: dict[str, Any] = {"samples": samples, "tau": tau, "seed": seed, "risk": risk, "how": how}
         service = make_service(loaded, run_dir, limits=limits, hosts=hosts, say=say, **settings)
-        server = Server(service.app, stop=service.engine.stop, busy=lambda: service.app.in_progress > 0)
+        engine = service.engine
+        server = Server(service.app, stop=engine.stop, busy=lambda: engine.alive, connections=limits.connections)
         name = f"[{host}]" if ":" in host else host
         say(f"Serving {run_dir} at http://{name}:{sock.getsockname()[1]}/ (Ctrl+C ends it)")
         server.run(sockets=[sock])
@@ -105,7 +116,7 @@ def serve(
         say("Ended at once: what was taken is not answered.")
         sys.stdout.flush()
         os._exit(130)  # the engine's thread is within a pass, which would abort the interpreter's own end
-    service.engine.close()
+    service.close()
     answered = service.counters.answered()
     say(f"Stopped: {answered} requests were answered.")
     return answered
@@ -124,7 +135,7 @@ def make_service(
     hosts: Sequence[str] = (),
     say: Say = print,
 ) -> Service:
-    """Put a service together; see `serve` for the arguments. Its engine is to be closed by the caller."""
+    """Put a service together; see `serve` for the arguments. The caller has to close it."""
     _check_installed()
     from varlora.serve.abstain import of_expected_error, of_held_out
     from varlora.serve.app import PATHS, Parts, make_app
@@ -147,16 +158,18 @@ def make_service(
             return of_expected_error(risk)
         return of_held_out(*held_out, risk)
 
-    engine = Engine(draw, queue=limits.queue, batch_tokens=limits.batch_tokens, watch=counters)
+    engine = Engine(draw, queue=limits.queue, batch_tokens=limits.batch_tokens, watch=counters, say=say)
     counters.queue(lambda: engine.waiting)
     longest = longest_prompt(loaded.model, loaded.settings, say)
     asker = Asker(task, loaded.tokenizer, limits, longest, loaded.settings.chat)
     rows = 0 if held_out is None else len(held_out[1])
     about = _about(loaded, task, default, limits, risk, rows, asker.own_choices)
+    tokenizing = ThreadPoolExecutor(1, thread_name_prefix="varlora-tokenizer")
     by_hand = 10 if samples is None else samples
     parts = Parts(
         engine=engine,
         asker=asker,
+        tokenizing=tokenizing,
         parse=parse,
         schema=Ask.model_json_schema(ref_template="#/components/schemas/{model}"),
         threshold=threshold,
@@ -169,7 +182,7 @@ def make_service(
         files=_page(about, task, asker.own_choices),
     )
     guard = Guard(make_app(parts), paths=PATHS, hosts=hosts, count=counters.request, say=say)
-    return Service(guard, engine, counters)
+    return Service(guard, engine, counters, tokenizing)
 
 
 def _check_installed() -> None:
@@ -179,6 +192,13 @@ def _check_installed() -> None:
             f"`varlora serve` needs {', '.join(missing).replace('_', '-')}, which are not installed. "
             'Install them: pip install "varlora[serve]"'
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _check_use(samples: int | None, tau: float | None, risk: float | None) -> None:
