@@ -76,7 +76,7 @@ def test_sigterm_under_load_finishes_what_was_taken(tmp_path):
     assert rows[0]["question"] not in out + err
 
 
-def test_without_requests_a_signal_ends_it_and_with_requests_a_second_one_does():
+def test_a_second_signal_ends_it_at_once():
     with process("--samples", "200") as found:
         service = Live(found.port, None)
         assert service.get("/readyz").json == {"status": "ready"}
@@ -91,12 +91,6 @@ def test_without_requests_a_signal_ends_it_and_with_requests_a_second_one_does()
             out, _ = found.communicate(timeout=30)
     assert found.returncode == 130
     assert out.endswith("Ended at once: what was taken is not answered.\n")
-    with process() as found:
-        assert Live(found.port, None).get("/readyz").json == {"status": "ready"}
-        found.send_signal(signal.SIGINT)
-        out, _ = found.communicate(timeout=30)
-    assert found.returncode == 0
-    assert out.endswith("Stopped: 0 requests were answered.\n")
 
 
 @pytest.fixture
