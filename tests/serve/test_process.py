@@ -16,11 +16,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serve_helpers import Live, silent, task_rows, trained, until
+import torch
+from serve_helpers import Held, Live, silent, task_rows, trained, until
 
 from varlora.cli import main
 from varlora.errors import VarloraError
-from varlora.serve import _is_loopback, serve
+from varlora.serve import _is_loopback, make_service, serve
 from varlora.serve.process import Server, listen
 
 
@@ -76,19 +77,57 @@ def test_sigterm_under_load_finishes_what_was_taken(tmp_path):
     assert rows[0]["question"] not in out + err
 
 
-def test_a_second_signal_ends_it_at_once():
+def told_to_end_twice(service, begun):
+    """Ask what takes long, send SIGINT and then SIGTERM, and see that the first alone does not end it."""
+    assert service.get("/readyz").json == {"status": "ready"}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(service.ask, rows=task_rows()[:64])
+        until(lambda: begun(service))
+        yield signal.SIGINT
+        until(lambda: service.get("/readyz").json == {"status": "stopping"})
+        yield signal.SIGTERM
+        with pytest.raises((OSError, http.client.HTTPException)):
+            asked.result(timeout=30)
+
+
+def test_a_second_signal_ends_it_at_once(monkeypatch):
+    held, said, made = Held(lambda rows, use: torch.zeros(1, len(rows), 4)), [], []
+
+    def held_up(*given, **settings):
+        made.append(make_service(*given, **settings))
+        made[0].engine.draw = held
+        return made[0]
+
+    def ended(status):
+        raise SystemExit(status)
+
+    def signals():
+        until(lambda: said)
+        service = Live(int(said[-1].rpartition("http://127.0.0.1:")[2].partition("/")[0]), made[0])
+        for number in told_to_end_twice(service, lambda service: held.begun.is_set()):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("varlora.serve.make_service", held_up)
+    monkeypatch.setattr(os, "_exit", ended)
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(signals)
+        with pytest.raises(SystemExit) as exit:
+            serve(trained(), port=0, say=said.append)
+        client.result(timeout=30)
+    assert exit.value.code == 130
+    assert said[-1] == "Ended at once: what was taken is not answered."
+    held.go.set()
+    made[0].close()
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_process_within_a_pass():
     with process("--samples", "200") as found:
-        service = Live(found.port, None)
-        assert service.get("/readyz").json == {"status": "ready"}
-        with ThreadPoolExecutor(4) as pool:
-            for _ in range(4):  # some minutes of work
-                pool.submit(service.ask, rows=task_rows()[:64])
-            until(lambda: b"queue_rows 0.0" not in service.get("/metrics").body)
-            found.send_signal(signal.SIGINT)
-            until(lambda: service.get("/readyz").json == {"status": "stopping"})
+        rows_wait = lambda service: b"queue_rows 0.0" not in service.get("/metrics").body  # noqa: E731
+        for number in told_to_end_twice(Live(found.port, None), rows_wait):
             assert found.poll() is None
-            found.send_signal(signal.SIGTERM)
-            out, _ = found.communicate(timeout=30)
+            found.send_signal(number)
+        out, _ = found.communicate(timeout=30)
     assert found.returncode == 130
     assert out.endswith("Ended at once: what was taken is not answered.\n")
 
