@@ -1,9 +1,10 @@
 """`varlora serve` at a multiple of its capacity: is every request answered once, and with its own probabilities?
 
 A service of its own process is asked on loopback. First by a fixed number of clients, each of which waits for its
-answer: that gives the capacity. Then requests are sent at a fixed multiple of it, whether or not earlier ones have been
-answered. A request must get exactly one response: 200 with its own ids and the probabilities that `answer_rows` gives
-for its rows, or 503 with Retry-After. At last the service is stopped by SIGTERM and must end with status 0.
+answer: what is answered with 200 within some seconds is the capacity. Then requests are sent at a fixed multiple of it,
+whether or not earlier ones have been answered. A request must get exactly one response: 200 with its own ids and the
+probabilities that `answer_rows` gives for its rows, or 503 with Retry-After. At last the service is stopped by SIGTERM
+and must end with status 0.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ TOLERANCE = 1e-4
 """How far probabilities may be from those of `answer_rows`: other rows beside them in a batch change the rounding."""
 FRESH = 10.0
 """Seconds for which a connection that is idle is used again; the service closes it after 30."""
+ENOUGH = 0.95
+"""Share of the rate that has to be reached: else it was not the multiple of the capacity that was looked at."""
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Sent:
     """For each row, the probabilities of its answers in their order."""
     status: int = 0
     seconds: float = 0.0
+    ended: float = 0.0
+    """By `time.perf_counter`; 0: it was lost."""
     problems: list[str] = field(default_factory=list)
     deviation: float = 0.0
 
@@ -110,7 +115,8 @@ class Client:
         except (OSError, asyncio.IncompleteReadError) as error:
             sent.problems.append(f"lost: {type(error).__name__}")
             return
-        sent.seconds = time.perf_counter() - begun
+        sent.ended = time.perf_counter()
+        sent.seconds = sent.ended - begun
         if headers.get("connection") == "close":
             writer.close()
         else:
@@ -175,9 +181,9 @@ def _check(sent: Sent, headers: dict[str, str], body: bytes) -> None:
             sent.problems.append("another question's probabilities")
 
 
-async def capacity(client: Client, traffic: Traffic, clients: int, seconds: float) -> list[Sent]:
-    """Let clients ask, each after its answer, and return what they asked."""
-    until, found = time.perf_counter() + seconds, []
+async def capacity(client: Client, traffic: Traffic, clients: int, until: float) -> list[Sent]:
+    """Let clients ask, each after its answer, until a time, and return what they asked."""
+    found = []
 
     async def one() -> None:
         while time.perf_counter() < until:
@@ -186,6 +192,11 @@ async def capacity(client: Client, traffic: Traffic, clients: int, seconds: floa
 
     await asyncio.gather(*(one() for _ in range(clients)))
     return found
+
+
+def answered_within(sent: Sequence[Sent], begin: float, end: float) -> list[Sent]:
+    """Return the requests that were answered with 200 between two times."""
+    return [one for one in sent if one.status == 200 and begin <= one.ended < end]
 
 
 async def overload(client: Client, traffic: Traffic, rate: float, seconds: float) -> tuple[list[Sent], float, float]:
@@ -220,8 +231,12 @@ def _counted(text: str, name: str) -> int:
 async def measured(port: int, pid: int, traffic: Traffic, args: argparse.Namespace) -> dict[str, Any]:
     """Measure capacity and overload, and compare what the clients saw with what the service counted."""
     client, service = Client(port), psutil.Process(pid)
-    await capacity(client, traffic, args.clients, args.warmup)
-    steady = await capacity(client, traffic, args.clients, args.capacity_seconds)
+    begin = time.perf_counter() + args.warmup
+    end = begin + args.capacity_seconds
+    asked = await capacity(client, traffic, args.clients, end)
+    steady = answered_within(asked, begin, end)
+    if not steady:
+        raise SystemExit("Nothing was answered while the capacity was looked for: raise --capacity-seconds.")
     rate = args.times * len(steady) / args.capacity_seconds
     earlier = _counted(
         (await client.get("/metrics")).decode(), 'varlora_serve_requests_total{path="/v1/answer",status="200"}'
@@ -231,16 +246,20 @@ async def measured(port: int, pid: int, traffic: Traffic, args: argparse.Namespa
     text = (await client.get("/metrics")).decode()
     answered = [one for one in sent if one.status == 200]
     refused = [one for one in sent if one.status == 503]
-    problems = Counter(problem for one in [*steady, *sent] for problem in one.problems)
+    problems = Counter(problem for one in [*asked, *sent] for problem in one.problems)
     served = _counted(text, 'varlora_serve_requests_total{path="/v1/answer",status="200"}') - earlier
     if served != len(answered):
         problems["the service counted another number of 200s"] = abs(served - len(answered))
+    offered = len(sent) / sending
+    if offered < ENOUGH * rate:
+        problems["the clients did not reach the rate"] = 1
     if more := await client.close():
         problems["answered twice"] = more
     return {
         "capacity_per_second": len(steady) / args.capacity_seconds,
         "capacity_ms": _milliseconds([one.seconds for one in steady]),
-        "offered_per_second": len(sent) / sending,
+        "offered_per_second": offered,
+        "offered_times_capacity": offered * args.capacity_seconds / len(steady),
         "sent": len(sent),
         "answered": len(answered),
         "refused": len(refused),

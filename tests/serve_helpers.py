@@ -23,7 +23,7 @@ from varlora.config import settings_from
 from varlora.demo.base import BUNDLED
 from varlora.demo.run import one_thread
 from varlora.prompt import Encoded
-from varlora.serve import Service, make_service
+from varlora.serve import Limits, Service, make_service
 from varlora.serve.base import Drawn, Use
 from varlora.serve.process import Server, listen
 from varlora.workflow import Loaded, load, train
@@ -108,14 +108,15 @@ def live(run_dir: Path | None = None, run: Loaded | None = None, **settings: Any
     service = make_service(run or loaded(), run_dir, say=said.append, **settings)
     with serving(service, said) as found:
         yield found
-    service.engine.close()
+    service.close()
 
 
 @contextmanager
 def serving(service: Service, said: list[str]) -> Iterator[Live]:
     with listen("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
-        server = Server(service.app, stop=service.engine.stop, busy=lambda: service.app.in_progress > 0)
+        engine = service.engine
+        server = Server(service.app, stop=engine.stop, busy=lambda: engine.alive, connections=Limits().connections)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         until(lambda: server.started)

@@ -15,6 +15,7 @@ import varlora
 from varlora import metrics
 from varlora.calibration import Calibration
 from varlora.config import Settings, settings_from, settings_of
+from varlora.drawing import PLAIN
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
@@ -159,7 +160,8 @@ def test_a_posterior_is_used_as_was_chosen_unless_its_variance_is_given(run_dir)
         (calibrated, (0, None), (chosen.applied(plain.posterior), 0, 0.25)),
         (calibrated, (None, 1.0), (plain.posterior, 10, 1.0)),
     ):
-        posterior, samples, tau = loaded.used(*given)
+        posterior, samples, tau, how = loaded.used(*given)
+        assert how == PLAIN
         assert (type(posterior), samples, tau) == (type(expected[0]), *expected[1:])
         assert same(posterior.tensors(), expected[0].tensors())
 

@@ -388,7 +388,7 @@ def _serve(arguments: argparse.Namespace, console: Console) -> None:
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     options = ("host", "port", "model", "samples", "tau", "seed", "risk", "allowed_hosts")
     settings = {name: getattr(arguments, name) for name in options}
-    serve(arguments.run_dir, limits=Limits(**given), say=_speaker(console), **settings)
+    serve(arguments.run_dir, limits=Limits(**given), how=_drawing(arguments), say=_speaker(console), **settings)
 
 
 def _report(arguments: argparse.Namespace, console: Console) -> None:
@@ -610,6 +610,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     evaluate.add_argument("--split", help="split to report on (default: the task's own; also: calibration)")
     _draw_arguments(evaluate)
+    _drawing_arguments(evaluate)
     evaluate.add_argument(
         "--no-temperature", dest="temperature", action="store_false", help="fit no temperature on the held-out rows"
     )
@@ -632,6 +633,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--format", choices=("jsonl", "csv", "tsv"), help="format of the rows (default: by the name)")
     predict.add_argument("--skip-bad-rows", action="store_true", help="leave out malformed rows and count them")
     _draw_arguments(predict, "what `calibrate` chose, else ")
+    _drawing_arguments(predict)
 
     serve = verb("serve", _serve, "Answer questions over HTTP, in batches, with a page to ask on.", SERVE_EXAMPLES)
     _serve_arguments(serve)
@@ -695,6 +697,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-answers", type=_at_least_one, help="answers of a question (default: 64)")
     parser.add_argument("--max-tau", type=float, help="largest factor of the variance in a request (default: 4)")
     _draw_arguments(parser, "what `calibrate` chose, else ")
+    _drawing_arguments(parser)
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -775,6 +778,10 @@ def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--model", help="where the base lies now, if not where it was")
+
+
+def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how draws are made and run; `_drawing` reads it."""
     parser.add_argument(
         "--noise",
         choices=("independent", "antithetic", "latin"),

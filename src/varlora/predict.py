@@ -49,11 +49,14 @@ class Predictor:
     ) -> None:
         check_draws(samples, what="samples")
         self.model, self.posterior = model, posterior.scale(tau)
+        self.meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
+        """How the draws were made, as predictions tell it."""
         self._generator = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
         self.draws: Drawn | None = None
         """The draws, if they differ from the mean."""
         if samples and self.posterior.kind != Point.kind:
             self.draws = self.posterior.drawn(samples, self._generator, how)
+            self.meta |= self.draws.how.changed()
 
     @torch.no_grad()
     def at_mean(self, batch: Batch) -> Tensor:
@@ -125,10 +128,8 @@ def predict(
         for module, training in modes:
             module.training = training
     labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
-    meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
-    if predictor.draws is not None:
-        meta |= predictor.draws.how.changed()
-        if predictor.draws.how.tolerance is not None:
-            meta["passes_a_row"] = f"{predictor.draws.passes / len(rows):.4g}"
+    meta = dict(predictor.meta)
+    if predictor.draws is not None and predictor.draws.how.tolerance is not None:
+        meta["passes_a_row"] = f"{predictor.draws.passes / len(rows):.4g}"
     ids = tuple(row.id for row in rows)
     return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)

@@ -129,6 +129,8 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, example: Example, max_length:
 
 REMEMBERED = 4096
 """Sets of answers whose tokens are remembered for a tokenizer."""
+LONGEST_REMEMBERED = 2000
+"""Characters of a set that is remembered."""
 
 _Key = tuple[tuple[str, ...], bool, bool, str]
 _CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[_Key, tuple[int, ...]]] = WeakKeyDictionary()
@@ -158,11 +160,14 @@ def answer_tokens(
     """
     key = (tuple(answers), chat, after_space, str(tokenizer.chat_template) if chat else "")
     known = _CACHE.setdefault(tokenizer, {})
-    if key not in known:
-        if len(known) >= REMEMBERED:  # a service is asked for answers of strangers' making
+    if key in known:
+        return known[key]
+    found = _find_answer_tokens(tokenizer, key[0], chat, after_space)
+    if sum(map(len, answers)) <= LONGEST_REMEMBERED:  # a service is asked for answers of strangers' making
+        if len(known) >= REMEMBERED:
             known.clear()
-        known[key] = _find_answer_tokens(tokenizer, key[0], chat, after_space)
-    return known[key]
+        known[key] = found
+    return found
 
 
 def _find_answer_tokens(

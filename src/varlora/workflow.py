@@ -44,9 +44,11 @@ __all__ = [
     "check_run_dir",
     "check_unchanged",
     "evaluate",
+    "held_out_predictions",
     "load",
     "load_parts",
     "longest_prompt",
+    "pad_of",
     "rows_of_split",
     "train",
     "training_costs",
@@ -206,7 +208,7 @@ def train(
         data = {**checksums, "training_rows": len(encoded.rows), "cut": encoded.cut}
         write_json(run_dir / "config.json", config | versions | data | origin())
     common: dict[str, Any] = {
-        "pad_token_id": _pad(tokenizer),
+        "pad_token_id": pad_of(tokenizer),
         "batch_size": settings.batch_size,
         "calibration": calibration,
         "seed": settings.seed,
@@ -342,7 +344,7 @@ def tune(settings: Settings, *, say: Say = print) -> tuple[Settings, Prepared]:
     start = start_of(
         model,
         rows,
-        pad_token_id=_pad(tokenizer),
+        pad_token_id=pad_of(tokenizer),
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
@@ -382,7 +384,7 @@ def training_costs(
         return measure_overhead(
             model,
             rows,
-            pad_token_id=_pad(tokenizer),
+            pad_token_id=pad_of(tokenizer),
             methods=methods,
             batch_size=first.batch_size,
             rounds=rounds,
@@ -521,7 +523,10 @@ def evaluate(
             more["calibrated"] = metrics.evaluate(tuned.probs[known], tuned.labels[known])
     if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
         try:
-            held_out = _stored(run_dir, predictions)
+            try:
+                held_out = held_out_predictions(run_dir, predictions.meta)
+            except DamagedFileError:
+                held_out = None  # they are made anew
             if held_out is None:
                 held_out = predicted("calibration")
                 written(held_out, CALIBRATION)
@@ -587,18 +592,23 @@ def calibrate(
     return search
 
 
-def _stored(run_dir: Path, like: Predictions) -> Predictions | None:
-    """Return the run's predictions of its held-out rows, if they were made as these were."""
+def held_out_predictions(run_dir: Path, meta: Mapping[str, str]) -> Predictions | None:
+    """Return a run's predictions of its held-out rows, if it has them and they were made like others.
+
+    Args:
+        run_dir: a trained run.
+        meta: how the others were made: the `meta` of predictions, or that of a `Predictor` with `task` and
+            `task_version`.
+
+    Raises:
+        DamagedFileError: there is a file, and it cannot be read.
+    """
     path = run_dir / f"predictions{CALIBRATION}.safetensors"
     if not path.is_file():
         return None
-    try:
-        found = load_predictions(path)
-    except DamagedFileError:
-        return None  # they are made anew
+    found = load_predictions(path)
     keys = ("samples", "tau", "seed", "task", "task_version", *(of.name for of in dataclasses.fields(Drawing)))
-    same = all(found.meta.get(key) == like.meta.get(key) for key in keys)
-    return found if same else None
+    return found if all(found.meta.get(key) == meta.get(key) for key in keys) else None
 
 
 def _results(predictions: Predictions) -> dict[str, Any]:
@@ -667,7 +677,7 @@ def answer_rows(
 
 
 def _predict(loaded: Loaded, rows: Sequence[Encoded], **settings: Any) -> Predictions:
-    return predict(loaded.model, loaded.posterior, rows, pad_token_id=_pad(loaded.tokenizer), **settings)
+    return predict(loaded.model, loaded.posterior, rows, pad_token_id=pad_of(loaded.tokenizer), **settings)
 
 
 def _load_base(settings: Settings, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:
@@ -702,7 +712,8 @@ def longest_prompt(model: nn.Module, settings: Settings, say: Say) -> int | None
     return None if length == math.inf else int(length)
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token to pad with."""
     return int(tokenizer.pad_token_id or 0)
 
 

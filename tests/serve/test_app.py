@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import http.client
 import json
 import shutil
@@ -16,10 +17,13 @@ import torch
 from serve_helpers import Held, live, loaded, numbered, silent, task_rows, trained, until
 
 from varlora.calibration import Calibration
+from varlora.cli import main
+from varlora.drawing import PLAIN, Drawing
+from varlora.predict import Predictor
 from varlora.predictions import load_predictions
-from varlora.serve import Limits, make_service
+from varlora.serve import Limits, app, make_service
 from varlora.serve.abstain import of_held_out
-from varlora.serve.asking import Asker
+from varlora.serve.asking import Ask, Asker
 from varlora.tasks import get_task
 from varlora.workflow import answer_rows, evaluate
 
@@ -120,6 +124,42 @@ def test_settings_of_the_service(service):
         reply = mean.ask(rows=rows).json
         same_numbers(reply["results"], expected(rows, samples=0))
         assert all(spread["std"] == 0 for spread in reply["results"][0]["spread"].values())
+        assert reply["samples"] == mean.get("/v1/run").json["samples"] == 0
+
+
+def test_draws_are_made_and_run_as_the_service_is_told():
+    rows, how = task_rows()[:3], Drawing(noise="antithetic", last_layers=1)
+    wanted = expected(rows, how=how)
+    with live(how=how) as service:
+        same_numbers(service.ask(rows=rows).json["results"], wanted)
+    assert wanted[0]["probabilities"] != pytest.approx(expected(rows)[0]["probabilities"], abs=1e-4)
+
+
+def test_the_command_line_passes_on_how_draws_are_made(monkeypatch):
+    told = {}
+    monkeypatch.setattr("varlora.serve.serve", lambda run_dir, **settings: told.update(settings))
+    assert main(["serve", "run", "--noise", "latin", "--last-layers", "2", "--tolerance", "0.01"]) == 0
+    assert told["how"] == Drawing(noise="latin", last_layers=2, tolerance=0.01)
+
+
+def test_export_takes_no_options_that_it_does_not_use(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "run", "--to", "served", "--noise", "latin"])
+    assert "--noise" in capsys.readouterr().err
+
+
+def test_the_services_own_draws_stay_whatever_others_ask_for(fresh, monkeypatch):
+    made, own = [], Predictor.__init__
+
+    def noted(self, *settings):
+        made.append(settings[3])
+        own(self, *settings)
+
+    monkeypatch.setattr(Predictor, "__init__", noted)
+    for tau in (0.1, 0.2, 0.3, 0.4, 0.5):
+        assert fresh.ask(**ASK, tau=tau).status == 200
+    assert fresh.ask(**ASK).status == fresh.ask(**ASK, tau=0.5).status == 200
+    assert made == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 def test_a_calibrated_run_is_used_as_chosen_and_tau_is_of_what_was_trained():
@@ -127,7 +167,8 @@ def test_a_calibrated_run_is_used_as_chosen_and_tau_is_of_what_was_trained():
     chosen = dataclasses.replace(run, calibration=Calibration(0.5, 0.1, 1.7, 1.2, 4))
     with live(run=chosen) as service:
         reply = service.ask(rows=rows).json
-        assert (reply["calibrated"], reply["samples"]) == (True, 4)
+        assert (reply["calibrated"], reply["tau"], reply["samples"]) == (True, 0.5, 4)
+        assert service.get("/v1/run").json["tau"] == 0.5
         same_numbers(reply["results"], expected(rows, chosen))
         reply = service.ask(rows=rows, tau=1.0).json
         assert (reply["calibrated"], reply["samples"]) == (False, 10)
@@ -179,8 +220,16 @@ def test_with_held_out_rows_the_risk_is_kept_on_them(tmp_path):
         assert reply["results"][0]["abstain"] is wanted.abstains(confidence)
         assert service.ask(**ASK, risk=1.0).json["results"][0]["abstain"] is False
         assert service.ask(**ASK, tau=2.0).json["risk"]["held_out"] == 0  # they were not drawn like this
+    with live(run_dir, risk=0.5, tau=1) as service:
+        assert service.ask(**ASK).json["risk"]["held_out"] == len(held_out.labels)
     with live(run_dir, risk=0.5, samples=3) as service:
         assert service.ask(**ASK).json["risk"]["held_out"] == 0
+    with live(run_dir, risk=0.5, how=Drawing(noise="latin")) as service:
+        assert service.ask(**ASK).json["risk"]["held_out"] == 0
+    evaluate(run_dir, split="calibration", how=Drawing(noise="latin"), say=silent)
+    for how, count in ((PLAIN, 0), (Drawing(noise="latin"), len(held_out.labels))):
+        with live(run_dir, risk=0.5, how=how) as service:
+            assert service.ask(**ASK).json["risk"]["held_out"] == count
     (run_dir / "predictions-calibration.safetensors").write_bytes(b"")
     with live(run_dir, risk=0.5) as service:
         assert service.ask(**ASK).json["risk"]["held_out"] == 0
@@ -198,6 +247,34 @@ def test_of_several_rows_the_wrong_ones_fail_alone(service):
     assert wrong["id"] == "1"
     assert wrong["error"]["code"] == "wrong_row"
     same_numbers([first, last], expected(rows[:2]))
+
+
+BAD = "\ud800"  # a lone surrogate, which JSON can say and UTF-8 cannot
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"id": BAD}, "\\ud800"),
+        ({"id": "a", "question": BAD}, "a"),
+        ({"id": "a", "choices": [BAD, "b"]}, "a"),
+        ({"id": "a", "question": None, BAD: "x"}, "a"),
+        ({"id": "x" * 201}, "0"),
+        ({"id": "a", "choices": None}, "a"),
+    ],
+)
+def test_a_row_that_cannot_be_read_fails_alone_and_by_its_own_name(service, more, name):
+    row, other = task_rows()[:2]
+    reply = service.ask(rows=[{**row, **more}, other])
+    assert reply.status == 200
+    wrong, right = reply.json["results"]
+    assert (wrong["id"], wrong["error"]["code"]) == (name, "wrong_row")
+    same_numbers([right], expected([other]))
+
+
+@pytest.mark.parametrize("body", [{"question": "q", "answers": ["a", "b"], BAD: 1}, {**ASK, "id": BAD}])
+def test_a_request_that_is_no_unicode_is_refused(service, body):
+    assert service.ask(**body).status == 422
 
 
 def test_if_all_rows_are_wrong_so_is_the_request(service):
@@ -374,6 +451,15 @@ def test_every_response_has_the_security_headers(service):
         assert not {"server", "access-control-allow-origin"} & set(reply.headers)
 
 
+@pytest.mark.parametrize("host", ["localhost:8000", "[::1]:8000", "::1", "ask.example.org:443"])
+def test_a_host_that_is_allowed_may_be_written_with_a_port(host):
+    with live(hosts=[host]) as service:
+        bare = host.rpartition(":")[0] if host != "::1" else "[::1]"
+        for given in (bare, f"{bare}:1234"):
+            assert service.get("/healthz", Host=given).status == 200
+        assert service.get("/healthz", Host="evil.example").status == 400
+
+
 def test_the_host_must_be_one_of_those_allowed():
     with live(hosts=("localhost", "127.0.0.1", "::1")) as service:
         for host in ("localhost:80", "LOCALHOST", "127.0.0.1", "[::1]:8000"):
@@ -448,6 +534,42 @@ def test_metrics_count_right(held):
     assert numbers["queue_seconds_count"] == 6
 
 
+def test_what_waits_keeps_its_tokens_and_not_its_texts(held):
+    service, held, _ = held
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(service.ask, rows=[*task_rows()[:3], {"id": "wrong"}])
+        until(lambda: service.service.engine.waiting == 3)
+        until(lambda: not [one for one in gc.get_objects() if type(one) is Ask], seconds=10)
+        held.go.set()
+        assert waiting.result().json["results"][3]["id"] == "wrong"
+
+
+def test_large_responses_are_made_beside_the_event_loop(service, monkeypatch):
+    threads = []
+    own = app._answered
+
+    def noted(*given):
+        threads.append(threading.current_thread())
+        return own(*given)
+
+    monkeypatch.setattr(app, "_answered", noted)
+    reply = service.ask(rows=task_rows()[:64])
+    assert len(reply.json["results"]) == 64
+    assert service.ask(**ASK).status == 200
+    assert threads[0] is not threads[1]
+
+
+def test_a_service_that_is_closed_leaves_no_thread():
+    def own():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("varlora-")}
+
+    before = own()
+    with live() as service:
+        assert service.ask(**ASK).status == 200
+        assert {thread.name for thread in own() - before} == {"varlora-engine", "varlora-tokenizer_0"}
+    assert own() == before
+
+
 def test_services_do_not_share_their_counts():
     services = [make_service(loaded(), trained(), say=silent) for _ in range(2)]
     services[0].counters.rows("answered", 5)
@@ -456,7 +578,7 @@ def test_services_do_not_share_their_counts():
     ]
     assert found == [5, 0]
     for one in services:
-        one.engine.close()
+        one.close()
 
 
 def test_connections_are_kept(service):
@@ -471,4 +593,3 @@ def test_connections_are_kept(service):
         assert connection.sock is sock
     assert statuses == {200: 5}
     connection.close()
-    assert threading.active_count() < 100

@@ -7,7 +7,7 @@ import json
 import pytest
 from serve_helpers import loaded, task_rows
 
-from varlora.prompt import encode
+from varlora.prompt import _CACHE, encode
 from varlora.serve.asking import Asker, parse
 from varlora.serve.base import Limits, Refused
 from varlora.tasks import TASKS, get_task
@@ -144,6 +144,21 @@ def test_ids_are_the_numbers_of_the_questions_where_none_are_given():
 
 
 # --- rows that cannot be answered
+
+
+def test_what_is_quoted_is_cut():
+    assert len(str(refused(json.dumps({"question": "q", "answers": ["a", "b"], "x" * 200_000: 1})))) < 700
+
+
+def test_a_long_answer_is_refused_and_the_tokens_of_many_are_not_remembered():
+    made = asker("true_or_false")
+    (found,) = ask(made, question="q", answers=["a" * 1001, "b"])
+    assert str(found) == "Expected answers of at most 1000 characters, but one has 1001."
+    assert ask(made, question="q", answers=["yes", "no"])
+    known = dict(_CACHE[made.tokenizer])
+    (found,) = ask(made, question="q", answers=[f"{letter} {'x' * 900}" for letter in "ABC"])
+    assert len(found.encoded.label_tokens) == 3
+    assert known == _CACHE[made.tokenizer]
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,44 @@ def test_closing_finishes_what_was_taken_and_takes_nothing_more(made):
 # --- what goes wrong
 
 
+def test_if_the_thread_ends_all_who_wait_are_told_and_nobody_else_is_taken(made):
+    class Broken(Watched):
+        def batch(self, rows, seconds):
+            raise LookupError("the user's secret")
+
+    said = []
+    engine, held, first = held_up(made, watch=Broken(), say=said.append)
+    later = submitted(engine, [row_of(1), row_of(2)])
+    with engine.reserved(1) as slots:
+        held.go.set()
+        until(lambda: not engine.alive)
+        last = slots.submit([row_of(3)], USE)
+    for future in [*first, *later, *last]:
+        with pytest.raises(Refused) as refused:
+            future.result(timeout=30)
+        assert (refused.value.status, refused.value.code) == (500, "internal")
+    assert engine.stopping
+    assert engine.waiting == 0
+    with pytest.raises(Refused, match="no new requests"), engine.reserved(1):
+        raise AssertionError("never here")
+    assert len(said) == 1
+    assert "LookupError in test_engine.py, line " in said[0]
+    assert "secret" not in said[0]
+
+
+def test_the_place_of_an_error_is_said_once_a_batch(made):
+    def draw(rows, use):
+        raise RuntimeError("the user's secret")
+
+    said = []
+    engine, held, _ = held_up(made, draw, say=said.append)
+    futures = submitted(engine, [row_of(i) for i in range(1, 9)])
+    held.go.set()
+    assert all(future.exception(timeout=30) for future in futures)
+    until(lambda: len(said) == 2)  # of row 0, and of the eight
+    assert all("RuntimeError in test_engine.py, line " in text and "secret" not in text for text in said)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_overflows_fails_alone(made, value):
     def draw(rows, use):

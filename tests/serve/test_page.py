@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import html
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from dataclasses import replace
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from serve_helpers import live, loaded, task_rows, trained
+from serve_helpers import live, loaded, task_rows, trained, until
 
 from varlora.calibration import Calibration
 
@@ -173,3 +180,117 @@ def test_a_calibrated_run_is_asked_as_calibrated_until_the_slider_is_taken(tmp_p
         dom = visit(service, tmp_path, **asked, tau=1)
         assert shown(dom, "tau-shown") == "1.00"
         assert "the average of 10 draws" in shown(dom, "caption")
+
+
+class Browser:
+    """A tab of headless Chromium, spoken to by its DevTools protocol over a pair of pipes."""
+
+    def __init__(self, profile: Path) -> None:
+        ends = [*os.pipe(), *os.pipe()]
+        theirs = [fcntl.fcntl(ends[i], fcntl.F_DUPFD, 10) for i in (0, 3)]  # it wants them as 3 and 4
+        moved = "".join(f"os.dup2({end}, {number}); " for end, number in zip(theirs, (3, 4)))
+        start = f"import os, sys; {moved}os.execv(sys.argv[1], sys.argv[1:])"
+        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        command += [f"--user-data-dir={profile}"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, "-c", start, *command], pass_fds=theirs, **quiet)
+        for end in (ends[0], ends[3], *theirs):
+            os.close(end)
+        self.reader, self.writer = os.fdopen(ends[2], "rb"), os.fdopen(ends[1], "wb")
+        self.number, self.session = 0, {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def call(self, method: str, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params, **self.session}
+        self.writer.write(json.dumps(message).encode() + b"\0")
+        self.writer.flush()
+        while True:  # events come between
+            text = bytearray()
+            while (byte := self.reader.read(1)) != b"\0":
+                assert byte, "Chromium has ended"
+                text += byte
+            found = json.loads(text)
+            if found.get("id") == self.number:
+                return found["result"]
+
+    def value(self, expression: str):
+        return self.call("Runtime.evaluate", expression=expression)["result"].get("value")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.reader.close()
+        self.writer.close()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    with contextlib.closing(Browser(tmp_path / "profile")) as found:
+        yield found
+
+
+def opened(browser: Browser, address: str) -> None:
+    browser.call("Page.navigate", url=address)
+    until(lambda: browser.value("document.readyState === 'complete' && location.href !== 'about:blank'"))
+
+
+def address_of(service, **query) -> str:
+    row = task_rows()[0]
+    asked = {"question": row["question"], "answers": "\n".join(row["choices"]), "run": 1}
+    return f"http://127.0.0.1:{service.port}/?{urlencode({**asked, **query})}"
+
+
+@in_chromium
+def test_the_slider_asks_when_it_is_moved_and_a_later_question_ends_the_earlier(browser):
+    row = task_rows()[0]
+    with live(tau=0.02) as service:
+        asked, draw = [], service.service.engine.draw
+        service.service.engine.draw = lambda rows, use: (asked.append(use.tau), draw(rows, use))[1]
+        opened(browser, address_of(service))
+        until(lambda: browser.value("!document.getElementById('result').hidden"))
+        assert asked == [0.02]  # as the service was told, whatever the slider can be set to
+        assert browser.value("document.getElementById('tau-shown').textContent") == "0.02"
+        (own,) = service.ask(question=row["question"], answers=row["choices"], tau=2.5).json["results"]
+        browser.value("""{
+            const slider = document.getElementById("tau");
+            window.aborted = 0;
+            const own = AbortController.prototype.abort;
+            AbortController.prototype.abort = function () { window.aborted += 1; own.call(this); };
+            slider.value = 2.5;
+            slider.dispatchEvent(new Event("input", { bubbles: true }));
+        }""")
+        best = f"{own['answer']}: {100 * own['probabilities'][own['answer']]:.1f} %"
+        until(lambda: browser.value("document.getElementById('answer').textContent") == best)
+        assert browser.value("document.getElementById('tau-shown').textContent") == "2.50"
+        assert browser.value("window.aborted") == 1
+        assert asked == [0.02, 2.5, 2.5]
+
+
+@in_chromium
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_link_elsewhere_fills_the_form_in_and_does_not_ask(browser, service, elsewhere):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"<script>location = {json.dumps(address_of(service))}</script>".encode())
+
+        def log_message(self, *texts):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        before = service.service.counters.answered()
+        opened(browser, f"http://127.0.0.1:{other.server_port}/" if elsewhere else address_of(service))
+        until(lambda: browser.value(f"location.port === '{service.port}' && document.readyState === 'complete'"))
+        other.shutdown()
+    assert browser.value("document.getElementById('question').value") == task_rows()[0]["question"]
+    if elsewhere:
+        assert browser.value("document.referrer") == f"http://127.0.0.1:{other.server_port}/"
+        assert browser.value("document.getElementById('status').textContent") == ""  # where an answer is waited for
+        assert browser.value("document.getElementById('result').hidden")
+        browser.value("document.querySelector('button').click()")
+    until(lambda: browser.value("!document.getElementById('result').hidden"))
+    assert service.service.counters.answered() == before + 1

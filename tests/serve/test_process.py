@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -12,17 +14,18 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
-from serve_helpers import Live, silent, task_rows, trained, until
+import torch
+from serve_helpers import Held, Live, silent, task_rows, trained, until
 
 from varlora.cli import main
 from varlora.errors import VarloraError
-from varlora.serve import serve
+from varlora.serve import _is_loopback, make_service, serve
+from varlora.serve.process import Server, listen
 
 
-@contextmanager
+@contextlib.contextmanager
 def process(*options):
     """Run `varlora serve` on a free port; killed in the end, should it still run."""
     command = [sys.executable, "-m", "varlora.cli", "serve", str(trained()), "--port", "0", *options]
@@ -74,27 +77,108 @@ def test_sigterm_under_load_finishes_what_was_taken(tmp_path):
     assert rows[0]["question"] not in out + err
 
 
-def test_without_requests_a_signal_ends_it_and_with_requests_a_second_one_does():
+def told_to_end_twice(service, begun):
+    """Ask what takes long, send SIGINT and then SIGTERM, and see that the first alone does not end it."""
+    assert service.get("/readyz").json == {"status": "ready"}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(service.ask, rows=task_rows()[:64])
+        until(lambda: begun(service))
+        yield signal.SIGINT
+        until(lambda: service.get("/readyz").json == {"status": "stopping"})
+        yield signal.SIGTERM
+        with pytest.raises((OSError, http.client.HTTPException)):
+            asked.result(timeout=30)
+
+
+def test_a_second_signal_ends_it_at_once(monkeypatch):
+    held, said, made = Held(lambda rows, use: torch.zeros(1, len(rows), 4)), [], []
+
+    def held_up(*given, **settings):
+        made.append(make_service(*given, **settings))
+        made[0].engine.draw = held
+        return made[0]
+
+    def ended(status):
+        raise SystemExit(status)
+
+    def signals():
+        until(lambda: said)
+        service = Live(int(said[-1].rpartition("http://127.0.0.1:")[2].partition("/")[0]), made[0])
+        for number in told_to_end_twice(service, lambda service: held.begun.is_set()):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("varlora.serve.make_service", held_up)
+    monkeypatch.setattr(os, "_exit", ended)
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(signals)
+        with pytest.raises(SystemExit) as exit:
+            serve(trained(), port=0, say=said.append)
+        client.result(timeout=30)
+    assert exit.value.code == 130
+    assert said[-1] == "Ended at once: what was taken is not answered."
+    held.go.set()
+    made[0].close()
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_process_within_a_pass():
     with process("--samples", "200") as found:
-        service = Live(found.port, None)
-        assert service.get("/readyz").json == {"status": "ready"}
-        with ThreadPoolExecutor(4) as pool:
-            for _ in range(4):  # some minutes of work
-                pool.submit(service.ask, rows=task_rows()[:64])
-            until(lambda: b"queue_rows 0.0" not in service.get("/metrics").body)
-            found.send_signal(signal.SIGINT)
-            until(lambda: service.get("/readyz").json == {"status": "stopping"})
+        rows_wait = lambda service: b"queue_rows 0.0" not in service.get("/metrics").body  # noqa: E731
+        for number in told_to_end_twice(Live(found.port, None), rows_wait):
             assert found.poll() is None
-            found.send_signal(signal.SIGTERM)
-            out, _ = found.communicate(timeout=30)
+            found.send_signal(number)
+        out, _ = found.communicate(timeout=30)
     assert found.returncode == 130
     assert out.endswith("Ended at once: what was taken is not answered.\n")
-    with process() as found:
-        assert Live(found.port, None).get("/readyz").json == {"status": "ready"}
-        found.send_signal(signal.SIGINT)
-        out, _ = found.communicate(timeout=30)
-    assert found.returncode == 0
-    assert out.endswith("Stopped: 0 requests were answered.\n")
+
+
+@pytest.fixture
+def server():
+    """A server of one thing, whose clients have one second to read it; and its loop."""
+
+    async def much(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 20_000_000})  # more than sockets hold
+
+    with listen("127.0.0.1", 0) as sock:
+        found = Server(much, stop=lambda: None, busy=lambda: False, connections=3, patience=1)
+        found.port, found.loop = sock.getsockname()[1], asyncio.new_event_loop()
+        thread = threading.Thread(target=lambda: found.loop.run_until_complete(found.serve(sockets=[sock])))
+        thread.start()
+        until(lambda: found.started)
+        yield found
+        found.loop.call_soon_threadsafe(found.finish)
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+        found.loop.close()
+
+
+def test_a_client_that_does_not_read_is_cut_off_when_the_service_stops(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as lazy:
+        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: server.server_state.tasks)
+        server.loop.call_soon_threadsafe(server.finish)
+        until(lambda: not server.loop.is_running(), seconds=15)
+        read = 0
+        while chunk := lazy.recv(1 << 20):
+            read += len(chunk)
+        assert read < 20_000_000
+
+
+def test_connections_beyond_the_limit_are_refused(server):
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3)]
+        until(lambda: len(server.server_state.connections) == 3)
+        made[2].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert made[2].recv(100).startswith(b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("a.b", False)],
+)
+def test_what_the_loopback_is_called(host, loopback):
+    assert _is_loopback(host) is loopback
 
 
 def test_an_address_that_is_taken_is_said(capsys):
@@ -114,6 +198,7 @@ def test_an_address_that_is_taken_is_said(capsys):
         ({"risk": 1.5}, "`risk`"),
         ({"port": 70_000}, "`port`"),
         ({"host": "no.such.host.example."}, "cannot be listened at"),
+        ({"host": "a..b"}, "cannot be listened at"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_loaded(settings, reason):

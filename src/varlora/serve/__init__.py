@@ -8,10 +8,12 @@ The engine's thread alone touches the model. Draws are the same S models for eve
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,24 @@ from typing import Any
 from torch import Tensor
 
 from varlora.data import collate
+from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior.base import check_draws, check_tau
 from varlora.predict import Predictor
-from varlora.predictions import Predictions, load_predictions
 from varlora.prompt import Encoded
 from varlora.serve.base import Limits, Use
 from varlora.tasks import Task, get_task
 from varlora.templating import environment
-from varlora.workflow import Loaded, load, longest_prompt
+from varlora.workflow import Loaded, held_out_predictions, load, longest_prompt, pad_of
 
 __all__ = ["Limits", "Service", "make_service", "serve"]
 
 Say = Callable[[str], None]
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""What the own machine is called."""
 KEPT = 4
-"""Ways to draw whose draws are kept: the service's own, and the latest that requests asked for."""
-HELD_OUT = "predictions-calibration.safetensors"
+"""Ways to draw whose draws are kept beside the service's own: the latest that requests asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ class Service:
     """Works the queue off."""
     counters: Any
     """What was counted."""
+    tokenizing: ThreadPoolExecutor
+    """Makes rows ready."""
+
+    def close(self) -> None:
+        """Take nothing more, wait until what was taken is done, and end the threads."""
+        self.engine.close()
+        self.tokenizing.shutdown()
 
 
 def serve(
@@ -61,6 +70,7 @@ def serve(
     tau: float | None = None,
     seed: int = 0,
     risk: float | None = None,
+    how: Drawing = PLAIN,
     allowed_hosts: Sequence[str] = (),
     limits: Limits | None = None,
     say: Say = print,
@@ -76,6 +86,7 @@ def serve(
         tau: factor of the variance of what was trained; left out: what `calibrate` chose, else 1.
         seed: seed of the draws.
         risk: share of the answers given that may be wrong, for requests that say none.
+        how: how the draws are made and run.
         allowed_hosts: what the Host header may name; left out: the loopback's names if `host` is one, else any.
         limits: what is taken at most.
         say: told in words what a user should know.
@@ -90,13 +101,14 @@ def serve(
     from varlora.serve.process import Server, listen
 
     limits = limits or Limits()
-    _check_use(samples, tau, risk, limits)
+    _check_use(samples, tau, risk)
     with listen(host, port) as sock:
         loaded = load(run_dir, model=model)
-        hosts = tuple(allowed_hosts) or (LOOPBACK if host in LOOPBACK else ())
-        settings: dict[str, Any] = {"samples": samples, "tau": tau, "seed": seed, "risk": risk, "hosts": hosts}
-        service = make_service(loaded, run_dir, limits=limits, say=say, **settings)
-        server = Server(service.app, stop=service.engine.stop, busy=lambda: service.app.in_progress > 0)
+        hosts = tuple(allowed_hosts) or ((*LOOPBACK, host) if _is_loopback(host) else ())
+        settings: dict[str, Any] = {"samples": samples, "tau": tau, "seed": seed, "risk": risk, "how": how}
+        service = make_service(loaded, run_dir, limits=limits, hosts=hosts, say=say, **settings)
+        engine = service.engine
+        server = Server(service.app, stop=engine.stop, busy=lambda: engine.alive, connections=limits.connections)
         name = f"[{host}]" if ":" in host else host
         say(f"Serving {run_dir} at http://{name}:{sock.getsockname()[1]}/ (Ctrl+C ends it)")
         server.run(sockets=[sock])
@@ -104,7 +116,7 @@ def serve(
         say("Ended at once: what was taken is not answered.")
         sys.stdout.flush()
         os._exit(130)  # the engine's thread is within a pass, which would abort the interpreter's own end
-    service.engine.close()
+    service.close()
     answered = service.counters.answered()
     say(f"Stopped: {answered} requests were answered.")
     return answered
@@ -119,10 +131,11 @@ def make_service(
     tau: float | None = None,
     seed: int = 0,
     risk: float | None = None,
+    how: Drawing = PLAIN,
     hosts: Sequence[str] = (),
     say: Say = print,
 ) -> Service:
-    """Put a service together; see `serve` for the arguments. Its engine is to be closed by the caller."""
+    """Put a service together; see `serve` for the arguments. The caller has to close it."""
     _check_installed()
     from varlora.serve.abstain import of_expected_error, of_held_out
     from varlora.serve.app import PATHS, Parts, make_app
@@ -132,26 +145,31 @@ def make_service(
     from varlora.serve.guard import Guard
 
     limits = limits or Limits()
-    _check_use(samples, tau, risk, limits)
+    _check_use(samples, tau, risk)
     task = get_task(loaded.settings.task)
     counters = Counters()
     default = _default_use(loaded, samples, tau)
-    held_out = None if default.calibrated else _held_out(Path(run_dir), default, seed, say)
+    draw, own = _draw(loaded, default, seed, how)
+    meta = {**own.meta, "task": task.name, "task_version": task.version}
+    held_out = None if default.calibrated else _held_out(Path(run_dir), meta, say)
 
     def threshold(risk: float, use: Use) -> Any:
         if held_out is None or use != default:
             return of_expected_error(risk)
-        return of_held_out(held_out.probs, held_out.labels, risk)
+        return of_held_out(*held_out, risk)
 
-    engine = Engine(_draw(loaded, seed), queue=limits.queue, batch_tokens=limits.batch_tokens, watch=counters)
+    engine = Engine(draw, queue=limits.queue, batch_tokens=limits.batch_tokens, watch=counters, say=say)
     counters.queue(lambda: engine.waiting)
     longest = longest_prompt(loaded.model, loaded.settings, say)
     asker = Asker(task, loaded.tokenizer, limits, longest, loaded.settings.chat)
-    about = _about(loaded, task, default, limits, risk, held_out, asker.own_choices)
+    rows = 0 if held_out is None else len(held_out[1])
+    about = _about(loaded, task, default, limits, risk, rows, asker.own_choices)
+    tokenizing = ThreadPoolExecutor(1, thread_name_prefix="varlora-tokenizer")
     by_hand = 10 if samples is None else samples
     parts = Parts(
         engine=engine,
         asker=asker,
+        tokenizing=tokenizing,
         parse=parse,
         schema=Ask.model_json_schema(ref_template="#/components/schemas/{model}"),
         threshold=threshold,
@@ -164,7 +182,7 @@ def make_service(
         files=_page(about, task, asker.own_choices),
     )
     guard = Guard(make_app(parts), paths=PATHS, hosts=hosts, count=counters.request, say=say)
-    return Service(guard, engine, counters)
+    return Service(guard, engine, counters, tokenizing)
 
 
 def _check_installed() -> None:
@@ -176,7 +194,14 @@ def _check_installed() -> None:
         )
 
 
-def _check_use(samples: int | None, tau: float | None, risk: float | None, limits: Limits) -> None:
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _check_use(samples: int | None, tau: float | None, risk: float | None) -> None:
     from varlora.serve.abstain import check_risk
 
     if samples is not None:
@@ -192,37 +217,39 @@ def _default_use(loaded: Loaded, samples: int | None, tau: float | None) -> Use:
     chosen = loaded.calibration if tau is None else None
     if samples is None:
         samples = chosen.samples if chosen else 10
-    return Use(chosen is not None, 1.0 if tau is None else tau, samples)
+    return Use(chosen is not None, float(chosen.tau if chosen else 1.0 if tau is None else tau), samples)
 
 
-def _draw(loaded: Loaded, seed: int) -> Callable[[Sequence[Encoded], Use], Tensor]:
-    pad = int(loaded.tokenizer.pad_token_id or 0)
+def _draw(
+    loaded: Loaded, default: Use, seed: int, how: Drawing
+) -> tuple[Callable[[Sequence[Encoded], Use], Tensor], Predictor]:
+    """Return what draws rows, and the service's own draws, which no other ones displace."""
+    pad = pad_of(loaded.tokenizer)
 
-    @lru_cache(maxsize=KEPT)
-    def predictor(use: Use) -> Predictor:
-        posterior = loaded.calibrated if use.calibrated else loaded.posterior
-        return Predictor(loaded.model, posterior, use.samples, use.tau, seed)
+    def made(use: Use) -> Predictor:
+        chosen = loaded.calibration if use.calibrated else None
+        posterior, tau = (chosen.applied(loaded.posterior), 1.0) if chosen else (loaded.posterior, use.tau)
+        drawn = replace(how, last_layers=how.last_layers or (chosen.last_layers if chosen else None))
+        return Predictor(loaded.model, posterior, use.samples, tau, seed, drawn)
+
+    own, other = made(default), lru_cache(maxsize=KEPT)(made)
 
     def draw(rows: Sequence[Encoded], use: Use) -> Tensor:
-        return predictor(use).logits(collate(rows, pad))
+        return (own if use == default else other(use)).logits(collate(rows, pad))
 
-    return draw
+    return draw, own
 
 
-def _held_out(run_dir: Path, use: Use, seed: int, say: Say) -> Predictions | None:
-    """Return the run's predictions of its held-out rows, if they were drawn as the service draws."""
-    path = run_dir / HELD_OUT
-    if not path.is_file():
-        return None
+def _held_out(run_dir: Path, meta: Mapping[str, str], say: Say) -> tuple[Tensor, Tensor] | None:
+    """Return probabilities and labels of the run's held-out rows, if they were drawn as the service draws."""
     try:
-        found = load_predictions(path)
+        found = held_out_predictions(run_dir, meta)
     except DamagedFileError as error:
         say(f"Thresholds of confidence come from the expected error, as the held-out rows cannot be read: {error}")
         return None
-    meta = {"samples": str(use.samples), "tau": repr(use.tau), "seed": str(seed)}
-    if any(found.meta.get(name) != value for name, value in meta.items()) or (found.labels < 0).any():
+    if found is None or (found.labels < 0).any():
         return None
-    return found
+    return found.probs, found.labels
 
 
 def _about(
@@ -231,7 +258,7 @@ def _about(
     use: Use,
     limits: Limits,
     risk: float | None,
-    held_out: Predictions | None,
+    held_out: int,
     own_choices: bool,
 ) -> dict[str, Any]:
     return {
@@ -244,7 +271,7 @@ def _about(
         "tau": use.tau,
         "samples": use.samples,
         "risk": risk,
-        "held_out": 0 if held_out is None else len(held_out.labels),
+        "held_out": held_out,
         "limits": {name: getattr(limits, name) for name in ("queue", "max_body", "max_rows", "max_answers", "max_tau")},
     }
 

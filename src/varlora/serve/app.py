@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 
 from varlora import __version__
 from varlora.serve.base import Drawn, Limits, Refused, Use
+from varlora.serve.guard import MISTAKE, error_json
 
 __all__ = ["PATHS", "Parts", "make_app"]
 
@@ -23,6 +24,8 @@ PATHS = ("/", "/page.js", "/page.css", "/v1/answer", "/v1/run", "/healthz", "/re
 """All that is there; every other path is 404."""
 QUANTILES = (0.05, 0.95)
 """Between these lies the middle nine tenths of the draws."""
+BIG = 2000
+"""Probabilities, over all draws of a request's rows, from which on its response is made beside the event loop."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Parts:
     """Answers rows; see `varlora.serve.engine`."""
     asker: Any
     """Makes rows ready; see `varlora.serve.asking`."""
+    tokenizing: Executor
+    """Where that is done, in one thread."""
     parse: Callable[[bytes, Limits], Any]
     """Reads a request's body."""
     schema: dict[str, Any]
@@ -58,7 +63,6 @@ def make_app(parts: Parts) -> FastAPI:
     """Make the application; `varlora.serve.guard` belongs around it."""
     # the pages of docs_url and redoc_url load their scripts from elsewhere
     app = FastAPI(title="varlora", version=__version__, docs_url=None, redoc_url=None)
-    tokenizing = ThreadPoolExecutor(1, thread_name_prefix="varlora-tokenizer")
     reading = 0
 
     @app.exception_handler(Refused)
@@ -70,17 +74,39 @@ def make_app(parts: Parts) -> FastAPI:
     @app.exception_handler(405)
     async def not_there(request: Request, error: Any) -> Response:
         headers = dict(error.headers or {})
-        return JSONResponse(_error("not_found", str(error.detail)), error.status_code, headers)
+        return JSONResponse(error_json("not_found", str(error.detail)), error.status_code, headers)
 
     @app.exception_handler(Exception)
     async def mistaken(request: Request, error: Exception) -> Response:  # the guard says where
-        return JSONResponse(_error("internal", "The service made a mistake; its log says where."), 500)
+        return JSONResponse(MISTAKE, 500)
 
     @app.post("/v1/answer", openapi_extra=_body(parts.schema), summary="Answer questions.")
     async def answer(request: Request) -> Response:
+        ask = await asked(request)
+        use = parts.default if ask.tau is None else parts.by_hand(ask.tau)
+        risk, with_draws = parts.risk if ask.risk is None else ask.risk, ask.draws
+        loop = asyncio.get_running_loop()
+        with parts.engine.reserved(ask.count) as slots:
+            rows = await loop.run_in_executor(parts.tokenizing, parts.asker.ready, ask)
+            futures = slots.submit([row.encoded for row in rows if not isinstance(row, Refused)], use)
+        ids = [ask.id_of(i) if isinstance(row, Refused) else row.id for i, row in enumerate(rows)]
+        del ask  # many may wait, and texts are larger than their tokens
+        if not await _done(futures, request):
+            parts.engine.cancel(futures)
+            return Response(status_code=499)  # nobody is there to read it
+        waiting = iter(futures)
+        outcomes = [row if isinstance(row, Refused) else _outcome(next(waiting)) for row in rows]
+
+        def made() -> Response:
+            threshold = None if risk is None else parts.threshold(risk, use)
+            return _answered(ids, rows, outcomes, with_draws, use, threshold, parts.counters.abstained)
+
+        size = sum(0 if isinstance(outcome, Refused) else outcome.draws.numel() for outcome in outcomes)
+        return await loop.run_in_executor(None, made) if size > BIG else made()
+
+    async def asked(request: Request) -> Any:
         nonlocal reading
-        if parts.engine.stopping:
-            raise Refused(503, "stopping", "The service is stopping and takes no new requests.", 1)
+        parts.engine.check_taking()
         if reading >= parts.limits.max_reading:
             raise Refused(503, "busy", f"{reading} requests are being read. Try again later.", 1)
         reading += 1
@@ -88,20 +114,7 @@ def make_app(parts: Parts) -> FastAPI:
             body = await _body_of(request, parts.limits)
         finally:
             reading -= 1
-        ask = parts.parse(body, parts.limits)
-        use = parts.default if ask.tau is None else parts.by_hand(ask.tau)
-        with parts.engine.reserved(ask.count) as slots:
-            rows = await asyncio.get_running_loop().run_in_executor(tokenizing, parts.asker.ready, ask)
-            futures = slots.submit([row.encoded for row in rows if not isinstance(row, Refused)], use)
-        if not await _done(futures, request):
-            parts.engine.cancel(futures)
-            return Response(status_code=499)  # nobody is there to read it
-        waiting = iter(futures)
-        outcomes = [(row, row if isinstance(row, Refused) else _outcome(next(waiting))) for row in rows]
-        threshold = None
-        if (risk := parts.risk if ask.risk is None else ask.risk) is not None:
-            threshold = parts.threshold(risk, use)
-        return _answered(outcomes, ask, use, threshold, parts.counters.abstained)
+        return parts.parse(body, parts.limits)
 
     @app.get("/v1/run", summary="What is served, and within which limits.")
     async def run() -> Response:
@@ -131,17 +144,13 @@ def make_app(parts: Parts) -> FastAPI:
     return app
 
 
-def _error(code: str, message: str) -> dict[str, Any]:
-    return {"error": {"code": code, "message": message}}
-
-
 def _refusal(error: Refused) -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if error.status in (408, 413) or error.code == "stopping":
         headers["connection"] = "close"
-    return JSONResponse(_error(error.code, str(error)), error.status, headers)
+    return JSONResponse(error_json(error.code, str(error)), error.status, headers)
 
 
 def _body(schema: dict[str, Any]) -> dict[str, Any]:
@@ -211,26 +220,28 @@ def _outcome(future: Future[Drawn]) -> Drawn | Refused:
 
 
 def _answered(
-    outcomes: Sequence[tuple[Any, Drawn | Refused]],
-    ask: Any,
+    ids: Sequence[str],
+    rows: Sequence[Any],
+    outcomes: Sequence[Drawn | Refused],
+    with_draws: bool,
     use: Use,
     threshold: Any,
     abstained: Callable[[int], None],
 ) -> Response:
-    refusals = [outcome for _, outcome in outcomes if isinstance(outcome, Refused)]
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
     if len(outcomes) == 1 and refusals:
         raise refusals[0]
     results, draws = [], 0
-    for index, (row, outcome) in enumerate(outcomes):
+    for id, row, outcome in zip(ids, rows, outcomes):
         if isinstance(outcome, Refused):
-            id = ask.id_of(index) if row is outcome else row.id
-            results.append({"id": id, **_error(outcome.code, str(outcome))})
+            results.append({"id": id, **error_json(outcome.code, str(outcome))})
         else:
-            results.append(_result(row, outcome, threshold, ask.draws))
+            results.append(_result(row, outcome, threshold, with_draws))
             draws = max(draws, len(outcome.draws))
     abstained(sum(bool(result.get("abstain")) for result in results))
     status = 200 if len(refusals) < len(outcomes) else max(refusal.status for refusal in refusals)
-    found: dict[str, Any] = {"results": results, "calibrated": use.calibrated, "tau": use.tau, "samples": draws}
+    found: dict[str, Any] = {"results": results, "calibrated": use.calibrated, "tau": use.tau}
+    found["samples"] = draws if use.samples else 0
     if threshold is not None:
         found["risk"] = {"target": threshold.risk, "confidence": threshold.confidence, "held_out": threshold.rows}
     return JSONResponse(found, status)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from varlora.errors import TaskError, VarloraError
 from varlora.prompt import Encoded, encode, prompt_ids
-from varlora.serve.base import Limits, Refused
+from varlora.serve.base import Limits, Refused, safe
 from varlora.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ __all__ = ["Ask", "Asker", "Question", "Ready", "parse"]
 
 DEPTH = 12
 """Objects and lists within each other, at the most."""
-LONGEST_REASON = 600
-"""Characters of a reason, which may quote the row."""
+LONGEST_ID = 200
+"""Characters."""
 
-Id = Annotated[str, Field(max_length=200)]
-
+Id = Annotated[str, Field(max_length=LONGEST_ID)]
 
 _Make = Callable[[Any, int], tuple[Example, tuple[str, ...]]]
 
@@ -71,9 +70,12 @@ class Ask(_Shape):
         return len(self.rows if self.rows is not None else [()] if self.questions is None else self.questions)
 
     def id_of(self, index: int) -> str:
-        """What a row that is not even made ready is called."""
-        given = self.id if self.questions is None else self.questions[index].id
-        return str(index) if given is None else given
+        """What a row that is not even made ready is called: by its own id, if that is one."""
+        given: Any = self.id if self.questions is None else self.questions[index].id
+        if self.rows is not None:
+            given = self.rows[index].get("id")
+        fits = isinstance(given, str) and given.strip() and len(given) <= LONGEST_ID
+        return safe(given) if fits else str(index)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ class Asker:
         try:
             example, answers = make(asked, index)
             self._check_answers(answers)
-            if not _is_unicode(example.prompt, *answers, *example.answers):
+            if len(example.id) > LONGEST_ID:
+                raise TaskError(f"Expected an id of at most {LONGEST_ID} characters, but it has {len(example.id)}.")
+            if not _is_unicode(example.id, example.prompt, *answers, *example.answers):
                 raise TaskError("Expected text, but a part of it is no Unicode (a lone surrogate).")
             ids = prompt_ids(self.tokenizer, [example.prompt], self.chat)[0]
             if self.longest is not None and len(ids) > self.longest and not cut:
@@ -197,8 +201,7 @@ class Asker:
         except Refused as refused:
             return refused
         except VarloraError as error:
-            text = str(error)
-            return Refused(422, "wrong_row", text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ...")
+            return Refused(422, "wrong_row", str(error))
         except Exception as error:  # such as a field of a type that nobody thought of
             return Refused(
                 422, "wrong_row", f"The row cannot be read as one of {self.task.name} ({type(error).__name__})."
@@ -222,6 +225,9 @@ class Asker:
     def _check_answers(self, answers: Sequence[str]) -> None:
         if not 2 <= len(answers) <= self.limits.max_answers:
             expected = f"Expected 2 to {self.limits.max_answers} answers, but got {len(answers)}."
+            raise Refused(422, "answers", expected)
+        if (longest := max(map(len, answers))) > self.limits.max_answer:
+            expected = f"Expected answers of at most {self.limits.max_answer} characters, but one has {longest}."
             raise Refused(422, "answers", expected)
         if not all(answer.strip() for answer in answers):
             raise Refused(422, "answers", "Expected each answer to hold text, but one is empty.")

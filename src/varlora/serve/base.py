@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -12,7 +14,10 @@ from torch import Tensor
 from varlora.errors import VarloraError
 from varlora.prompt import Encoded
 
-__all__ = ["Draw", "Drawn", "Limits", "Refused", "Use", "Watch"]
+__all__ = ["Draw", "Drawn", "Limits", "Refused", "Use", "Watch", "safe", "where"]
+
+LONGEST_REASON = 600
+"""Characters of a refusal's words, which may quote a row."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Limits:
     """Rows of a request; never more than the queue holds."""
     max_answers: int = 64
     """Answers of a question."""
+    max_answer: int = 1000
+    """Characters of an answer."""
     max_tau: float = 4.0
     """The largest factor of the variance that a request may ask for."""
     body_seconds: float = 10.0
@@ -42,7 +49,7 @@ class Limits:
     """Requests whose bodies are read at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("queue", "batch_tokens", "max_body", "max_rows", "max_reading"):
+        for name in ("queue", "batch_tokens", "max_body", "max_rows", "max_answer", "max_reading"):
             if getattr(self, name) < 1:
                 raise VarloraError(f"Expected `{name}` to be a whole number >= 1, but got {getattr(self, name)}.")
         if self.max_answers < 2:
@@ -52,12 +59,18 @@ class Limits:
                 raise VarloraError(f"Expected `{name}` to be a number > 0, but got {getattr(self, name)}.")
         object.__setattr__(self, "max_rows", min(self.max_rows, self.queue))
 
+    @property
+    def connections(self) -> int:
+        """Connections at a time: one for each row that waits and each body that is read, and half as many again."""
+        return 3 * (self.queue + self.max_reading) // 2
+
 
 class Refused(VarloraError):
     """A request or a row that is not answered: says why in words, by a code, and as an HTTP status."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
-        super().__init__(message)
+        message = safe(message)
+        super().__init__(message if len(message) <= LONGEST_REASON else f"{message[:LONGEST_REASON]} ...")
         self.status = status
         self.code = code
         self.retry_after = retry_after
@@ -71,7 +84,7 @@ class Use:
     calibrated: bool
     """Whether the posterior is used as `varlora calibrate` chose."""
     tau: float
-    """Factor of the variance, beside what was chosen."""
+    """Factor of the variance of what was trained; if calibrated, the one that was chosen."""
     samples: int
     """Draws; 0: the mean."""
 
@@ -106,3 +119,20 @@ class Watch(Protocol):
 
     def out_of_memory(self) -> None:
         """A batch did not fit and was halved."""
+
+
+def safe(text: str) -> str:
+    r"""Return a text that UTF-8 can say: lone surrogates, which JSON lets through, are written out.
+
+    Example:
+        >>> safe("\ud800 x")
+        '\\ud800 x'
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def where(error: BaseException) -> str:
+    """Name an error's kind and the line that it came from; its words may quote a question, so they are left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

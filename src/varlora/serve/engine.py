@@ -7,11 +7,12 @@ gathers. What a batch cannot do is done by its halves, so that one bad row costs
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from varlora.errors import VarloraError
 from varlora.metrics import average_probs, uncertainty
 from varlora.prompt import Encoded
-from varlora.serve.base import Draw, Drawn, Refused, Use, Watch
+from varlora.serve.base import Draw, Drawn, Refused, Use, Watch, where
 from varlora.stack import out_of_memory
 
 __all__ = ["Engine", "Slots", "drawn_of"]
@@ -63,6 +64,7 @@ class Engine:
         queue: rows that may wait.
         batch_tokens: tokens of a batch, padding included.
         watch: who is told what happens; left out: nobody.
+        say: told where an error came from, without anybody's text; left out: nobody.
 
     Example:
         >>> engine = Engine(lambda rows, use: torch.zeros(2, len(rows), 2))
@@ -74,12 +76,22 @@ class Engine:
         >>> engine.close()
     """
 
-    def __init__(self, draw: Draw, *, queue: int = 256, batch_tokens: int = 4096, watch: Watch | None = None) -> None:
-        self.draw, self.queue, self.batch_tokens, self.watch = draw, queue, batch_tokens, watch
+    def __init__(
+        self,
+        draw: Draw,
+        *,
+        queue: int = 256,
+        batch_tokens: int = 4096,
+        watch: Watch | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.draw, self.queue, self.batch_tokens, self.watch, self.say = draw, queue, batch_tokens, watch, say
         self._jobs: list[_Job] = []  # the oldest first
+        self._batch: list[_Job] = []  # what the thread works at
+        self._mistake = ""  # where the first error of this batch came from
         self._reserved = 0
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._row_seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="varlora-engine", daemon=True)
         self._thread.start()
@@ -106,6 +118,15 @@ class Engine:
         """Seconds after which the rows that wait now should be done, 1 to 60."""
         return max(1, min(LONGEST_WAIT, math.ceil(self.waiting * self._row_seconds)))
 
+    def check_taking(self) -> None:
+        """Raise if no new rows are taken.
+
+        Raises:
+            Refused: the engine stops, or has ended.
+        """
+        if self._stopping or not self.alive:
+            raise Refused(503, "stopping", "The service is stopping and takes no new requests.", 1)
+
     @contextmanager
     def reserved(self, count: int) -> Iterator[Slots]:
         """Keep room for some rows; what is not submitted within the context is given back.
@@ -114,8 +135,7 @@ class Engine:
             Refused: there is no room for all of them, or the engine stops.
         """
         with self._changed:
-            if self._stopping:
-                raise Refused(503, "stopping", "The service is stopping and takes no new requests.", 1)
+            self.check_taking()
             if self.waiting + count > self.queue:
                 raise Refused(
                     503,
@@ -162,27 +182,48 @@ class Engine:
             self._reserved -= len(jobs)
             self._jobs += jobs
             self._changed.notify()
+            if self._ended:
+                self._give_up()
         return [job.future for job in jobs]
 
     def _work(self) -> None:
-        while jobs := self._next():
-            begun = time.perf_counter()
-            if self.watch:
-                for job in jobs:
-                    self.watch.waited(begun - job.since)
-            outcomes = self._drawn([job.row for job in jobs], jobs[0].use)
-            seconds = time.perf_counter() - begun
-            self._row_seconds += 0.2 * (seconds / len(jobs) - self._row_seconds)
-            if self.watch:
-                failed = sum(isinstance(outcome, Refused) for outcome in outcomes)
-                self.watch.batch(len(jobs), seconds)
-                self.watch.rows("failed", failed)
-                self.watch.rows("answered", len(jobs) - failed)
-            for job, outcome in zip(jobs, outcomes):
-                if isinstance(outcome, Refused):
-                    job.future.set_exception(outcome)
-                else:
-                    job.future.set_result(outcome)
+        try:
+            while jobs := self._next():
+                self._answer(jobs)
+        except BaseException as error:  # without the thread nobody would ever answer those who wait
+            self.say(f"The engine has ended and takes no more rows: {where(error)}.")
+        finally:
+            with self._changed:
+                self._stopping = self._ended = True
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Refuse the rows that nobody will answer; the lock is held."""
+        left, self._batch, self._jobs = [*self._batch, *self._jobs], [], []
+        for job in left:
+            with contextlib.suppress(InvalidStateError):  # it is done, or its client has gone
+                job.future.set_exception(Refused(500, "internal", "The service has broken down; its log says where."))
+
+    def _answer(self, jobs: Sequence[_Job]) -> None:
+        begun, self._mistake = time.perf_counter(), ""
+        if self.watch:
+            for job in jobs:
+                self.watch.waited(begun - job.since)
+        outcomes = self._drawn([job.row for job in jobs], jobs[0].use)
+        seconds = time.perf_counter() - begun
+        self._row_seconds += 0.2 * (seconds / len(jobs) - self._row_seconds)
+        if self._mistake:
+            self.say(f"Rows could not be answered: {self._mistake}.")
+        if self.watch:
+            failed = sum(isinstance(outcome, Refused) for outcome in outcomes)
+            self.watch.batch(len(jobs), seconds)
+            self.watch.rows("failed", failed)
+            self.watch.rows("answered", len(jobs) - failed)
+        for job, outcome in zip(jobs, outcomes):
+            if isinstance(outcome, Refused):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome)
 
     def _next(self) -> list[_Job]:
         """Wait for rows and take a batch of them out of the queue; nothing once the engine stops and all is done."""
@@ -204,7 +245,7 @@ class Engine:
                     batch.append(job)
                 taken = set(batch)
                 self._jobs = [job for job in self._jobs if job not in taken]
-            begun = [job for job in batch if job.future.set_running_or_notify_cancel()]
+            self._batch = begun = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if self.watch and len(begun) < len(batch):
                 self.watch.rows("dropped", len(batch) - len(begun))
             if begun:
@@ -217,6 +258,8 @@ class Engine:
             memory = out_of_memory(error)
             if not memory:
                 refused = _refused(error)
+                if not isinstance(error, VarloraError):
+                    self._mistake = self._mistake or where(error)
             elif len(rows) > 1:
                 longest = max(len(row.input_ids) for row in rows)
                 self.batch_tokens = max(1, min(self.batch_tokens, longest * len(rows) // 2))

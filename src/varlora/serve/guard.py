@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any
 
-__all__ = ["CSP", "Guard", "error_json"]
+from varlora.serve.base import where
+
+__all__ = ["CSP", "MISTAKE", "Guard", "error_json"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,13 +43,17 @@ def error_json(code: str, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message}}
 
 
+MISTAKE = error_json("internal", "The service made a mistake; its log says where.")
+"""What is shown of an error that nobody thought of."""
+
+
 class Guard:
     """The middleware.
 
     Args:
         app: the application.
         paths: those that are counted by their name; all others are `other`.
-        hosts: what the Host header may name, without port; nothing: any. A page elsewhere whose name is made to point
+        hosts: what the Host header may name, with any port; nothing: any. A page elsewhere whose name is made to point
             here (DNS rebinding) sends its own name.
         count: told path, status and seconds of each request.
         say: told of what should not happen, without anybody's text.
@@ -65,9 +69,7 @@ class Guard:
         say: Callable[[str], None],
     ) -> None:
         self.app, self.paths, self.count, self.say = app, frozenset(paths), count, say
-        self.hosts = frozenset(host.lower().strip("[]") for host in hosts)
-        self.in_progress = 0
-        """Requests that are not answered yet."""
+        self.hosts = frozenset(map(_name, hosts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -88,18 +90,16 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
-        self.in_progress += 1
         try:
             if self._is_welcome(scope):
                 await self.app(scope, receive, guarded)
             else:
                 await _answer(guarded, 400, error_json("host", "The Host header names no host of this service."))
         except Exception as error:
-            self.say(f"A request failed: {_where(error)}.")
+            self.say(f"A request failed: {where(error)}.")
             if not status:
-                await _answer(guarded, 500, error_json("internal", "The service made a mistake; its log says where."))
+                await _answer(guarded, 500, MISTAKE)
         finally:
-            self.in_progress -= 1
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.count(path, status or GONE, time.perf_counter() - begun)
 
@@ -107,11 +107,15 @@ class Guard:
         if not self.hosts:
             return True
         given = [value for name, value in scope["headers"] if name == b"host"]
-        if len(given) != 1:
-            return False
-        host = given[0].decode("latin-1").lower()
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        return name in self.hosts
+        return len(given) == 1 and _name(given[0].decode("latin-1")) in self.hosts
+
+
+def _name(host: str) -> str:
+    """Return a host without its port: `name`, `name:80`, `::1`, `[::1]` and `[::1]:80` are taken."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host if host.count(":") > 1 else host.partition(":")[0]
 
 
 async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
@@ -119,10 +123,3 @@ async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text})
-
-
-def _where(error: BaseException) -> str:
-    """Name an error's kind and the line that it came from; its words may quote a question, so they are left out."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}"

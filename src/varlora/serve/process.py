@@ -21,6 +21,8 @@ from varlora.errors import VarloraError
 __all__ = ["Server", "listen"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 10
+"""Seconds in which clients have to read what was answered, once the service stops."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -41,7 +43,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # a name such as `a..b` cannot be encoded
         why = getattr(error, "strerror", None) or error
         raise VarloraError(
             f"Expected `host` and `port` to be free on this machine, but {host}:{port} cannot be listened at ({why}). "
@@ -55,10 +57,20 @@ class Server(uvicorn.Server):
     Args:
         app: the application.
         stop: called at the first signal: take no new requests.
-        busy: whether a request is not answered yet.
+        busy: whether what was taken is not done yet.
+        connections: so many at a time; beyond, requests get 503.
+        patience: seconds in which the answers have to be read, once all is done; then connections are cut.
     """
 
-    def __init__(self, app: Any, *, stop: Callable[[], None], busy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        stop: Callable[[], None],
+        busy: Callable[[], bool],
+        connections: int,
+        patience: int = PATIENCE,
+    ) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -69,6 +81,8 @@ class Server(uvicorn.Server):
             lifespan="off",
             ws="none",
             timeout_keep_alive=30,
+            timeout_graceful_shutdown=patience,
+            limit_concurrency=connections,
         )
         super().__init__(config)
         self.stop, self.busy = stop, busy
@@ -88,6 +102,12 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the sockets, wait for those who read, and cut off who does not."""
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def _signalled(self, loop: asyncio.AbstractEventLoop) -> None:
         self.signals += 1

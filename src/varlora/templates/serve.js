@@ -4,12 +4,14 @@ const $ = (id) => document.getElementById(id);
 const form = $("ask");
 const calibrated = $("calibrated");
 const percent = (p, digits = 1) => `${(100 * p).toFixed(digits)} %`;
-let asked = 0; // the number of the latest question: answers to earlier ones are not shown
+let tau = null; // chosen here; null: the service's own, which the slider may be too short for
+let asking = null; // the latest question: earlier ones are aborted
 
 function shown() {
-  const byHand = !calibrated || !calibrated.checked;
-  $("tau").disabled = !byHand;
-  $("tau-shown").textContent = byHand ? Number($("tau").value).toFixed(2) : "as calibrated";
+  $("tau").disabled = Boolean(calibrated && calibrated.checked);
+  const value = tau ?? Number(form.dataset.tau);
+  const text = Number(value.toFixed(2)) === value ? value.toFixed(2) : String(value);
+  $("tau-shown").textContent = calibrated && tau === null ? "as calibrated" : text;
 }
 
 function request() {
@@ -18,14 +20,14 @@ function request() {
     answers: $("answers").value.split("\n").map((line) => line.trim()).filter(Boolean),
     draws: true,
   };
-  const tau = Number($("tau").value);
-  if (calibrated ? !calibrated.checked : tau !== Number(form.dataset.tau)) found.tau = tau;
+  if (tau !== null) found.tau = tau;
   if ($("risk").value !== "") found.risk = Number($("risk").value) / 100;
   return found;
 }
 
 async function ask() {
-  const number = ++asked;
+  if (asking) asking.abort(); // so that nobody works for an answer that is not shown
+  const mine = asking = new AbortController();
   $("status").textContent = "The draws are asked …";
   form.setAttribute("aria-busy", "true");
   try {
@@ -33,21 +35,22 @@ async function ask() {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify(request()),
+      signal: mine.signal,
     });
     const found = await reply.json();
-    if (number !== asked) return;
+    if (mine !== asking) return;
     if (!reply.ok) throw new Error(found.error.message);
     $("problem").hidden = true;
     show(found);
     $("status").textContent = "";
   } catch (error) {
-    if (number !== asked) return;
+    if (mine !== asking) return;
     $("problem").textContent = error instanceof TypeError ? "The service does not answer." : error.message;
     $("problem").hidden = false;
     $("result").hidden = true;
     $("status").textContent = "";
   } finally {
-    if (number === asked) form.removeAttribute("aria-busy");
+    if (mine === asking) form.removeAttribute("aria-busy");
   }
 }
 
@@ -120,7 +123,8 @@ if (query.has("question")) $("question").value = query.get("question");
 if (query.has("answers")) $("answers").value = query.getAll("answers").join("\n");
 if (query.has("risk")) $("risk").value = 100 * Number(query.get("risk"));
 if (query.has("tau")) {
-  $("tau").value = query.get("tau");
+  tau = Number(query.get("tau"));
+  $("tau").value = tau;
   if (calibrated) calibrated.checked = false;
 }
 shown();
@@ -130,10 +134,13 @@ form.addEventListener("submit", (event) => {
 });
 let later;
 form.addEventListener("input", (event) => {
+  if (event.target === $("tau")) tau = Math.round(100 * $("tau").value) / 100;
+  if (event.target === calibrated) tau = calibrated.checked ? null : Number($("tau").value);
   shown();
   const changes = event.target === $("tau") || event.target === calibrated || event.target === $("risk");
   if (!changes || $("result").hidden) return;
   clearTimeout(later);
   later = setTimeout(ask, 150);
 });
-if (query.has("run")) form.requestSubmit();
+const from = document.referrer; // a link elsewhere fills the form in, and leaves it to the visitor to ask
+if (query.has("run") && (!from || new URL(from).origin === location.origin)) form.requestSubmit();
