@@ -15,6 +15,7 @@ for "A. <text> B. <text>", and the label field holds a choice's text, its letter
 Optional: `version`; `cut`, the field that is shortened (from its left end) if a prompt is too long, by default the
 longest of the row; `id`, a field; `slice`, a field by whose values a report divides the rows; `evaluation`, the split
 reported on (default `dev`); `limit: {train: 1000}`, which keeps the first 1000 rows of a permutation with seed 0.
+YAML's aliases (`*name`) are refused: a file may come from a stranger, and a few lines of them fill any memory.
 """
 
 from __future__ import annotations
