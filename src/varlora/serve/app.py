@@ -15,8 +15,7 @@ from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse, Response
 
 from varlora import __version__
-from varlora.serve.base import Drawn, Limits, Refused, Use
-from varlora.serve.guard import MISTAKE, error_json
+from varlora.serve.base import MISTAKE, Drawn, Limits, Refused, Use, error_json
 
 __all__ = ["PATHS", "Parts", "make_app"]
 

@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from varlora.errors import VarloraError
 from varlora.prompt import Encoded
 
-__all__ = ["Draw", "Drawn", "Limits", "Refused", "Use", "Watch", "safe", "where"]
+__all__ = ["MISTAKE", "Draw", "Drawn", "Limits", "Refused", "Use", "Watch", "error_json", "safe", "where"]
 
 LONGEST_REASON = 600
 """Characters of a refusal's words, which may quote a row."""
@@ -136,3 +136,12 @@ def where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{place}"
+
+
+def error_json(code: str, message: str) -> dict[str, Any]:
+    """Return the body of every refusal."""
+    return {"error": {"code": code, "message": message}}
+
+
+MISTAKE = error_json("internal", "The service made a mistake; its log says where.")
+"""What is shown of an error that nobody thought of."""

@@ -10,9 +10,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from varlora.serve.base import where
+from varlora.serve.base import MISTAKE, error_json, where
 
-__all__ = ["CSP", "MISTAKE", "Guard", "error_json"]
+__all__ = ["CSP", "Guard"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,15 +36,6 @@ HEADERS = (
 )
 GONE = 499
 """Status under which a request is counted whose client did not wait for the answer."""
-
-
-def error_json(code: str, message: str) -> dict[str, Any]:
-    """Return the body of every refusal."""
-    return {"error": {"code": code, "message": message}}
-
-
-MISTAKE = error_json("internal", "The service made a mistake; its log says where.")
-"""What is shown of an error that nobody thought of."""
 
 
 class Guard:
