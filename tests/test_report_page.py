@@ -9,13 +9,13 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from page_helpers import Elements
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import roc_auc_score
@@ -84,21 +84,6 @@ def page(runs, tmp_path_factory) -> Path:
 
 
 # --- what is in it
-
-
-class Elements(HTMLParser):
-    """Every element's name and attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def values(self, name: str) -> list[str]:
-        return [attrs[name] or "" for _, attrs in self.found if name in attrs]
 
 
 def test_nothing_is_loaded(page):

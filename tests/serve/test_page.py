@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+from page_helpers import Elements
 from serve_helpers import live, loaded, task_rows, trained, until
 
 from varlora.calibration import Calibration
@@ -33,21 +33,6 @@ EVIL = '<img src=x onerror="document.title=1"> & "<b>'
 def service():
     with live() as found:
         yield found
-
-
-class Elements(HTMLParser):
-    """Every element's name and attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def of(self, *tags):
-        return [attrs for tag, attrs in self.found if tag in tags]
 
 
 def test_nothing_is_inline_and_nothing_comes_from_elsewhere(service):
@@ -213,10 +198,15 @@ class Browser:
                 text += byte
             found = json.loads(text)
             if found.get("id") == self.number:
+                if "error" in found:
+                    raise LookupError(found["error"])
                 return found["result"]
 
     def value(self, expression: str):
-        return self.call("Runtime.evaluate", expression=expression)["result"].get("value")
+        try:
+            return self.call("Runtime.evaluate", expression=expression)["result"].get("value")
+        except LookupError:  # between two pages there is none
+            return None
 
     def close(self) -> None:
         self.process.kill()
