@@ -88,4 +88,4 @@ def test_the_peak_is_of_what_is_held_at_once(benchmark):
             second = torch.zeros(500)
             del first, second
 
-    assert 6000 <= benchmark._peak(run) < 6000 + 512
+    assert 6000 <= benchmark.peak(run) < 6000 + 512

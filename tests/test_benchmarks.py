@@ -311,7 +311,8 @@ def test_the_inference_benchmark_measures_speed_and_limits(load, out, bundled):
         ways = cell["ways"]
         assert set(ways) == {"loop", "stack", "quarter", "mixed", "one pass"}
         assert ways["loop"]["operations"] == cell["draws"] * ways["one pass"]["operations"]
-        assert ways["stack"]["operations"] < ways["loop"]["operations"]
+        fewer = ways["loop"]["operations"] - ways["stack"]["operations"]
+        assert fewer > 0 if cell["draws"] > 1 else fewer == 0  # one draw is not stacked
         assert ways["stack"]["differs_from_loop"] < 1e-4
         assert ways["mixed"]["differs_from_loop"] < 1e-4
         assert all(way["peak_bytes"] > 0 and way["limit_seconds"] > 0 for way in ways.values())

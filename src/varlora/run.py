@@ -231,7 +231,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def atomic_folder(
-    path: Path, manifest: Callable[[Path], None] = write_manifest, then: str = "go on with `resume`"
+    path: Path, manifest: Callable[[Path], None] | None = None, then: str = "go on with `resume`"
 ) -> Iterator[Path]:
     """Give an empty folder to write to; on success `manifest` writes its manifest and it takes the place of `path`.
 
@@ -248,9 +248,9 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] = write_manifest) -> None:
+def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] | None = None) -> None:
     """Give a folder its manifest, flush all of it to the disk, and rename it to `path`, which it replaces."""
-    manifest(temporary)
+    (manifest or write_manifest)(temporary)
     for folder in (temporary, *(found for found in temporary.rglob("*") if found.is_dir())):
         _flush(folder)
     old = path.with_name(f".{path.name}.old")
