@@ -254,7 +254,7 @@ def test_a_posterior_of_another_base_is_refused_by_name(pushed: Path, bundled: P
     ("settings", "why"),
     [
         ({"model": "../../etc"}, "a name on the hub"),
-        ({"model": "/root/base"}, "a name on the hub"),
+        ({"model": "/elsewhere/base"}, "a name on the hub"),
         ({"task": "/etc/passwd.yaml"}, "a task's name"),
         ({"task": "../task.yaml"}, "a task's name"),
         ({"task": "nothing"}, "a task's name"),
