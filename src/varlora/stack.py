@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -92,13 +93,17 @@ class Stack:
             if mean is not None:
                 self.below = {name: mean[name] for name, place in places.items() if place and place[1] < self.first}
         # name by name, so that little is there twice
-        stacks = {name: torch.stack([draw.pop(name) for draw in draws]) for name in names if name not in self.below}
-        self.weights = stacks
+        self.weights = {
+            name: torch.stack([draw.pop(name) for draw in draws]) for name in names if name not in self.below
+        }
         """(D, *shape) by parameter name."""
+        self._in_order = self.order == list(range(len(draws)))
         self.passes = 0
         """Rows that were run, each draw counted."""
         self._stackable = how.stacked and (len(draws) > 1 or self.first > 0)  # one draw gains nothing
         self._tokens = how.tokens
+        self._model: weakref.ref[nn.Module] | None = None  # whose layers these are
+        self._layers: dict[nn.Linear, dict[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -128,10 +133,10 @@ class Stack:
             batch: what `forward` takes: a tensor, or tensors by name, with the rows as their first dimension.
             forward: `forward(model, batch) -> (B, C)`.
         """
-        if self.how.tolerance is not None and self.order == list(range(self.distinct)):
+        if self.how.tolerance is not None and self._in_order:
             return self._until_settled(model, batch, forward, self.how.tolerance)
         found = self._run(model, batch, forward, 0, self.distinct)
-        return found if self.order == list(range(len(found))) else found[self.order]
+        return found if self._in_order else found[self.order]
 
     def _until_settled(self, model: nn.Module, batch: Any, forward: Forward, tolerance: float) -> Tensor:
         """Return the logits of each draw; of rows that settled early, the draws so far again, each as often."""
@@ -165,11 +170,9 @@ class Stack:
 
     def _chunks(self, model: nn.Module, batch: Any, forward: Forward, start: int, stop: int) -> Tensor:
         """Run as many draws a pass as there is room for; where memory runs out, half as many from then on."""
-        parameters, one = trainable(model), {name: value[0] for name, value in self.weights.items()}
-        check_same_parameters({name: parameters[name] for name in one if name in parameters}, one, "the new values")
-        layers = owners(model, self.weights)
+        layers = self._layers_of(model)
         rows, width = size_of(batch)
-        device = next(iter(parameters.values())).device
+        device = next(iter(layers)).weight.device
         blocks = state = like = None
         if self.path is not None and isinstance(batch, Mapping) and getattr(forward, "last_position_alone", False):
             blocks = blocks_at(model, self.path)
@@ -201,6 +204,14 @@ class Stack:
                     start += count
                     self.passes += count * rows
         return torch.cat(logits)
+
+    def _layers_of(self, model: nn.Module) -> dict[nn.Linear, dict[str, str]]:
+        """Return the layers that the weights are of, which are looked up, and compared, once for each model."""
+        if self._model is None or self._model() is not model:
+            parameters, one = trainable(model), {name: value[0] for name, value in self.weights.items()}
+            check_same_parameters({name: parameters[name] for name in one if name in parameters}, one, "the new values")
+            self._layers, self._model = owners(model, self.weights), weakref.ref(model)
+        return self._layers
 
     def _room(self, device: torch.device) -> int:
         """Return the tokens of a pass; on a GPU one draw alone goes first, which shows what a token takes."""
