@@ -214,10 +214,8 @@ def _check_use(samples: int | None, tau: float | None, risk: float | None) -> No
 
 def _default_use(loaded: Loaded, samples: int | None, tau: float | None) -> Use:
     """How `answer_rows` draws: as calibrated, unless a factor of the variance is given."""
-    chosen = loaded.calibration if tau is None else None
-    if samples is None:
-        samples = chosen.samples if chosen else 10
-    return Use(chosen is not None, float(chosen.tau if chosen else 1.0 if tau is None else tau), samples)
+    _, samples, tau_used, _ = loaded.used(samples, tau)
+    return Use(tau is None and loaded.calibration is not None, float(tau_used), samples)
 
 
 def _draw(
