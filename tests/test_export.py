@@ -26,6 +26,7 @@ from varlora.checkpoint import save_adapter
 from varlora.cli import _parser
 from varlora.config import settings_from
 from varlora.data import collate
+from varlora.demo.run import one_thread as on_one_thread
 from varlora.drawing import Drawing
 from varlora.draws import distinct
 from varlora.errors import VarloraError
@@ -59,10 +60,8 @@ def silent(text: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import varlora
 from varlora.config import settings_from
+from varlora.demo.run import one_thread as on_one_thread
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.hub import FILES, READ, from_pretrained, push_to_hub
 from varlora.params import copied
@@ -39,10 +40,8 @@ def silent(text: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
