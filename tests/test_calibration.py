@@ -175,8 +175,9 @@ def test_what_is_chosen_is_stored_with_the_adapter_and_used(copy: Path, capsys: 
     stored = json.loads(after["calibration.json"])
     loaded = load(copy)
     assert loaded.calibration == Calibration(
-        *(stored[name] for name in ("tau", "pruned", "temperature", "temperature_mean", "samples"))
+        *(stored[name] for name in ("tau", "pruned", "temperature", "temperature_mean", "samples")), noise="latin"
     )
+    assert loaded.used()[-1] == Drawing(noise="latin")
     assert {"commit", "versions", "trials", "rows", "passes"} <= stored.keys()
     assert isinstance(loaded.posterior, DiagonalGaussian)  # what was trained, as ever
     assert isinstance(loaded.calibrated, Tempered)
@@ -188,14 +189,14 @@ def test_the_last_layers_are_chosen_for_and_drawn_from_then_on(copy: Path, capsy
     assert loaded.calibration is not None
     assert loaded.calibration.last_layers == 1
     posterior, samples, _, how = loaded.used()
-    assert how == Drawing(last_layers=1)
+    assert how == Drawing(noise="latin", last_layers=1)
     task = get_task(loaded.settings.task)
     examples = load_rows(task, task.evaluation, None).examples[:3]
     (row, *_) = answer_rows(loaded, examples, samples=4)
     encoded = encode_all(loaded.tokenizer, examples).rows
     found = {
         layers: predict(
-            loaded.model, posterior, encoded, pad_token_id=0, samples=4, how=Drawing(last_layers=layers)
+            loaded.model, posterior, encoded, pad_token_id=0, samples=4, how=Drawing(noise="latin", last_layers=layers)
         ).probs[0]
         for layers in (None, 1)
     }
@@ -203,6 +204,7 @@ def test_the_last_layers_are_chosen_for_and_drawn_from_then_on(copy: Path, capsy
     assert (found[1] - found[None]).abs().max() > 1e-5 or samples == 0
     main(["evaluate", str(copy), "--samples", "2"])
     assert load_predictions(copy / "predictions-calibrated.safetensors").meta["last_layers"] == "1"
+    assert load_predictions(copy / "predictions-calibrated.safetensors").meta["noise"] == "latin"
     assert "last_layers" not in load_predictions(copy / "predictions.safetensors").meta
 
 
@@ -262,6 +264,7 @@ def test_without_held_out_rows_it_says_so(run: Path, tmp_path: Path) -> None:
         ({"pruned": 2}, "make no sense"),
         ({"samples": "many"}, "missing or wrong"),
         ({"last_layers": 0}, "make no sense"),
+        ({"noise": "white"}, "make no sense"),
         ({"last_layers": "all"}, "missing or wrong"),
         ({"samples": 10**9}, "make no sense"),
         ({"samples": math.inf}, "missing or wrong"),

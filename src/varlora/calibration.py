@@ -1,9 +1,9 @@
 """Calibration: how a posterior is best used, chosen on held-out rows and stored with the adapter.
 
 Four numbers are chosen together: the factor τ of the variance, the share of weights that is pruned by signal to noise,
-the temperature that logits are divided by, and the number of draws. Temperature and draws cost no pass over the rows,
-as they are choices on logits that are there already; so each trial of τ and of the share is judged by the NLL at its
-own best temperature, with few draws, the same noise for all. τ is doubled or halved while that helps, then weights are
+the temperature that logits are divided by, and the number of draws. The temperature costs no pass over the rows, as
+it is a choice on logits that are there already; so each trial of τ and of the share is judged by the NLL at its own
+best temperature, with few draws, the same noise for all. τ is doubled or halved while that helps, then weights are
 pruned while that helps beyond a standard error.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from varlora import metrics
-from varlora.drawing import Drawing
+from varlora.drawing import NOISES, PLAIN, Drawing, Noise
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import check_draws
@@ -61,11 +61,13 @@ class Calibration:
     """Draws that are averaged; 0: the mean."""
     last_layers: int | None = None
     """Last adapted layers that are drawn, those below at the mean; None: all."""
+    noise: Noise = "independent"
+    """What the draws are to one another."""
 
     @property
     def how(self) -> Drawing:
         """How the draws are made."""
-        return Drawing(last_layers=self.last_layers)
+        return Drawing(noise=self.noise, last_layers=self.last_layers)
 
     def applied(self, posterior: Posterior) -> Tempered:
         """Return the posterior as it is to be drawn from."""
@@ -98,14 +100,14 @@ class Search:
     """Passes of a model over them."""
 
 
-def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, last_layers: int | None = None) -> Search:
+def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, how: Drawing = PLAIN) -> Search:
     """Choose τ, the share that is pruned, the temperature and the number of draws on held-out rows.
 
     Args:
         posterior: what training ended with.
         draw: gives logits of the held-out rows, with the same noise for every posterior.
         samples: draws at the most; 0: only the mean and its temperature.
-        last_layers: what `draw` draws of the adapter; None: all.
+        how: how `draw` makes the draws; its noise and its last layers are noted.
 
     Raises:
         MetricError: there are no rows, or a label is wrong.
@@ -117,7 +119,7 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, last_layers: 
     pruned = _share(trials, tau)
     mean = trials.made(0.0, pruned)
     drawn = _number(trials, tau, pruned) if tau else mean
-    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples, last_layers)
+    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples, how.last_layers, how.noise)
     return Search(chosen, tuple(trials.trials), trials.rows, trials.passes)
 
 
@@ -200,8 +202,8 @@ def _number(trials: _Trials, tau: float, pruned: float) -> Trial:
         return trials.judged(tau, pruned, trials.samples, logits, labels)
     numbers = [2**power for power in range(len(logits).bit_length()) if 2**power < len(logits)]
     all_of_them = trials.judged(tau, pruned, len(logits), logits, labels)
-    for n in numbers:
-        fewer = trials.judged(tau, pruned, n, logits[:n], labels)
+    for n in numbers:  # made anew: the first few of many latin draws are not latin
+        fewer = trials.judged(tau, pruned, n, *trials.logits(tau, pruned, n))
         if fewer.nll <= (1 + BEARABLE) * all_of_them.nll:
             return fewer
     return all_of_them
@@ -241,7 +243,8 @@ def load_calibration(adapter: Path) -> Calibration | None:
         factors = [float(stored[name]) for name in ("tau", "pruned", "temperature", "temperature_mean")]
         layers = stored.get("last_layers")  # not in files of older versions
         layers = None if layers is None else int(layers)
-        chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]), layers)
+        noise = stored.get("noise", "independent")
+        chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]), layers, noise)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"Expected a calibration in {path}, but {error} is missing or wrong. {again}") from error
     within = (
@@ -250,6 +253,7 @@ def load_calibration(adapter: Path) -> Calibration | None:
         0 < chosen.temperature < math.inf and 0 < chosen.temperature_mean < math.inf,
         0 <= chosen.samples <= MOST_DRAWS,
         layers is None or layers >= 1,
+        noise in NOISES,
     )
     if not all(within):
         raise DamagedFileError(f"Expected a calibration in {path}, but its numbers make no sense: {chosen}. {again}")

@@ -266,7 +266,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
         search = calibrate(
             run_dir,
             samples=arguments.samples,
-            last_layers=arguments.last_layers,
+            how=_drawing(arguments),
             seed=arguments.seed,
             token_budget=arguments.token_budget,
             data_dir=arguments.data_dir,
@@ -339,7 +339,8 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
     """Return how draws are to be made and run."""
     from varlora.drawing import Drawing
 
-    return Drawing(noise=arguments.noise, last_layers=arguments.last_layers, tolerance=arguments.tolerance)
+    tolerance = getattr(arguments, "tolerance", None)  # `calibrate` has none
+    return Drawing(noise=arguments.noise, last_layers=arguments.last_layers, tolerance=tolerance)
 
 
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
@@ -593,12 +594,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     calibrate.add_argument("--samples", type=int, default=16, help="draws at the most (default: 16)")
-    calibrate.add_argument(
-        "--last-layers",
-        type=int,
-        metavar="K",
-        help="draw the last K adapted layers alone, now and later (default: all)",
-    )
+    _noise_arguments(calibrate, "latin", "now and later; default: latin")
     calibrate.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     calibrate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
     calibrate.add_argument("--data-dir", help="where the data lie now, if not where they were")
@@ -782,17 +778,21 @@ def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
 
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add how draws are made and run; `_drawing` reads it."""
+    _noise_arguments(parser, "independent", "default: what `calibrate` chose, else independent")
+    parser.add_argument(
+        "--tolerance", type=float, help="stop drawing for a row at this standard error of its probabilities"
+    )
+
+
+def _noise_arguments(parser: argparse.ArgumentParser, noise: str, when: str) -> None:
     parser.add_argument(
         "--noise",
         choices=("independent", "antithetic", "latin"),
-        default="independent",
-        help="what the draws are to one another (default: independent)",
+        default=noise,
+        help=f"what the draws are to one another ({when})",
     )
     parser.add_argument(
         "--last-layers", type=int, metavar="K", help="draw the last K adapted layers alone (default: all)"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, help="stop drawing for a row at this standard error of its probabilities"
     )
 
 

@@ -13,7 +13,20 @@ from torch import Tensor, nn
 
 from varlora.errors import ConfigError
 
-__all__ = ["PLAIN", "Draw", "Drawing", "Drawn", "Forward", "Latin", "Source", "normal", "uniform"]
+__all__ = [
+    "LATIN",
+    "NOISES",
+    "PLAIN",
+    "Draw",
+    "Drawing",
+    "Drawn",
+    "Forward",
+    "Latin",
+    "Noise",
+    "Source",
+    "normal",
+    "uniform",
+]
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable.
@@ -22,7 +35,8 @@ A function with the attribute `last_position_alone` set calls the model once, wi
 the last position alone; then more need not be computed.
 """
 
-NOISES = ("independent", "antithetic", "latin")
+Noise = Literal["independent", "antithetic", "latin"]
+NOISES: tuple[Noise, ...] = ("independent", "antithetic", "latin")
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Drawing:
 
     stacked: bool = True
     """Run the draws as one batch wherever the model allows it; else one after the other."""
-    noise: Literal["independent", "antithetic", "latin"] = "independent"
+    noise: Noise = "independent"
     """`antithetic`: every second draw mirrors the one before it at the mean (Hammersley and Morton 1956). `latin`: each
     number that the S draws are made of lies once in each of S equally probable ranges (McKay et al. 1979)."""
     last_layers: int | None = None
@@ -59,17 +73,29 @@ class Drawing:
         if problems:
             raise ConfigError(problems)
 
+    def over(self, chosen: Drawing) -> Drawing:
+        """Return these options, and where they say nothing, what was chosen.
+
+        Example:
+            >>> Drawing(last_layers=2).over(Drawing(noise="latin", last_layers=8))
+            Drawing(stacked=True, noise='latin', last_layers=2, tolerance=None, tokens=None)
+        """
+        return dataclasses.replace(chosen, **self._said())
+
     def changed(self) -> dict[str, str]:
         """Return what changes predictions by more than rounding, as far as it is not the default."""
-        return {
-            field.name: str(value)
-            for field in dataclasses.fields(self)
-            if field.name not in ("stacked", "tokens") and (value := getattr(self, field.name)) != field.default
-        }
+        return {name: str(value) for name, value in self._said().items() if name not in ("stacked", "tokens")}
+
+    def _said(self) -> dict[str, Any]:
+        """Return what is not the default."""
+        pairs = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name: value for field, value in pairs if value != field.default}
 
 
 PLAIN = Drawing()
 """As it is done where nothing is said."""
+LATIN = Drawing(noise="latin")
+"""As `calibrate` has it done where nothing is said: more from few draws, of any posterior."""
 
 
 class Draw(NamedTuple):

@@ -20,7 +20,7 @@ from varlora.calibration import calibrate as search_calibration
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
-from varlora.drawing import PLAIN, Drawing
+from varlora.drawing import LATIN, PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import conclude, fit, start_of
 from varlora.methods import Prepared
@@ -513,9 +513,8 @@ def evaluate(
     beside.unlink(missing_ok=True)
     if (chosen := loaded.calibration) is not None:
         used = dataclasses.replace(loaded, posterior=loaded.calibrated)
-        as_chosen = dataclasses.replace(how, last_layers=chosen.last_layers)
-        tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=as_chosen)
-        facts = {name: repr(value) for name, value in dataclasses.asdict(chosen).items() if value is not None}
+        tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=how.over(chosen.how))
+        facts = {name: str(value) for name, value in dataclasses.asdict(chosen).items() if value is not None}
         save_predictions(dataclasses.replace(tuned, meta={**tuned.meta, **facts}), beside)
         known = tuned.labels >= 0
         more = {"calibration": dataclasses.asdict(chosen)}
@@ -545,7 +544,7 @@ def calibrate(
     run_dir: str | Path,
     *,
     samples: int = 16,
-    last_layers: int | None = None,
+    how: Drawing = LATIN,
     seed: int = 0,
     token_budget: int = 4096,
     data_dir: str | None = None,
@@ -557,7 +556,7 @@ def calibrate(
     Args:
         run_dir: a trained run.
         samples: draws at the most; 0: only the mean and its temperature.
-        last_layers: draw only the adapter's last so many layers, now and later; left out: all.
+        how: how the draws are made, now and later: their noise, and of how many layers.
         seed: seed of the draws.
         token_budget: tokens a batch, padding included.
         data_dir: where the data lie now, if not where they were.
@@ -580,14 +579,12 @@ def calibrate(
     rows = _encode(loaded.model, loaded.tokenizer, examples, settings, say).rows
     _check_same(run_dir, "held_out", _checksum(rows), f"the held-out rows of {task.name}")
 
-    how = Drawing(last_layers=last_layers)
-
     def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
         one = dataclasses.replace(loaded, posterior=posterior)
         found = _predict(one, rows, samples=n, seed=seed, token_budget=token_budget, how=how)
         return found.logits, found.labels
 
-    search = search_calibration(loaded.posterior, draw, samples, last_layers)
+    search = search_calibration(loaded.posterior, draw, samples, how)
     save_calibration(search, run_dir / "adapter")
     return search
 
@@ -663,8 +660,7 @@ def answer_rows(
     encoded = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
     posterior, samples, _, as_chosen = loaded.used(samples, tau)
     used = dataclasses.replace(loaded, posterior=posterior)
-    how = dataclasses.replace(how, last_layers=how.last_layers or as_chosen.last_layers)
-    predictions = _predict(used, encoded.rows, samples=samples, seed=seed, how=how)
+    predictions = _predict(used, encoded.rows, samples=samples, seed=seed, how=how.over(as_chosen))
     parts = predictions.uncertainty._asdict()
     for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
         probabilities = dict(zip(example.answers, probs))

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ def _draw(
     def made(use: Use) -> Predictor:
         chosen = loaded.calibration if use.calibrated else None
         posterior, tau = (chosen.applied(loaded.posterior), 1.0) if chosen else (loaded.posterior, use.tau)
-        drawn = replace(how, last_layers=how.last_layers or (chosen.last_layers if chosen else None))
+        drawn = how.over(chosen.how) if chosen else how
         return Predictor(loaded.model, posterior, use.samples, tau, seed, drawn)
 
     own, other = made(default), lru_cache(maxsize=KEPT)(made)
