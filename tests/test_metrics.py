@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from varlora.metrics import (
     brier,
     by_row,
     ece,
+    ece_if_calibrated,
     evaluate,
     evaluate_all,
     nll,
@@ -230,12 +232,26 @@ def test_risk_coverage_of_the_best_and_the_worst_ranking():
     assert best.risk[-1] == worst.risk[-1] == wrong / n
 
 
+def test_the_ece_of_perfect_calibration_is_that_of_labels_drawn_from_the_probabilities():
+    probs, _ = random_rows(8)
+    source = torch.Generator().manual_seed(0)
+    drawn = [ece(probs, torch.multinomial(probs, 1, generator=source)[:, 0], 5) for _ in range(4000)]
+    error = statistics.stdev(drawn) / math.sqrt(len(drawn))
+    assert abs(ece_if_calibrated(probs, 5) - statistics.mean(drawn)) < 4 * error
+    assert error < 0.002
+    sure = torch.eye(3)[torch.tensor([0, 2, 2])]
+    assert ece_if_calibrated(sure) == 0.0
+    a_coin = torch.full((4, 2), 0.5)
+    assert ece_if_calibrated(a_coin) == pytest.approx((2 * 2 + 8 * 1) / 16 / 4)
+
+
 def test_evaluate_all_adds_to_evaluate():
     probs, labels = random_rows(6)
     found = evaluate_all(probs, labels, bins=7, rule="left")
     curve = risk_coverage(probs, labels)
     assert found == {
         **evaluate(probs, labels, 7, "left"),
+        "ece_if_calibrated": ece_if_calibrated(probs, 7, "left"),
         "adaptive_ece": ece(probs, labels, 7, "adaptive"),
         "auroc": curve.auroc,
         "aurc": curve.aurc,

@@ -31,6 +31,7 @@ __all__ = [
     "brier",
     "by_row",
     "ece",
+    "ece_if_calibrated",
     "evaluate",
     "evaluate_all",
     "nll",
@@ -263,6 +264,45 @@ def ece(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> 
     return ((found.count * gaps).sum() / found.count.sum()).item()
 
 
+def ece_if_calibrated(probs: Tensor, bins: int = 10, rule: Rule = "right") -> float:
+    r"""Return the ECE that a perfectly calibrated model with these probabilities would show on average.
+
+    It is not 0: of n rows that are right with probability c, not exactly n c are. An ECE near this number is as low as
+    so many rows can show.
+
+    .. math:: \frac{1}{N} \sum_b \mathbb{E} \, \Big| \sum_{i \in b} (x_i - c_i) \Big|,
+        \quad x_i \sim \text{Bernoulli}(c_i)
+
+    Args:
+        probs: (N, C), rows sum to 1.
+        bins: number of bins, at least 1.
+        rule: "right", "left" or "adaptive"; see `bin_of`.
+
+    Raises:
+        MetricError: as `reliability`.
+
+    Example:
+        >>> ece_if_calibrated(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))  # 0, 1 or 2 are right, and 1 is expected
+        0.25
+
+    References:
+        Bröcker and Smith, Increasing the reliability of reliability diagrams, 2007 (consistency resampling; here its
+        expectation, exactly).
+    """
+    confidence = by_row(probs, torch.zeros(len(probs), dtype=torch.long, device=probs.device)).confidence.double()
+    index = bin_of(confidence, bins, rule)
+    return sum(_deviation(confidence[index == one]) for one in range(bins)) / len(probs)
+
+
+def _deviation(chances: Tensor) -> float:
+    """Return the mean absolute deviation of the number of successes in trials of given chances, (n,)."""
+    share = torch.zeros(len(chances) + 1, dtype=torch.float64)
+    share[0] = 1.0  # of k successes so far
+    for chance in chances.tolist():
+        share = share * (1 - chance) + chance * share.roll(1)  # the last entry is 0 until the last trial
+    return (share * (torch.arange(len(share)) - chances.sum().item()).abs()).sum().item()
+
+
 def auroc(scores: Tensor, positives: Tensor) -> float:
     r"""Return the area under the ROC curve: how often a positive row has a larger score than a negative one.
 
@@ -419,11 +459,12 @@ def evaluate(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right"
 
 
 def evaluate_all(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> dict[str, float]:
-    """Return what `evaluate` does and adaptive_ece, auroc and aurc: also how well confidence ranks the answers.
+    """Return what `evaluate` does and more: how well confidence ranks the answers, and what the ECE is at the least.
 
-    `adaptive_ece` is the ECE with bins of equal mass, `auroc` how well confidence separates right answers from wrong
-    ones, and `aurc` the area under the risk-coverage curve. `auroc` is NaN where all answers are right or all are
-    wrong; JSON has no NaN, so leave it out there.
+    `ece_if_calibrated` is the ECE that perfect calibration would show on so many rows, `adaptive_ece` the ECE with bins
+    of equal mass, `auroc` how well confidence separates right answers from wrong ones, and `aurc` the area under the
+    risk-coverage curve. `auroc` is NaN where all answers are right or all are wrong; JSON has no NaN, so leave it out
+    there.
 
     Args:
         probs: (N, C), rows sum to 1.
@@ -442,6 +483,7 @@ def evaluate_all(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "ri
     curve = risk_coverage(probs, labels)
     return {
         **evaluate(probs, labels, bins, rule),
+        "ece_if_calibrated": ece_if_calibrated(probs, bins, rule),
         "adaptive_ece": ece(probs, labels, bins, "adaptive"),
         "auroc": curve.auroc,
         "aurc": curve.aurc,

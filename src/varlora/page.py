@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +34,11 @@ __all__ = ["ROWS", "html_page"]
 ROWS = 200
 """Rows of a task that the page shows, at most."""
 LONGEST = 500  # characters of a prompt that are shown
-METRICS = (  # name, heading, factor, decimals, which is better
+METRICS: tuple[tuple[str, str, float, int, Callable[[list[float]], float] | None], ...] = (
+    # name, heading, factor, decimals, which is better
     ("accuracy", "ACC (%)", 100, 1, max),
     ("ece", "ECE ×100", 100, 1, min),
+    ("ece_if_calibrated", "if calibrated", 100, 1, None),
     ("adaptive_ece", "adaptive ECE ×100", 100, 1, min),
     ("nll", "NLL", 1, 3, min),
     ("brier", "Brier", 1, 3, min),
@@ -155,7 +157,7 @@ def _numbers(row: Row, rows: Sequence[Row]) -> list[Cell]:
     for name, _, factor, decimals, better in METRICS:
         shown = [_rounded(other, name, factor, decimals) for other in rows if other.task == row.task]
         known = [value for value in shown if not math.isnan(value)]
-        best = bool(known) and _rounded(row, name, factor, decimals) == better(known)
+        best = better is not None and bool(known) and _rounded(row, name, factor, decimals) == better(known)
         mean = row.stats[name].mean
         value = "" if math.isnan(mean) else repr(mean)
         cells.append(Cell(row.stats[name].text(factor, decimals), value, best))
