@@ -60,7 +60,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True}}},
 }
 """The last five change one thing of `auto` each: the ablations."""
-METRICS = ("accuracy", "nll", "ece")
+METRICS = ("accuracy", "nll", "ece", "ece_if_calibrated")
 
 
 def plan_of(setting: str, group: str, work: Path, seeds: int) -> Any:

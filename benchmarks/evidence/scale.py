@@ -39,7 +39,12 @@ NAMES = {
     ("learned", "ivon"): "auto, Hessian of the run's squared gradients",
     ("root", "ivon"): "auto, λ = 5000 √N",
 }
-METRICS = (("accuracy", "ACC %", 100, 1), ("ece", "ECE x100", 100, 1), ("nll", "NLL", 1, 3))
+METRICS = (
+    ("accuracy", "ACC %", 100, 1),
+    ("ece", "ECE x100", 100, 1),
+    ("ece_if_calibrated", "if calibrated", 100, 1),
+    ("nll", "NLL", 1, 3),
+)
 
 
 class Line(NamedTuple):

@@ -3,10 +3,11 @@ r"""The scale of IVON's posterior, found by looking: how much noise an adapter b
 **σ** is the largest standard deviation for which noise in all weights changes the predictions by no more than a bound:
 
 .. math:: \mathrm{KL}(\sigma) = \mathbb{E}_{x, \varepsilon} \, \mathrm{KL}\big(p(\cdot \mid x, m) \,\|\,
-    p(\cdot \mid x, m + \sigma\varepsilon)\big) \le b \sqrt{E}
+    p(\cdot \mid x, m + \sigma\varepsilon)\big) \le b \sqrt{E} \, \ln C
 
-with E the epochs of training: the more often rows are seen, the more noise it takes against learning them by heart.
-The KL, and not the loss, because before training the loss is far from any minimum, and noise may lower it.
+with E the epochs of training, as it takes the more noise against learning rows by heart the more often they are seen,
+and ln C what it takes to tell C answers apart: that much can be learned, and noise is to hide a share of it. The KL,
+and not the loss, because before training the loss is far from any minimum, and noise may lower it.
 
 **The learning rate** follows from σ. IVON's steps are clipped nearly everywhere, so a weight whose gradient is noise
 makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. σ is to be a fixed multiple of
@@ -31,6 +32,7 @@ from torch import Tensor
 __all__ = [
     "BOUND",
     "Trial",
+    "bound",
     "first_hessian",
     "growth",
     "kl_under_noise",
@@ -40,8 +42,8 @@ __all__ = [
     "walk",
 ]
 
-BOUND = 0.05
-"""b: nats that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
+BOUND = 0.036
+"""b: share of ln C that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
 SIGMA_PER_WALK = 1.8
 """σ at the end of training, over the distance that a weight has wandered."""
 FLOOR = 0.1
@@ -80,6 +82,21 @@ def kl_under_noise(logits: Tensor, mean: Tensor) -> float:
     log_p, log_q = mean.double().log_softmax(-1), logits.double().log_softmax(-1)
     terms = log_p.exp() * (log_p - log_q)
     return terms.nan_to_num(nan=0.0).sum(-1).mean().item()  # 0 · (−∞ + ∞): an answer that a row does not have
+
+
+def bound(mean: Tensor, epochs: float) -> float:
+    """Return by how many nats noise may change the predictions.
+
+    Args:
+        mean: (N, C), -inf where a row does not have the answer.
+        epochs: of training.
+
+    Example:
+        >>> round(bound(torch.zeros(8, 4), epochs=1.0), 3), round(bound(torch.zeros(8, 2), epochs=4.0), 3)
+        (0.05, 0.05)
+    """
+    answers = (mean > -math.inf).sum(-1).double()
+    return BOUND * answers.log().mean().item() * math.sqrt(epochs)
 
 
 def largest_sigma(kl: Callable[[float], float], bound: float, start: float) -> tuple[float, list[Trial]]:

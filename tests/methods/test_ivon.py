@@ -63,7 +63,7 @@ def test_noise_of_that_size_changes_predictions_as_much_as_the_bound_says() -> N
     mean = copied(begin.model)
     at_mean = begin.draw(_noisy(mean, 0.0), ROWS, 0)[0][0]
     kl = scale.kl_under_noise(begin.draw(_noisy(mean, seen["sigma"]), ROWS, 64)[0], at_mean)
-    assert seen["bound"] == pytest.approx(scale.BOUND * math.sqrt(4000 * 4 / 64))
+    assert seen["bound"] == pytest.approx(scale.bound(at_mean, 4000 * 4 / 64))
     assert seen["bound"] / 1.7 < kl < seen["bound"] * 1.7
 
 

@@ -146,7 +146,7 @@ class Ivon(Method):
         if {"ess", "hess_init"} <= given.keys():
             sigma = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
         else:
-            sigma, seen, cost = _probe(start, scale.BOUND * math.sqrt(epochs))
+            sigma, seen, cost = _probe(start, epochs)
             found |= seen
         if "hess_init" not in given:
             gradient, passes = _gradient(start, sigma)
@@ -278,7 +278,7 @@ class Ivon(Method):
         return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
 
 
-def _probe(start: Start, bound: float) -> tuple[float, dict[str, Any], float]:
+def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
     """Return the σ at which noise changes the predictions by a bound, what was seen, and its cost in training steps."""
     passes = scale.TRIALS * DRAWS + 1  # forward passes of a row; a training step has three
     a_step = 3 * start.batch_size * start.accumulation
@@ -287,6 +287,7 @@ def _probe(start: Start, bound: float) -> tuple[float, dict[str, Any], float]:
     rows = [start.rows[i] for i in order[:count]]
     mean = {name: p.float() for name, p in copied(start.model).items()}
     at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
+    bound = scale.bound(at_mean, epochs)
 
     def kl(sigma: float) -> float:
         return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, DRAWS)[0], at_mean)
