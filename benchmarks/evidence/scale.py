@@ -33,6 +33,7 @@ NAMES = {
     ("paper", "ivon"): "IVON, the paper's values",
     ("peers", "adamw"): "AdamW, best of 3",
     ("peers", "swag"): "SWAG, on the best AdamW",
+    ("one-sigma", "ivon"): "auto, one σ for all layers",
     ("no-warmup", "ivon"): "auto, noise of full size at once",
     ("no-cooling", "ivon"): "auto, never held back",
     ("prior", "ivon"): "auto, prior by evidence",

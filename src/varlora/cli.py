@@ -251,6 +251,11 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
             f"On {found['rows']} training rows. A change of {found['bound']:.3g} is borne, as {found['epochs']:.1f} "
             "epochs are to come."
         )
+        if by_layer := prepared.settings["sigma_by_layer"]:
+            layers = Table("layer", "sigma")
+            for layer, share in by_layer.items():
+                layers.add_row(layer, f"{found['sigma'] * share:.4g}")
+            console.print(layers)
         write_bytes(picture, scale_diagram(found["trials"], found["bound"], found["sigma"])["png"])
         written.append(picture)
     write_text(out, f"# Found by `varlora tune`, at the cost of {prepared.steps:.0f} steps.\n" + recipe_of(tuned))

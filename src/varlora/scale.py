@@ -16,6 +16,9 @@ that distance: where less noise is drawn than weights wander by themselves, it h
 **The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
 gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
 
+**By layer** σ is in inverse proportion to the gradients, so that each layer's weights have an equal part in the change
+of the predictions: it is ½ Σ σ² g² to second order, with g² the Fisher information that squared gradients estimate.
+
 **h₀** is so large that what Price's estimates add to it by chance stays a small part of it; only then is σ what was
 found, from the first step to the last.
 """
@@ -37,6 +40,7 @@ __all__ = [
     "growth",
     "kl_under_noise",
     "largest_sigma",
+    "layer_share",
     "like_adamw",
     "ramp",
     "walk",
@@ -52,6 +56,8 @@ GROWTH, LEAST_GROWTH = 3.5, 0.25
 """Epochs over which the noise grows, and the least share of training."""
 STEADY = 100.0
 """h₀ over the standard deviation of what chance adds to it, with gradients as they are at first; they may grow."""
+MOST_APART = 2.0
+"""σ in a layer is at most so many times that of all, or so small a part of it: gradients of a few batches are noisy."""
 TRIALS = 3
 """Scales that are tried: KL grows as a power of σ, so each is a good guess at the next."""
 FURTHEST = 4.0
@@ -131,6 +137,22 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
         power = min(max(math.log(kl_a / kl_b) / math.log(a / b), 1.0), 4.0)  # as σ² near 0, as σ⁴ where B is
     factor = (bound / nearest[0].kl) ** (1 / power)
     return nearest[0].sigma * min(max(factor, 1 / FURTHEST), FURTHEST)
+
+
+def layer_share(gradient: float, whole: float) -> float:
+    """Return a layer's σ over that of all, with which the change of the predictions stays what it was, shared evenly.
+
+    Args:
+        gradient: root mean square of the gradient's entries in the layer.
+        whole: that in all layers.
+
+    Example:
+        >>> [layer_share(gradient, whole=1.0) for gradient in (0.8, 1.0, 5.0, 0.0)]
+        [1.25, 1.0, 0.5, 2.0]
+    """
+    if not whole:
+        return 1.0
+    return min(max(whole / gradient, 1 / MOST_APART), MOST_APART) if gradient else MOST_APART
 
 
 def walk(steps: int, beta1: float) -> float:

@@ -19,9 +19,10 @@ from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError
 from varlora.fit import _draw
 from varlora.methods import METHODS, Comparison, Ivon, Start, Temperature
-from varlora.methods.ivon import BEARABLE, COLDEST, MEMORY, PAPER, PROBE, _noisy
+from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROBE, _layer, _noisy
 from varlora.model import class_logits
 from varlora.params import copied, trainable
+from varlora.posterior import DiagonalGaussian
 
 ROWS = helpers.make_rows(64)
 
@@ -65,6 +66,56 @@ def test_noise_of_that_size_changes_predictions_as_much_as_the_bound_says() -> N
     kl = scale.kl_under_noise(begin.draw(_noisy(mean, seen["sigma"]), ROWS, 64)[0], at_mean)
     assert seen["bound"] == pytest.approx(scale.bound(at_mean, 4000 * 4 / 64))
     assert seen["bound"] / 1.7 < kl < seen["bound"] * 1.7
+
+
+def test_each_layer_has_its_part_in_that_change() -> None:
+    """The first layer of a base whose second one is made deaf gets the less noise; together they change as much."""
+    begin = start(steps=4000)
+    with torch.no_grad():
+        for name, weight in begin.model.named_parameters():
+            if ".layers.1." in name and "o_proj" in name:
+                weight.mul_(0.3)
+    prepared = Ivon().prepare(begin)
+    assert prepared is not None
+    mean = copied(begin.model)
+    at_mean = begin.draw(_noisy(mean, 0.0), ROWS, 0)[0][0]
+
+    def kl(shares: dict[str, float]) -> float:
+        std = {
+            name: torch.full_like(value, prepared.found["sigma"] * shares.get(_layer(name), 0.0))
+            for name, value in mean.items()
+        }
+        return scale.kl_under_noise(begin.draw(DiagonalGaussian(mean, std), ROWS, 64)[0], at_mean)
+
+    shares = prepared.settings["sigma_by_layer"]
+    assert shares["0"] < 1 < shares["1"]
+    apart = kl({"0": 1.0}) / kl({"1": 1.0})
+    assert abs(math.log(kl({"0": shares["0"]}) / kl({"1": shares["1"]}))) < abs(math.log(apart)) - math.log(1.5)
+    assert kl({"0": 1.0, "1": 1.0}) / 1.7 < kl(shares) < 1.7 * kl({"0": 1.0, "1": 1.0})
+
+
+def test_a_layers_noise_steps_and_hessian_are_its_own() -> None:
+    params = trainable(helpers.tiny_model())
+    method = Ivon(lr=0.1, ess=100.0, hess_init=1.0, sigma_by_layer={"1": 2.0})
+    optimizer = method.optimizer(params, 10, 4, 0)
+    assert {
+        _layer(name): (group["lr"], group["hess_init"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    } == {"0": (0.1, 1.0), "1": (0.2, 0.25)}
+    std = optimizer.posterior().std
+    assert {_layer(name): value.unique().tolist() for name, value in std.items()} == {
+        "0": [pytest.approx(0.1)],
+        "1": [pytest.approx(0.2)],
+    }
+    assert method.log(optimizer, {})["hessian_over_first"] == pytest.approx(1.0)
+    assert len(Ivon(sigma_by_layer={}).optimizer(params, 10, 4, 0).param_groups) == 1
+
+
+def test_a_sigma_of_a_layer_is_above_zero() -> None:
+    for wrong in (0.0, -1.0, math.inf, math.nan, "much", True):
+        (problem,) = Ivon(sigma_by_layer={"3": wrong}).problems(plan())  # type: ignore[dict-item]
+        assert "layer 3" in problem
 
 
 def test_more_passes_over_the_rows_take_more_noise() -> None:
@@ -116,7 +167,7 @@ def test_the_look_costs_what_it_may(steps: int, batch_size: int) -> None:
     prepared = Ivon().prepare(start(steps=steps, batch_size=batch_size))
     assert prepared is not None
     least = (scale.TRIALS * 4 + 1) * 4 / (3 * batch_size) + 4  # four rows, and a gradient
-    assert prepared.steps <= max(PROBE * steps + 4, least)
+    assert prepared.steps <= max(PROBE * steps + BATCHES, least + 1)
     assert Ivon(cooling=True).compare_every(steps) * 3 * PROBE >= 1  # a comparison is a third of a step
 
 
@@ -266,9 +317,13 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     assert "sigma" in helpers.about(said, "learning rate")[0]
     lines = helpers.logged(tmp_path)
     sigma = [line["sigma"] for line in lines]
-    assert sigma[0] == pytest.approx(0.1 * tuned["found"]["sigma"], rel=0.02)
-    assert sigma[-1] == pytest.approx(tuned["found"]["sigma"] * lines[-1]["held_back"], rel=0.05)
-    last = lines[-1]
+    last, shares = lines[-1], tuned["settings"]["sigma_by_layer"]
+    assert set(shares) == {"0", "1"}
+    mean = tuned["found"]["sigma"] * sum(shares.values()) / len(shares)
+    assert sigma[0] == pytest.approx(0.1 * mean, rel=0.02)
+    assert sigma[-1] == pytest.approx(mean * last["held_back"], rel=0.05)
+    of_layer = [last[f"sigma/layer_0{layer}"] for layer in shares]
+    assert of_layer[0] / of_layer[1] == pytest.approx(shares["0"] / shares["1"], rel=0.05)
     assert 0 <= last["signal_above_noise"] <= 1
     assert last["hessian_over_first"] == pytest.approx(1, abs=0.1)
     assert {"sigma/layer_00", "sigma/q_proj.lora_A", "loss_at_mean", "loss_under_noise", "held_back"} <= last.keys()
@@ -286,9 +341,9 @@ def test_a_resumed_run_does_not_look_again(tmp_path: Path) -> None:
     helpers.run_fit(helpers.tiny_model(), Ivon(), tmp_path, resume=True, training_arguments={"logging_steps": 1})
     assert json.loads(path.read_text()) == tuned
     sigma = {line["step"]: line["sigma"] for line in helpers.logged(tmp_path)}
-    assert sigma[6] == pytest.approx(
-        tuned["found"]["sigma"] / 2 * scale.ramp(5 / 6, tuned["settings"]["noise_warmup"]), rel=0.05
-    )
+    shares = tuned["settings"]["sigma_by_layer"].values()
+    mean = tuned["found"]["sigma"] * sum(shares) / len(shares)
+    assert sigma[6] == pytest.approx(mean / 2 * scale.ramp(5 / 6, tuned["settings"]["noise_warmup"]), rel=0.05)
 
 
 @pytest.mark.parametrize("held", ['{"settings": {"no": 1}}', "{}", "[]", "{"])

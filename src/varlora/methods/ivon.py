@@ -34,6 +34,8 @@ DRAWS = 4
 """Draws of each scale that is tried."""
 ROWS = (4, 64)
 """Rows that the draws are tried on, at the least and at the most."""
+BATCHES = 8
+"""Batches that gradients are taken of, at the most."""
 BEARABLE = 0.5
 """Share of what training has gained on chance that noise may take back."""
 SLIGHT = 0.03
@@ -79,6 +81,9 @@ class Ivon(Method):
     """Effective sample size λ; the number of training rows approximates Bayes' posterior, more is colder."""
     hess_init: float | Auto = "auto"
     """Initial Hessian h₀."""
+    sigma_by_layer: Mapping[str, float] | Auto = "auto"
+    """σ in each layer, over that of all, by the layer's number; a layer's steps are as much longer, its h₀ that squared
+    smaller. Layers that are not named: 1. auto: by the layers' gradients where σ is found, else 1."""
     ess_per_root_row: float | None = None
     """In place of `ess`: γ, for λ = γ√N with N training rows (the paper's follow-up: 5000)."""
     beta1: float = 0.9
@@ -123,6 +128,12 @@ class Ivon(Method):
                 found.append(f"Expected `{other}` or `{name}`, but got both. Leave one of them out.")
             if value is not None and not 0 < value < math.inf:
                 found.append(f"Expected `{name}` to be a number > 0, but got {value}. Leave it out to have it found.")
+        if self.sigma_by_layer != "auto":
+            found += [
+                f"Expected `sigma_by_layer` to have a number > 0 for layer {layer}, but got {value!r}."
+                for layer, value in self.sigma_by_layer.items()
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+            ]
         if self.clip_radius == math.inf and self.lr == "auto":
             found.append("Expected `lr` with `clip_radius` inf: steps of no fixed size cannot be foreseen. Give it.")
         return found
@@ -148,10 +159,14 @@ class Ivon(Method):
         else:
             sigma, seen, cost = _probe(start, epochs)
             found |= seen
-        if "hess_init" not in given:
-            gradient, passes = _gradient(start, sigma)
+        by_layer = {} if self.sigma_by_layer == "auto" else dict(self.sigma_by_layer)
+        if not {"ess", "hess_init"} <= given.keys():
+            gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
             found["gradient"] = gradient
+            if self.sigma_by_layer == "auto":
+                by_layer = {layer: scale.layer_share(of, gradient) for layer, of in gradients.items()}
+        if "hess_init" not in given:
             given["hess_init"] = (
                 1 / (given["ess"] * sigma**2)
                 if "ess" in given
@@ -168,13 +183,15 @@ class Ivon(Method):
             )
             given["lr"] = step / self.clip_radius
         found |= {"sigma": sigma, "step": given["lr"] * self.clip_radius}
+        shares = by_layer.values()
+        apart = f" (from {min(shares):.2g} to {max(shares):.2g} times that in a layer)" if shares else ""
         start.say(
-            f"Found by a look at the training rows (worth {cost:.0f} steps): sigma {sigma:.3g}, learning rate "
+            f"Found by a look at the training rows (worth {cost:.0f} steps): sigma {sigma:.3g}{apart}, learning rate "
             f"{given['lr']:.3g} (a weight moves by {found['step']:.2g} a step at the most), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
         rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
-        return Prepared({**given, **rest}, found, cost)
+        return Prepared({**given, **rest, "sigma_by_layer": by_layer}, found, cost)
 
     # --- training ---
 
@@ -182,9 +199,17 @@ class Ivon(Method):
         """Return IVON over the named parameters; what is to be found and was not is the paper's."""
         settings = {name: getattr(self, name) for name in OPTIMIZER}
         settings |= {name: value for name, value in PAPER.items() if settings[name] == "auto"}
-        groups: list[Any] = list(params.items())
-        if self.weight_decay == "auto":  # each matrix has its own
-            groups, settings["weight_decay"] = [{"params": [named]} for named in params.items()], 0.0
+        alone = self.weight_decay == "auto"  # each matrix has its own
+        if alone:
+            settings["weight_decay"] = 0.0
+        shares = {} if self.sigma_by_layer == "auto" else {str(key): of for key, of in self.sigma_by_layer.items()}
+        lots: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in params.items():
+            lots[name if alone else "", shares.get(_layer(name), 1.0)].append((name, parameter))
+        groups = [
+            {"params": named, "lr": settings["lr"] * share, "hess_init": settings["hess_init"] / share**2}
+            for (_, share), named in lots.items()
+        ]
         return IVON(groups, batch_size=batch_size, seed=seed, **settings)
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
@@ -252,12 +277,12 @@ class Ivon(Method):
         mean Hessian over h₀; and, where they are compared, the loss at the mean and under noise.
         """
         assert isinstance(optimizer, IVON)
-        posterior, first = optimizer.posterior(), optimizer.param_groups[0]
+        posterior = optimizer.posterior()
         lots: dict[str, list[str]] = defaultdict(list)
         for name in posterior.std:
             lots["sigma"].append(name)
-            if layer := LAYER.search(name):
-                lots[f"sigma/layer_{int(layer[1]):02d}"].append(name)
+            if layer := _layer(name):
+                lots[f"sigma/layer_{int(layer):02d}"].append(name)
             if matrix := MATRIX.search(name):
                 lots[f"sigma/{matrix[1]}.{matrix[2]}"].append(name)
         logged = {
@@ -269,10 +294,11 @@ class Ivon(Method):
         heard = sum(int((posterior.mean[name].abs() > std).sum()) for name, std in posterior.std.items())
         of_group = {name: group for group in optimizer.param_groups for name in group["param_names"]}
         moved = sum(
-            (std.double() ** -2 / of_group[name]["ess"] - of_group[name]["weight_decay"]).sum().item()
+            (std.double() ** -2 / group["ess"] - group["weight_decay"]).sum().item() / group["hess_init"]
             for name, std in posterior.std.items()
+            for group in (of_group[name],)
         )
-        logged |= {"signal_above_noise": heard / size, "hessian_over_first": moved / size / first["hess_init"]}
+        logged |= {"signal_above_noise": heard / size, "hessian_over_first": moved / size}
         losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
         logged |= {name: state[key] for key, name in losses.items() if key in state}
         return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
@@ -303,13 +329,22 @@ def _noisy(mean: Mapping[str, Tensor], sigma: float) -> DiagonalGaussian:
     return DiagonalGaussian(mean, {name: torch.full_like(value, sigma) for name, value in mean.items()})
 
 
-def _gradient(start: Start, sigma: float) -> tuple[float, float]:
-    """Return the root mean square of a mini-batch's gradient at draws, over some batches, and the steps it took."""
+def _layer(name: str) -> str:
+    """Return the number of the layer that a parameter is in; empty if it is in none."""
+    found = LAYER.search(name)
+    return found[1] if found else ""
+
+
+def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], float]:
+    """Return the root mean square of a mini-batch's gradient at draws, over some batches: of all and of each layer's.
+
+    Last comes the cost in steps.
+    """
     source, params = start.generator(), trainable(start.model)
     size = start.batch_size * start.accumulation
-    batches = min(max(round(PROBE * start.steps / 4), 1), 4, math.ceil(len(start.rows) / size))
+    batches = min(max(round(PROBE * start.steps / 2), 1), BATCHES, math.ceil(len(start.rows) / size))
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
-    squares = []
+    squares: dict[str, list[Tensor]] = defaultdict(list)
     for at in range(batches):
         rows = start.rows[at * size : (at + 1) * size]
         with posterior.sampled(start.model, source), torch.enable_grad():
@@ -320,5 +355,8 @@ def _gradient(start: Start, sigma: float) -> tuple[float, float]:
                 loss = nn.functional.cross_entropy(start.forward(start.model, batch), batch["labels"], reduction="sum")
                 parts = torch.autograd.grad(loss / len(rows), list(params.values()), allow_unused=True)
                 total = [whole if part is None else whole + part for whole, part in zip(total, parts)]
-        squares.append(torch.cat([part.float().flatten() for part in total]).square().mean().item())
-    return math.sqrt(sum(squares) / batches), float(batches)
+        for name, part in zip(params, total):
+            squares[_layer(name)].append(part.float().flatten().square())
+    by_layer = {layer: torch.cat(parts).mean().sqrt().item() for layer, parts in squares.items()}
+    whole = torch.cat([part for parts in squares.values() for part in parts]).mean().sqrt().item()
+    return whole, by_layer, float(batches)
