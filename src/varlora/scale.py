@@ -58,6 +58,8 @@ STEADY = 100.0
 """h₀ over the standard deviation of what chance adds to it, with gradients as they are at first; they may grow."""
 MOST_APART = 2.0
 """σ in a layer is at most so many times that of all, or so small a part of it: gradients of a few batches are noisy."""
+STEPS_APART = 2
+"""Between 1 and 2 times, steps that the layers' σ are rounded to: few different ones make few optimizer groups."""
 TRIALS = 3
 """Scales that are tried: KL grows as a power of σ, so each is a good guess at the next."""
 FURTHEST = 4.0
@@ -142,17 +144,20 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
 def layer_share(gradient: float, whole: float) -> float:
     """Return a layer's σ over that of all, with which the change of the predictions stays what it was, shared evenly.
 
+    It is one of 1/2, 1/√2, 1, √2 and 2.
+
     Args:
         gradient: root mean square of the gradient's entries in the layer.
         whole: that in all layers.
 
     Example:
-        >>> [layer_share(gradient, whole=1.0) for gradient in (0.8, 1.0, 5.0, 0.0)]
-        [1.25, 1.0, 0.5, 2.0]
+        >>> [round(layer_share(gradient, whole=1.0), 2) for gradient in (0.75, 0.9, 5.0, 0.0)]
+        [1.41, 1.0, 0.5, 2.0]
     """
     if not whole:
         return 1.0
-    return min(max(whole / gradient, 1 / MOST_APART), MOST_APART) if gradient else MOST_APART
+    share = min(max(whole / gradient, 1 / MOST_APART), MOST_APART) if gradient else MOST_APART
+    return 2 ** (round(STEPS_APART * math.log2(share)) / STEPS_APART)
 
 
 def walk(steps: int, beta1: float) -> float:
