@@ -148,17 +148,21 @@ class _Trials:
         return self.judged(tau, pruned, 0 if len(logits) == 1 else n, logits, labels)
 
     def judged(self, tau: float, pruned: float, n: int, logits: Tensor, labels: Tensor) -> Trial:
-        """Fit the temperature of some logits, and note the trial; its NLL is infinite where a draw overflows."""
-        if logits.isnan().any() or (logits == math.inf).any():
-            trial, losses = Trial(tau, pruned, n, 1.0, math.inf), torch.full((len(labels),), math.inf)
-        else:
-            temperature = fit_temperature(logits, labels)
-            probs = metrics.average_probs(logits.double() / temperature)
-            losses = -probs.gather(1, labels[:, None])[:, 0].log()
-            trial = Trial(tau, pruned, n, temperature, losses.mean().item())
+        """Note the trial of some logits at the temperature that is best for them."""
+        temperature, losses = _fitted(logits, labels)
+        trial = Trial(tau, pruned, n, temperature, losses.mean().item())
         self.trials.append(trial)
         self.losses[trial] = losses
         return trial
+
+
+def _fitted(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Return the best temperature of some draws and each row's NLL at it, which is infinite where a draw overflows."""
+    if logits.isnan().any() or (logits == math.inf).any():
+        return 1.0, torch.full((len(labels),), math.inf)
+    temperature = fit_temperature(logits, labels)
+    probs = metrics.average_probs(logits.double() / temperature)
+    return temperature, -probs.gather(1, labels[:, None])[:, 0].log()
 
 
 def _changed(posterior: Posterior, tau: float, pruned: float) -> Posterior:
@@ -196,16 +200,20 @@ def _share(trials: _Trials, tau: float) -> float:
 
 
 def _number(trials: _Trials, tau: float, pruned: float) -> Trial:
-    """Return the trial of the fewest draws, a power of two, that cost no more than a bearable rise of the NLL."""
+    """Return the trial of the fewest draws, a power of two, that cost no more than a bearable rise of the NLL.
+
+    What n draws give is judged by the average over the groups of n that there are: one such group may be lucky on few
+    rows. (Some of many latin draws are as good as independent ones, so n latin draws do better than that.)
+    """
     logits, labels = trials.logits(tau, pruned, trials.samples)
     if len(logits) > trials.samples:  # more cost nothing
         return trials.judged(tau, pruned, trials.samples, logits, labels)
-    numbers = [2**power for power in range(len(logits).bit_length()) if 2**power < len(logits)]
     all_of_them = trials.judged(tau, pruned, len(logits), logits, labels)
-    for n in numbers:  # made anew: the first few of many latin draws are not latin
-        fewer = trials.judged(tau, pruned, n, *trials.logits(tau, pruned, n))
-        if fewer.nll <= (1 + BEARABLE) * all_of_them.nll:
-            return fewer
+    for n in (2**power for power in range(len(logits).bit_length()) if 2**power < len(logits)):
+        groups = logits[: len(logits) // n * n].split(n)
+        expected = sum(_fitted(group, labels)[1].mean().item() for group in groups) / len(groups)
+        if expected <= (1 + BEARABLE) * all_of_them.nll:
+            return trials.judged(tau, pruned, n, *trials.logits(tau, pruned, n))
     return all_of_them
 
 
