@@ -221,8 +221,8 @@ def test_a_point_is_its_mean_alone_and_that_is_said(trained: Loaded, tmp_path: P
 
 def test_a_calibrated_run_is_exported_as_it_is_to_be_used(bundled: Path, trained: Loaded, tmp_path: Path) -> None:
     run_dir = run_with(trained, gaussian(trained), tmp_path / "run")
-    chosen = {"tau": 0.5, "pruned": 0.25, "temperature": 1.7, "temperature_mean": 1.9, "samples": 4}
-    chosen["last_layers"] = 1
+    chosen: dict[str, Any] = {"tau": 0.5, "pruned": 0.25, "temperature": 1.7, "temperature_mean": 1.9, "samples": 4}
+    chosen |= {"last_layers": 1, "noise": "latin"}
     digest = file_digest(run_dir / "adapter" / "manifest.json")
     write_json(run_dir / "adapter" / "calibration.json", {**chosen, "adapter": digest})
     examples, _ = rows_of(trained)
