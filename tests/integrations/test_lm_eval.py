@@ -352,7 +352,8 @@ def test_what_was_chosen_on_held_out_rows_is_used(trained, evaluated):
     assert (before.samples, before.facts["tau"]) == (10, 1.0)
     chosen = calibrate(run, samples=4, say=silent).chosen
     path = run / "adapter" / "calibration.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tau": 0.25, "samples": 2, "pruned": 0.5}))
+    by_others = {"tau": 0.25, "samples": 2, "pruned": 0.5, "noise": "independent"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | by_others))
     said: list[str] = []
     lm = ours.VarloraLM(run, batch_size=4, say=said.append)
     assert chosen.temperature != 1.0
