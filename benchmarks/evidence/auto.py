@@ -117,7 +117,7 @@ def tuned(run: Path) -> Mapping[str, Any] | None:
         return None
     stored = read_json(path)
     return {"run": f"{run.parents[1].name}/{run.name}", "sigma": stored["found"]["sigma"], "steps": stored["steps"]} | {
-        name: stored["settings"][name] for name in ("lr", "ess", "hess_init")
+        name: stored["settings"][name] for name in ("lr", "ess", "hess_init", "sigma_by_layer")
     }
 
 
