@@ -245,6 +245,14 @@ def test_the_ece_of_perfect_calibration_is_that_of_labels_drawn_from_the_probabi
     assert ece_if_calibrated(a_coin) == pytest.approx((2 * 2 + 8 * 1) / 16 / 4)
 
 
+def test_in_large_bins_the_ece_of_perfect_calibration_is_that_of_a_gaussian(monkeypatch):
+    probs, _ = random_rows(9, n=1500, c=2)
+    exact = ece_if_calibrated(probs, 2)
+    monkeypatch.setattr("varlora.metrics.EXACT", 100)
+    assert ece_if_calibrated(probs, 2) == pytest.approx(exact, rel=1e-3)
+    assert ece_if_calibrated(probs, 2) != exact
+
+
 def test_evaluate_all_adds_to_evaluate():
     probs, labels = random_rows(6)
     found = evaluate_all(probs, labels, bins=7, rule="left")

@@ -344,7 +344,7 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
     size = start.batch_size * start.accumulation
     batches = min(max(round(PROBE * start.steps / 2), 1), BATCHES, math.ceil(len(start.rows) / size))
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
-    squares: dict[str, list[Tensor]] = defaultdict(list)
+    squares, sizes = defaultdict[str, float](float), defaultdict[str, int](int)
     for at in range(batches):
         rows = start.rows[at * size : (at + 1) * size]
         with posterior.sampled(start.model, source), torch.enable_grad():
@@ -356,7 +356,7 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
                 parts = torch.autograd.grad(loss / len(rows), list(params.values()), allow_unused=True)
                 total = [whole if part is None else whole + part for whole, part in zip(total, parts)]
         for name, part in zip(params, total):
-            squares[_layer(name)].append(part.float().flatten().square())
-    by_layer = {layer: torch.cat(parts).mean().sqrt().item() for layer, parts in squares.items()}
-    whole = torch.cat([part for parts in squares.values() for part in parts]).mean().sqrt().item()
-    return whole, by_layer, float(batches)
+            squares[_layer(name)] += part.float().square().sum().item()
+            sizes[_layer(name)] += part.numel()
+    by_layer = {layer: math.sqrt(square / sizes[layer]) for layer, square in squares.items()}
+    return math.sqrt(sum(squares.values()) / sum(sizes.values())), by_layer, float(batches)
