@@ -83,7 +83,8 @@ class Ivon(Method):
     """Initial Hessian h₀."""
     sigma_by_layer: Mapping[str, float] | Auto = "auto"
     """σ in each layer, over that of all, by the layer's number; a layer's steps are as much longer, its h₀ that squared
-    smaller. Layers that are not named: 1. auto: by the layers' gradients where σ is found, else 1."""
+    smaller (exact without weight decay). Layers that are not named: 1. auto: by the layers' gradients where σ is found,
+    else 1."""
     ess_per_root_row: float | None = None
     """In place of `ess`: γ, for λ = γ√N with N training rows (the paper's follow-up: 5000)."""
     beta1: float = 0.9
@@ -154,16 +155,14 @@ class Ivon(Method):
         cooling = growth > 0 if self.cooling == "auto" else self.cooling
         found: dict[str, Any] = {"epochs": epochs}
         delta, cost = 0.0 if self.weight_decay == "auto" else self.weight_decay, 0.0
+        by_layer = self._given_by_layer()
         if {"ess", "hess_init"} <= given.keys():
             sigma = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
         else:
             sigma, seen, cost = _probe(start, epochs)
-            found |= seen
-        by_layer = {} if self.sigma_by_layer == "auto" else dict(self.sigma_by_layer)
-        if not {"ess", "hess_init"} <= given.keys():
             gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
-            found["gradient"] = gradient
+            found |= seen | {"gradient": gradient}
             if self.sigma_by_layer == "auto":
                 by_layer = {layer: scale.layer_share(of, gradient) for layer, of in gradients.items()}
         if "hess_init" not in given:
@@ -193,6 +192,11 @@ class Ivon(Method):
         rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
         return Prepared({**given, **rest, "sigma_by_layer": by_layer}, found, cost)
 
+    def _given_by_layer(self) -> dict[str, float]:
+        """Return σ of the layers over that of all, as far as it is given; YAML may have numbers for the layers."""
+        given = {} if self.sigma_by_layer == "auto" else self.sigma_by_layer
+        return {str(layer): share for layer, share in given.items()}
+
     # --- training ---
 
     def optimizer(self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int) -> IVON:
@@ -202,7 +206,7 @@ class Ivon(Method):
         alone = self.weight_decay == "auto"  # each matrix has its own
         if alone:
             settings["weight_decay"] = 0.0
-        shares = {} if self.sigma_by_layer == "auto" else {str(key): of for key, of in self.sigma_by_layer.items()}
+        shares = self._given_by_layer()
         lots: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in params.items():
             lots[name if alone else "", shares.get(_layer(name), 1.0)].append((name, parameter))
