@@ -344,8 +344,7 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
     """Return how draws are to be made and run."""
     from varlora.drawing import Drawing
 
-    tolerance = getattr(arguments, "tolerance", None)  # `calibrate` has none
-    return Drawing(noise=arguments.noise, last_layers=arguments.last_layers, tolerance=tolerance)
+    return Drawing(noise=arguments.noise, last_layers=arguments.last_layers, tolerance=arguments.tolerance)
 
 
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
@@ -600,6 +599,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     calibrate.add_argument("--samples", type=int, default=16, help="draws at the most (default: 16)")
     _noise_arguments(calibrate, "latin", "now and later; default: latin")
+    calibrate.set_defaults(tolerance=None)
     calibrate.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     calibrate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
     calibrate.add_argument("--data-dir", help="where the data lie now, if not where they were")
