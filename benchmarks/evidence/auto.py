@@ -47,12 +47,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         )
     },
 }
-GRID = {"ess": [1e5, 1e6, 1e7], "hess_init": [2e-4, 1e-3], "lr": [0.3, 1.0]}
+GRID = {"ess": [1e5, 1e6, 3e6, 1e7], "hess_init": [2e-4, 1e-3], "lr": [0.3, 1.0, 3.0]}
 GROUPS: dict[str, dict[str, Any]] = {
     "auto": {"methods": {"ivon": {}}},
     "grid": {"methods": {"ivon": {}}, "search": {"ivon": GRID}},
     "paper": {"methods": {"ivon": PAPER}},
-    "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3]}}},
+    "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}}},
     "one-sigma": {"methods": {"ivon": {"sigma_by_layer": {}}}},
     "no-warmup": {"methods": {"ivon": {"noise_warmup": 0.0, "cooling": True}}},
     "no-cooling": {"methods": {"ivon": {"cooling": False}}},

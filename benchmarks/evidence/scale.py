@@ -29,9 +29,9 @@ PICTURE = RESULTS / "auto.png"
 MARKER = re.compile(r"(<!-- auto: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     ("auto", "ivon"): "IVON, left to itself",
-    ("grid", "ivon"): "IVON, best of the grid",
+    ("grid", "ivon"): "IVON, the best of the grid",
     ("paper", "ivon"): "IVON, the paper's values",
-    ("peers", "adamw"): "AdamW, best of 3",
+    ("peers", "adamw"): "AdamW, the best of its search",
     ("peers", "swag"): "SWAG, on the best AdamW",
     ("one-sigma", "ivon"): "auto, one σ for all layers",
     ("no-warmup", "ivon"): "auto, noise of full size at once",
