@@ -59,7 +59,10 @@ def test_csv_and_tsv_beside_the_task_file():
             + "files: *y\n",
             "without aliases",
         ),
-        ("[" * 100_000, "to be YAML"),
+        ("[" * 100_000, "of at most 20 levels"),
+        ("name: " + "- " * 100_000, "to be YAML"),
+        ("- " * 100_000, "of at most 20 levels"),
+        ("\n".join(" " * i + "x:" for i in range(1000)), "of at most 20 levels"),
         ("name: 2020-99-99", "to be YAML"),
         ("name: [1, 2", "to be YAML"),
         (f"[{'x, ' * 100_000}y]", "to hold keys"),
@@ -67,7 +70,19 @@ def test_csv_and_tsv_beside_the_task_file():
         ("".join(f"key{i}: 1\n" for i in range(300)), "Unknown key `key0`"),
         (json.dumps(BASE | {"evaluation": ["dev"]}), "`evaluation` to be text"),
     ],
-    ids=["aliases", "deep", "date", "cut", "long list", "long files", "many keys", "no text"],
+    ids=[
+        "aliases",
+        "deep",
+        "deep block",
+        "deep list",
+        "deep keys",
+        "date",
+        "cut",
+        "long list",
+        "long files",
+        "many keys",
+        "no text",
+    ],
 )
 def test_a_strangers_file_is_refused_in_few_words(tmp_path, text, why):
     (tmp_path / "task.yaml").write_text(text, encoding="utf-8")

@@ -42,6 +42,15 @@ KEYS = (
 )
 MOST = 20
 """Problems of a file that are told."""
+DEEPEST = 20
+"""Levels of a file's YAML; it has two. The parser's time grows with their square."""
+BEGINS = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
@@ -120,6 +129,17 @@ class _Schema:
         return None if found is None else list(known.values())[found]
 
 
+def _check_bounded(text: str, path: Path) -> None:
+    """Raise where a few lines of YAML would take more time or memory than anyone has."""
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError([f"Expected {path} without aliases (*name). Write out what they stand for."])
+        depth += isinstance(token, BEGINS) - isinstance(token, ENDS)
+        if depth > DEEPEST:
+            raise ConfigError([f"Expected {path} to be YAML of at most {DEEPEST} levels, one within the other."])
+
+
 def load_task(path: Path) -> Task:
     """Read a task file.
 
@@ -134,9 +154,7 @@ def load_task(path: Path) -> Task:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            # a few lines of them stand for more than any memory holds
-            raise ConfigError([f"Expected {path} without aliases (*name). Write out what they stand for."])
+        _check_bounded(text, path)
         config = yaml.safe_load(text)
     except ConfigError:
         raise
