@@ -264,6 +264,7 @@ def test_the_quality_benchmark_stops_resumes_and_repeats_nothing(load, data, out
         quality.main([*arguments, "--steps", "3"])
 
 
+@pytest.mark.slow
 def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_path, monkeypatch, capsys):
     demo = load("demo")
     arguments = ["--tasks", "four_choices", "--seeds", "0", "1", "--steps", "8"]
@@ -302,17 +303,19 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
 
 def test_the_inference_benchmark_measures_speed_and_limits(load, out, bundled):
     inference = load("inference")
-    inference.main([*["--draws", "1", "2", "--rows", "2", "--rounds", "2"], "--bases", str(bundled), "--out", str(out)])
+    inference.main([*["--draws", "1", "2", "--rows", "4", "--rounds", "2"], "--bases", str(bundled), "--out", str(out)])
     written = json.loads(out.read_text())
     check_origin(written)
     base = written["speed"]["base"]
-    assert [(cell["draws"], cell["batch"]) for cell in base["cells"]] == [(1, 2), (2, 2)]
+    assert [(cell["draws"], cell["batch"]) for cell in base["cells"]] == [(1, 4), (2, 4)]
     for cell in base["cells"]:
         ways = cell["ways"]
-        assert set(ways) == {"loop", "stack", "quarter", "mixed", "one pass"}
+        assert set(ways) == {"loop", "stack", "alike", "quarter", "mixed", "one pass"}
         assert ways["loop"]["operations"] == cell["draws"] * ways["one pass"]["operations"]
         fewer = ways["loop"]["operations"] - ways["stack"]["operations"]
         assert fewer > 0 if cell["draws"] > 1 else fewer == 0  # one draw is not stacked
+        fewer = ways["stack"]["operations"] - ways["alike"]["operations"]
+        assert fewer > 0 if cell["draws"] > 1 else fewer == 0
         assert ways["stack"]["differs_from_loop"] < 1e-4
         assert ways["mixed"]["differs_from_loop"] < 1e-4
         assert all(way["peak_bytes"] > 0 and way["limit_seconds"] > 0 for way in ways.values())
@@ -323,6 +326,7 @@ def test_the_inference_benchmark_measures_speed_and_limits(load, out, bundled):
     assert page.endswith("after\n")
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_cheaper_draws_measures_what_they_cost(load, out, tmp_path):
     draws = load("draws")
     run = trained_run(tmp_path)

@@ -24,7 +24,7 @@ from varlora.errors import Interrupted, VarloraError
 from varlora.grid import Cell, Outcome, Processes, RayTasks, run_cells
 from varlora.run import save_tensors
 
-STEPS = 400  # long enough to be killed in
+STEPS = 200  # long enough to be killed in
 
 
 def cell(folder: Path, name: str, *after: str, **evaluation) -> Cell:

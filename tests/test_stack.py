@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from varlora import blocks, stack
+from varlora import blocks, prefix, stack
 from varlora.data import collate
 from varlora.demo.run import one_thread
 from varlora.drawing import PLAIN, Drawing
@@ -34,6 +35,9 @@ from varlora.predict import predict
 
 ROWS = helpers.make_rows(5, seed=3)  # of several lengths, so that there is padding
 BATCH = collate(ROWS, 0)
+START = tuple(range(5, 17))
+BEGUN = collate([dataclasses.replace(row, input_ids=START + row.input_ids) for row in ROWS], 0)
+"""The same rows after an instruction."""
 LOOP = Drawing(stacked=False)
 S = 6
 
@@ -190,11 +194,13 @@ def of_architecture(name: str, targets: Any = "all-linear") -> Any:
 def test_every_architecture_gives_the_loops_logits(name):
     model = of_architecture(name)
     posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
-    batch = BATCH if name != "mpt" else collate(ROWS[:1], 0)
-    for last_layers in (None, 1):
-        check_same(model, posterior, tolerance=2e-4, batch=batch, last_layers=last_layers)
-    assert stacks(model, posterior, batch=batch)._stackable == (name not in FLAT)
+    batches = (BATCH, BEGUN) if name != "mpt" else (collate(ROWS[:1], 0),)
+    for batch in batches:
+        for last_layers in (None, 1):
+            check_same(model, posterior, tolerance=2e-4, batch=batch, last_layers=last_layers)
+        assert stacks(model, posterior, batch=batch)._stackable == (name not in FLAT)
     known = name in blocks.FAMILIES
+    assert (prefix.divided(model, BEGUN) is not None) == known
     last = model.get_submodule(block_path(model))[-1]
     after = blocks._ends_in(model, last, blocks.AFTER_ATTENTION)
     assert len(after) == (2 if known else 0), after  # attention's output and the MLP, and nothing besides
@@ -224,6 +230,62 @@ def test_what_is_the_same_is_computed_once(model, monkeypatch):
     monkeypatch.setattr(blocks, "AFTER_ATTENTION", ())
     others = S * (tokens - len(ROWS))
     assert operations() - without == 2 * others * sum(layer.weight.numel() for layer in after)
+
+
+@pytest.mark.parametrize("draws_a_pass", [S, 4, 1])
+def test_what_rows_begin_with_is_run_once_a_draw(model, draws_a_pass):
+    seen: list[tuple[int, int]] = []
+    layer = model.get_submodule(block_path(model))[0].mlp.gate_proj
+    hook = layer.register_forward_hook(lambda layer, args, output: seen.append(tuple(args[0].shape[:2])))
+    width = BATCH["input_ids"].shape[1]
+    try:
+        drawn = stacks(model, gaussian(model), Drawing(tokens=draws_a_pass * (len(START) + len(ROWS) * width)), BEGUN)
+    finally:
+        hook.remove()
+    assert drawn._stackable
+    passes = [min(draws_a_pass, S - start) for start in range(0, S, draws_a_pass)]
+    assert seen == [shape for n in passes for shape in ((n, len(START)), (n * len(ROWS), width))]
+
+
+@pytest.mark.parametrize("kind", POSTERIORS)
+def test_every_posterior_goes_on_from_what_rows_begin_with(model, kind):
+    check_same(model, POSTERIORS[kind](model), batch=BEGUN)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_goes_on_from_what_rows_begin_with(dtype):
+    model = helpers.tiny_model(dtype=dtype, adapter=dtype)
+    check_same(model, gaussian(model), tolerance=0.03 if dtype == "bfloat16" else 4e-3, batch=BEGUN)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sliding_window": 8}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}]
+)
+def test_where_distance_or_length_matters_rows_run_whole(settings, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "mistral", settings)
+    model = of_architecture("mistral")
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    assert prefix.divided(model, BEGUN) is None
+    check_same(model, posterior, tolerance=2e-4, batch=BEGUN)
+
+
+def test_rows_that_do_not_begin_alike_run_whole(model):
+    rows = [dataclasses.replace(row, input_ids=START + row.input_ids) for row in ROWS]
+    short = dataclasses.replace(ROWS[0], input_ids=START)  # nothing follows
+    other = dataclasses.replace(ROWS[0], input_ids=(3, *START[1:]))
+
+    def shared(rows: Any) -> int:
+        found = prefix.divided(model, collate(rows, 0))
+        return 0 if found is None else found[0].shape[1]
+
+    assert shared(rows) == len(START)
+    assert shared([*rows, short]) == len(START) - 1  # a token is left to read the answer at
+    assert shared([*rows, other]) == shared(rows[:1]) == shared(ROWS) == 0
+    right = collate(rows, 0)
+    right = {**right, "attention_mask": right["attention_mask"].flip(1)}
+    assert right["attention_mask"].min() == 0
+    assert prefix.divided(model, right) is None  # padded on the right, which nothing here is
+    check_same(model, gaussian(model), batch=collate([*rows, short], 0))
 
 
 def scores(model: nn.Module, batch: Any) -> Tensor:

@@ -28,6 +28,7 @@ from varlora.blocks import (
 from varlora.drawing import PLAIN, Draw, Drawing, Forward
 from varlora.errors import VarloraError
 from varlora.params import check_same_parameters, swapped, trainable
+from varlora.prefix import begun, continued, divided
 
 __all__ = ["Stack", "out_of_memory", "stacked"]
 
@@ -171,17 +172,20 @@ class Stack:
     def _chunks(self, model: nn.Module, batch: Any, forward: Forward, start: int, stop: int) -> Tensor:
         """Run as many draws a pass as there is room for; where memory runs out, half as many from then on."""
         layers = self._layers_of(model)
-        rows, width = size_of(batch)
+        rows, _ = size_of(batch)
         device = next(iter(layers)).weight.device
-        blocks = state = like = None
+        blocks = state = like = prefix = None
         if self.path is not None and isinstance(batch, Mapping) and getattr(forward, "last_position_alone", False):
             blocks = blocks_at(model, self.path)
         logits: list[Tensor] = []
         with swapped(model, self.below):
             if blocks is not None and self.first > 0 and resumable(model):
                 state, like = state_at(blocks, self.first, lambda: forward(model, batch))
+            elif blocks is not None and (parts := divided(model, batch)) is not None:
+                prefix, batch = parts
+            tokens = rows * size_of(batch)[1] + (0 if prefix is None else prefix.shape[1])  # of a draw
             while start < stop:
-                count = min(stop - start, self._room(device) // (rows * width) or 1)
+                count = min(stop - start, self._room(device) // tokens or 1)
                 weights = {name: value[start : start + count] for name, value in self.weights.items()}
                 try:
                     with ExitStack() as within:
@@ -192,13 +196,17 @@ class Stack:
                             if state is not None or self.first == 0:  # else the copies share no input
                                 shared = first_output_shared(model, blocks[self.first], count, layers)
                                 within.enter_context(shared)
-                        within.enter_context(self._measured(rows * width * count, device))
+                        within.enter_context(self._measured(tokens * count, device))
+                        if prefix is not None:
+                            with stacked(layers, weights, 1, {"input_ids": prefix}):
+                                cache = begun(model, prefix, count)
+                            within.enter_context(continued(model, cache, rows))
                         within.enter_context(stacked(layers, weights, rows, batch))
                         found = forward(model, repeated(batch, count))
                 except Exception as error:
                     if count == 1 or not out_of_memory(error):
                         raise
-                    self._tokens = rows * width * (count // 2)
+                    self._tokens = tokens * (count // 2)
                 else:
                     logits.append(found.view(count, rows, -1))
                     start += count
