@@ -3,9 +3,9 @@
 Class logits of S draws of B rows, by a loop of S passes, stacked in one pass, stacked with rows that begin alike,
 stacked with the last quarter of the layers drawn, and by peft's mixed-adapter batches (S adapters loaded, each for its
 own rows of S·B); random adapters, rows of 40 tokens; where rows begin alike, they do so in 16 tokens, as in the demo's
-tasks. Beside each time stands its arithmetic at the rate of one large matrix product on this machine: the loop does that
-of one pass S times, and the stack cannot do less of it than its draws differ in. What the cheaper ways cost in NLL is
-in draws.py.
+tasks. Beside each time stands its arithmetic at the rate of one large matrix product on this machine: the loop does
+that of one pass S times, and the stack cannot do less of it than its draws differ in. What the
+cheaper ways cost in NLL is in draws.py.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --device cuda --llama2-7b --out benchmarks/results/inference_gpu.json
