@@ -286,6 +286,11 @@ def test_rows_that_do_not_begin_alike_run_whole(model):
     assert right["attention_mask"].min() == 0
     assert prefix.divided(model, right) is None  # padded on the right, which nothing here is
     check_same(model, gaussian(model), batch=collate([*rows, short], 0))
+    model.train()
+    try:
+        assert shared(rows) == 0  # each row has dropout of its own
+    finally:
+        model.eval()
 
 
 def scores(model: nn.Module, batch: Any) -> Tensor:

@@ -37,7 +37,7 @@ def divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[st
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16))
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16)).eval()
         >>> ids, mask = torch.tensor([[0, 7, 8, 3], [7, 8, 5, 6]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
         >>> first, rest = divided(model, {"input_ids": ids, "attention_mask": mask})
         >>> first.tolist(), rest["input_ids"].tolist(), rest["attention_mask"].tolist()
@@ -104,8 +104,8 @@ def continued(model: nn.Module, cache: Any, rows: int) -> Iterator[None]:
 
 def _goes_on(model: nn.Module, width: int) -> bool:
     """Whether a model of such width gives the same for tokens that are run in two parts, padding between them."""
-    if architecture(model) not in FAMILIES:
-        return False
+    if model.training or architecture(model) not in FAMILIES:
+        return False  # in training, rows have dropout of their own
     config: Any = model.config
     window = getattr(config, "sliding_window", None)
     if window is not None and window < width:
