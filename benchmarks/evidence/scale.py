@@ -84,7 +84,10 @@ def lines_of(setting: Mapping[str, Any]) -> Iterator[Line]:
 def table(setting: Mapping[str, Any]) -> str:
     """Return a setting's table in Markdown."""
     heads = [head for _, head, *_ in METRICS]
-    out = [f"| | | trainings tried | {' | '.join(heads)} |", f"| --- | --- | ---: |{' ---: |' * len(heads)}"]
+    out = [
+        f"| | | trainings tried | seeds | {' | '.join(heads)} |",
+        f"| --- | --- | ---: | ---: |{' ---: |' * len(heads)}",
+    ]
     for line in lines_of(setting):
         cells = []
         for metric, _, factor, decimals in METRICS:
@@ -93,9 +96,10 @@ def table(setting: Mapping[str, Any]) -> str:
             text = f"{sum(values) / len(values):.{decimals}f}"
             cells.append(text if math.isnan(error) else f"{text} ± {error:.{decimals}f}")
         name = NAMES[line.group, line.method]
-        out.append(f"| {name} | {line.how or 'a point'} | {line.runs} | {' | '.join(cells)} |")
-    seeds = sorted({len(group["seeds"]) for group in setting.values()})
-    return "\n".join([*out, "", f"Seeds: {', '.join(map(str, seeds))}; ± is the standard error over them."])
+        out.append(
+            f"| {name} | {line.how or 'a point'} | {line.runs} | {len(line.values['nll'])} | {' | '.join(cells)} |"
+        )
+    return "\n".join([*out, "", "± is the standard error over seeds."])
 
 
 def documented(text: str, settings: Mapping[str, Any]) -> str:
