@@ -83,22 +83,17 @@ def lines_of(setting: Mapping[str, Any]) -> Iterator[Line]:
 
 def table(setting: Mapping[str, Any]) -> str:
     """Return a setting's table in Markdown."""
-    heads = [head for _, head, *_ in METRICS]
-    out = [
-        f"| | | trainings tried | seeds | {' | '.join(heads)} |",
-        f"| --- | --- | ---: | ---: |{' ---: |' * len(heads)}",
-    ]
+    heads = ["trainings tried", "seeds", *(head for _, head, *_ in METRICS)]
+    out = [f"| | | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * len(heads)}"]
     for line in lines_of(setting):
-        cells = []
+        cells = [str(line.runs), str(len(line.values["nll"]))]
         for metric, _, factor, decimals in METRICS:
             values = [factor * value for value in line.values[metric]]
             error = standard_error(values) if len(values) > 1 else math.nan
             text = f"{sum(values) / len(values):.{decimals}f}"
             cells.append(text if math.isnan(error) else f"{text} ± {error:.{decimals}f}")
         name = NAMES[line.group, line.method]
-        out.append(
-            f"| {name} | {line.how or 'a point'} | {line.runs} | {len(line.values['nll'])} | {' | '.join(cells)} |"
-        )
+        out.append(f"| {name} | {line.how or 'a point'} | {' | '.join(cells)} |")
     return "\n".join([*out, "", "± is the standard error over seeds."])
 
 
