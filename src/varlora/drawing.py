@@ -31,8 +31,9 @@ __all__ = [
 Forward = Callable[[nn.Module, Any], Tensor]
 """`forward(model, batch) -> (B, C)`: the class logits of one model, differentiable.
 
-A function with the attribute `last_position_alone` set calls the model once, with rows padded on the left, and reads
-the last position alone; then more need not be computed.
+A function with the attribute `last_position_alone` set calls the model once, with `input_ids` padded on the left, their
+`attention_mask`, and `position_ids` counted from the first real token, by these names, and reads the last position
+alone; then more need not be computed.
 """
 
 Noise = Literal["independent", "antithetic", "latin"]

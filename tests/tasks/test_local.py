@@ -60,6 +60,7 @@ def test_csv_and_tsv_beside_the_task_file():
             "without aliases",
         ),
         ("[" * 100_000, "of at most 20 levels"),
+        ("]" * 50_000 + "[" * 50_000, "to be YAML"),
         ("name: " + "- " * 100_000, "to be YAML"),
         ("- " * 100_000, "of at most 20 levels"),
         ("\n".join(" " * i + "x:" for i in range(1000)), "of at most 20 levels"),
@@ -73,6 +74,7 @@ def test_csv_and_tsv_beside_the_task_file():
     ids=[
         "aliases",
         "deep",
+        "deep after too many ends",
         "deep block",
         "deep list",
         "deep keys",

@@ -138,6 +138,8 @@ def _check_bounded(text: str, path: Path) -> None:
         depth += isinstance(token, BEGINS) - isinstance(token, ENDS)
         if depth > DEEPEST:
             raise ConfigError([f"Expected {path} to be YAML of at most {DEEPEST} levels, one within the other."])
+        if depth < 0:
+            return  # the parser stops here and says so
 
 
 def load_task(path: Path) -> Task:
