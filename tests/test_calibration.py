@@ -37,6 +37,7 @@ from varlora.workflow import answer_rows, evaluate, load, train
 
 ROWS, WEIGHTS = 400, 40
 SMALL = 0.03
+FEW = 12
 
 
 class Linear:
@@ -102,19 +103,16 @@ def test_few_rows_that_say_nothing_change_little() -> None:
     ways: dict[str, list[float]] = {"chosen": [], "best of the rows": []}
     for seed in range(12):
         problem = Linear(noise=0.0, seed=seed)
-        few = slice(0, 12)
 
         def draw(posterior: Posterior, n: int, problem: Linear = problem) -> tuple[Tensor, Tensor]:
             logits, labels = problem.draw(posterior, n)
-            return logits[:, few], labels[few]
+            return logits[:, :FEW], labels[:FEW]
 
-        chosen = calibrate(problem.posterior, draw).chosen
+        chosen = calibrate(problem.posterior, draw).chosen.temperature_mean
         logits, labels = problem.draw(problem.posterior, 0)
-        for way, temperature in {
-            "chosen": chosen.temperature_mean,
-            "best of the rows": fit_temperature(logits[:, few], labels[few]),
-        }.items():
-            ways[way].append(nll((logits[0, few.stop :].double() / temperature).softmax(-1), labels[few.stop :]))
+        best = fit_temperature(logits[:, :FEW], labels[:FEW])
+        for way, temperature in (("chosen", chosen), ("best of the rows", best)):
+            ways[way].append(nll((logits[0, FEW:].double() / temperature).softmax(-1), labels[FEW:]))
     means = {way: sum(values) / len(values) for way, values in ways.items()}
     assert means["chosen"] < means["best of the rows"]
 

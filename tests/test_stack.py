@@ -20,7 +20,7 @@ from varlora.demo.run import one_thread
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import ConfigError, VarloraError
 from varlora.model import class_logits
-from varlora.params import copied, trainable
+from varlora.params import copied, swapped, trainable
 from varlora.posterior import (
     DiagonalGaussian,
     Dropout,
@@ -234,17 +234,118 @@ def test_what_is_the_same_is_computed_once(model, monkeypatch):
 
 @pytest.mark.parametrize("draws_a_pass", [S, 4, 1])
 def test_what_rows_begin_with_is_run_once_a_draw(model, draws_a_pass):
+    width = BATCH["input_ids"].shape[1]
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=draws_a_pass * (len(START) + len(ROWS) * width)))
+    passes = [min(draws_a_pass, S - start) for start in range(0, S, draws_a_pass)]
+    rest = [(n * len(ROWS), width) for n in passes]
+    assert shapes_of(model, drawn, BEGUN) == [*((n, len(START)) for n in passes), *rest]
+    assert shapes_of(model, drawn, BEGUN) == rest  # the first part is kept
+    assert drawn._stackable
+
+
+def shapes_of(model: nn.Module, drawn: Any, batch: Any) -> list[tuple[int, int]]:
+    """Return rows and tokens of each pass that drawing the logits of a batch takes; they are the loop's."""
     seen: list[tuple[int, int]] = []
     layer = model.get_submodule(block_path(model))[0].mlp.gate_proj
     hook = layer.register_forward_hook(lambda layer, args, output: seen.append(tuple(args[0].shape[:2])))
-    width = BATCH["input_ids"].shape[1]
     try:
-        drawn = stacks(model, gaussian(model), Drawing(tokens=draws_a_pass * (len(START) + len(ROWS) * width)), BEGUN)
+        with torch.no_grad():
+            found = drawn.logits(model, batch, class_logits)
     finally:
         hook.remove()
-    assert drawn._stackable
-    passes = [min(draws_a_pass, S - start) for start in range(0, S, draws_a_pass)]
-    assert seen == [shape for n in passes for shape in ((n, len(START)), (n * len(ROWS), width))]
+    torch.testing.assert_close(found, looped(model, drawn, batch), rtol=2e-5, atol=2e-5)
+    return seen
+
+
+@torch.no_grad()
+def looped(model: nn.Module, drawn: Any, batch: Any) -> Tensor:
+    """The logits of a stack's own draws, one model after the other."""
+    found = []
+    for draw in drawn.models():
+        with swapped(model, draw.weights):
+            found.append(class_logits(model, batch))
+    return torch.stack(found)
+
+
+def after(*rows: Any, start: tuple[int, ...] = START) -> Any:
+    return collate([dataclasses.replace(row, input_ids=start + row.input_ids) for row in rows], 0)
+
+
+def test_single_rows_go_on_from_what_the_ones_before_began_with(model):
+    drawn = gaussian(model).drawn(S, seeded())
+    whole, rest = [len(START) + len(row.input_ids) for row in ROWS], [len(row.input_ids) for row in ROWS]
+    assert shapes_of(model, drawn, after(ROWS[0])) == [(S, whole[0])]  # nobody knows where the instruction ends
+    assert shapes_of(model, drawn, after(ROWS[1])) == [(S, len(START)), (S, rest[1])]
+    assert shapes_of(model, drawn, after(ROWS[2])) == [(S, rest[2])]
+    assert shapes_of(model, drawn, collate(ROWS[:1], 0)) == [(S, rest[0])]  # without the instruction: whole
+    assert shapes_of(model, drawn, after(ROWS[3])) == [(S, whole[3])]
+    assert shapes_of(model, drawn, after(ROWS[4])) == [(S, len(START)), (S, rest[4])]
+    longer = (*START, 3, 4)  # what two rows have in common by chance is no reason to run more
+    assert shapes_of(model, drawn, after(ROWS[0], ROWS[0], start=longer))[0] == (2 * S, rest[0] + 2)
+    # but what many have in common is
+    assert shapes_of(model, drawn, after(*ROWS[:1] * 8, start=(*START, *range(3, 13))))[0][0] == S
+    assert shapes_of(model, drawn, after(ROWS[2])) == [(S, len(START)), (S, rest[2])]
+
+
+def test_draws_that_stop_early_go_on_as_well(model):
+    how = Drawing(tolerance=0.2, tokens=3 * 40)
+    drawn = gaussian(model, scale=0.5).drawn(16, seeded(), how)
+    expected = gaussian(model, scale=0.5).drawn(16, seeded(), dataclasses.replace(how, stacked=False))
+    for row in ROWS:
+        with torch.no_grad():
+            found, alone = (one.logits(model, after(row), class_logits) for one in (drawn, expected))
+        torch.testing.assert_close(found, alone, rtol=2e-5, atol=2e-5)
+    assert 0 < drawn.passes == expected.passes
+
+
+@pytest.mark.parametrize("name", blocks.FAMILIES)
+def test_every_family_keeps_what_rows_begin_with(name):
+    model = of_architecture(name)
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    drawn = posterior.drawn(S, seeded(), Drawing(tokens=4 * 20))
+    for row in ROWS:
+        with torch.no_grad():
+            found = drawn.logits(model, after(row), class_logits)
+        torch.testing.assert_close(found, looped(model, drawn, after(row)), rtol=2e-4, atol=2e-4)
+    kept = drawn._beginning._cache
+    sizes = {(*layer.keys.shape[:1], layer.keys.shape[2]) for layer in kept.layers}
+    assert sizes == {(S, len(START))}  # as it was before rows went on from it
+    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
+    unused = 2 if name in ("gpt2", "gpt_neox") else 1  # they are given groups of heads here that they do not have
+    assert taken == S * len(START) * prefix._bytes_of_token(model) * unused
+
+
+def test_nothing_is_kept_that_is_too_large(model, monkeypatch):
+    rest = [len(row.input_ids) for row in ROWS]
+    monkeypatch.setattr(prefix, "KEPT_BYTES", (len(START) - 2) * S * prefix._bytes_of_token(model))
+    drawn = gaussian(model).drawn(S, seeded())
+    shapes = [shapes_of(model, drawn, after(row)) for row in ROWS[:3]]
+    assert shapes[1] == [(S, len(START) - 2), (S, 2 + rest[1])]  # as much as there is room for
+    assert shapes[2] == [(S, 2 + rest[2])]
+    monkeypatch.setattr(prefix, "KEPT_BYTES", 0)
+    drawn = gaussian(model).drawn(S, seeded())
+    assert [len(shapes_of(model, drawn, after(row))) for row in ROWS[:3]] == [1, 1, 1]
+    width = BATCH["input_ids"].shape[1]
+    for _ in range(2):
+        assert shapes_of(model, drawn, BEGUN) == [(S, len(START)), (S * len(ROWS), width)]
+
+
+def test_what_is_kept_is_of_the_model_that_is_asked(model):
+    other, drawn = helpers.tiny_model(dropout=0.1), gaussian(model).drawn(S, seeded())
+    other.get_input_embeddings().weight.data.mul_(1.5)
+    ways = [(model, torch.float32), (other, torch.float32), (other, torch.float64), (model, torch.float32)]
+    for of, dtype in ways:
+        of.to(dtype)
+        for row in ROWS[:3]:
+            shapes = shapes_of(of, drawn, after(row))
+        assert shapes == [(S, len(ROWS[2].input_ids))]
+
+
+def test_nothing_is_kept_with_gradients(model):
+    drawn = gaussian(model).drawn(S, seeded())
+    for row in ROWS[:3]:
+        drawn.logits(model, after(row), class_logits)
+        assert drawn._beginning._cache is None
 
 
 @pytest.mark.parametrize("kind", POSTERIORS)

@@ -162,6 +162,7 @@ def test_a_prior_matters_less_the_more_rows_there_are() -> None:
     logits, labels = problem(3, draws=4)
     alone = math.log(fit_temperature(logits, labels))
     pulls = [
-        abs(math.log(fit_temperature(logits.repeat(1, n, 1), labels.repeat(n), width=0.3)) - alone) for n in (1, 10, 100)
+        abs(math.log(fit_temperature(logits.repeat(1, n, 1), labels.repeat(n), width=0.3)) - alone)
+        for n in (1, 10, 100)
     ]
     assert pulls[0] > 4 * pulls[1] > 32 * pulls[2] > 0  # in the end it falls as one over the rows

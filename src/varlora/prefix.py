@@ -1,13 +1,14 @@
-"""The tokens that all rows of a batch begin with: run once for each draw, and not once more for each row.
+"""The tokens that rows begin with: run once for each draw, and not once more for each row and each batch.
 
 An instruction before the question, or examples, are the same in every row. A causal model makes the same keys and
-values of them, so they are computed for one row, and the others go on from there. That changes no number but by
-rounding.
+values of them, so they are computed for one row, and the others go on from there, those of later batches as well. That
+changes no number but by rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +17,26 @@ from torch import Tensor, nn
 
 from varlora.blocks import FAMILIES, architecture, patched
 
-__all__ = ["begun", "continued", "divided"]
+__all__ = ["Beginning", "begun", "continued", "divided"]
 
 LEAST_SAVED = 0.25
 """Share of a pass's tokens that has to be saved for a second pass to be worth it."""
+KEPT_BYTES = 2**30
+"""Memory that the keys and values kept from batch to batch may take."""
 BY_LENGTH = ("dynamic", "longrope")
 """Kinds of rotary positions that depend on how long a pass is."""
 
 
-def divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
+def divided(
+    model: nn.Module, batch: Mapping[str, Any], before: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]] | None:
     """Divide a batch into what all its rows begin with and what follows.
 
     Args:
         model: the model that it is for.
         batch: `input_ids` (B, T), padded on the left; `attention_mask` (B, T), 0 at padding; other keys stay.
+        before: (1, Q) tokens that rows before this batch began with, if the keys and values of what all have in common
+            are kept: then it is worth it for a single row.
 
     Returns:
         The first P tokens, (1, P), and the batch without them, padded on the left to the longest rest; a token is left
@@ -45,7 +52,7 @@ def divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[st
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     rows, width = ids.shape
-    if rows < 2 or not _goes_on(model, width):
+    if (rows < 2 and before is None) or not _goes_on(model, width):
         return None
     places = torch.arange(width, device=ids.device)
     gaps = width - mask.sum(1)  # (B,)
@@ -53,10 +60,18 @@ def divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[st
         return None
     shortest = width - int(gaps.max())
     starts = ids.gather(1, gaps[:, None] + places[:shortest])  # (B, shortest)
-    alike = (starts == starts[:1]).all(0)
-    tokens = min(int(alike.int().cumprod(0).sum()), shortest - 1)
-    if tokens * (rows - 1) < LEAST_SAVED * rows * width:
+
+    def in_common(others: Tensor) -> int:
+        length = min(shortest, others.shape[1])
+        alike = (starts[:, :length] == others[:, :length]).all(0)
+        return min(int(alike.int().cumprod(0).sum()), shortest - 1)
+
+    tokens, alone = 0 if before is None else in_common(before.to(ids.device)), in_common(starts[:1])
+    saved = max(tokens * rows, alone * (rows - 1))
+    if saved < LEAST_SAVED * rows * width:
         return None
+    if saved > tokens * rows:
+        tokens = alone
     left = int(gaps.min()) + tokens
     after = (places >= gaps[:, None] + tokens).to(mask.dtype)
     return starts[:1, :tokens], {**batch, "input_ids": ids[:, left:], "attention_mask": after[:, left:]}
@@ -100,6 +115,80 @@ def continued(model: nn.Module, cache: Any, rows: int) -> Iterator[None]:
 
     with patched([(model, forward)]):
         yield
+
+
+class Beginning:
+    """What rows began with in earlier batches, and the keys and values of it for each draw.
+
+    A batch that begins as the one before it did is divided there, even a single row; from then on its keys and values
+    are kept, if they are small enough, and used for as long as rows begin so.
+
+    Args:
+        draws: of a stack, D.
+    """
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self._tokens: Tensor | None = None  # (1, P), what rows began with; or those of one row that began otherwise
+        self._cache: Any = None
+        self._made_as: Any = None
+        self._keeps = False
+
+    def divided(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
+        """Divide a batch as the function of that name does, where earlier ones were divided if it begins alike."""
+        # with gradients, the kept ones would hold on to the first batch
+        keeps = architecture(model) in FAMILIES and not torch.is_grad_enabled()
+        room = KEPT_BYTES // (self.draws * _bytes_of_token(model)) if keeps else 0
+        parts = divided(model, batch, self._tokens[:, :room] if room and self._tokens is not None else None)
+        first = parts[0] if parts else batch["input_ids"][:1, batch["attention_mask"][0].bool()]
+        one = next(model.parameters())
+        made_as = (one.device, one.dtype, torch.is_autocast_enabled(one.device.type))
+        alike = self._tokens is not None and torch.equal(first, self._tokens.to(first.device))
+        if not alike or made_as != self._made_as:
+            self._tokens, self._cache, self._made_as = first, None, made_as
+        self._keeps = first.shape[1] <= room
+        return parts
+
+    def cache(self, start: int, stop: int, make: Callable[[int, int], Any]) -> Any:
+        """Return the keys and values of what the batch begins with, for draws `start` to `stop`.
+
+        Args:
+            start: of 0 to D.
+            stop: of 0 to D.
+            make: `make(start, stop)` computes them.
+        """
+        if not self._keeps:
+            return make(start, stop)
+        if self._cache is None:
+            starts = range(0, self.draws, stop - start)
+            self._cache = _joined([make(at, min(at + stop - start, self.draws)) for at in starts])
+        return _part(self._cache, start, stop)
+
+
+def _joined(caches: Sequence[Any]) -> Any:
+    """Return one cache with the copies of several, one after the other."""
+    whole = caches[0]
+    for layer, *others in zip(*(cache.layers for cache in caches)):
+        layer.keys = torch.cat([layer.keys, *(other.keys for other in others)])
+        layer.values = torch.cat([layer.values, *(other.values for other in others)])
+    return whole
+
+
+def _part(cache: Any, start: int, stop: int) -> Any:
+    """Return a cache with some of the copies; however it is used, the whole one stays as it is."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        layer.keys, layer.values = layer.keys[start:stop], layer.values[start:stop]
+    return found
+
+
+def _bytes_of_token(model: nn.Module) -> int:
+    """Return about how many bytes the keys and values of a token take in a model of `FAMILIES`."""
+    config: Any = model.config
+    heads = config.num_attention_heads
+    share = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    return int(2 * config.num_hidden_layers * config.hidden_size * share * next(model.parameters()).dtype.itemsize)
 
 
 def _goes_on(model: nn.Module, width: int) -> bool:

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from varlora.blocks import (
 from varlora.drawing import PLAIN, Draw, Drawing, Forward
 from varlora.errors import VarloraError
 from varlora.params import check_same_parameters, swapped, trainable
-from varlora.prefix import begun, continued, divided
+from varlora.prefix import Beginning, begun, continued
 
 __all__ = ["Stack", "out_of_memory", "stacked"]
 
@@ -105,6 +106,7 @@ class Stack:
         self._tokens = how.tokens
         self._model: weakref.ref[nn.Module] | None = None  # whose layers these are
         self._layers: dict[nn.Linear, dict[str, str]] = {}
+        self._beginning = Beginning(self.distinct)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -181,7 +183,7 @@ class Stack:
         with swapped(model, self.below):
             if blocks is not None and self.first > 0 and resumable(model):
                 state, like = state_at(blocks, self.first, lambda: forward(model, batch))
-            elif blocks is not None and (parts := divided(model, batch)) is not None:
+            elif blocks is not None and (parts := self._beginning.divided(model, batch)) is not None:
                 prefix, batch = parts
             tokens = rows * size_of(batch)[1] + (0 if prefix is None else prefix.shape[1])  # of a draw
             while start < stop:
@@ -189,18 +191,16 @@ class Stack:
                 weights = {name: value[start : start + count] for name, value in self.weights.items()}
                 try:
                     with ExitStack() as within:
+                        within.enter_context(self._measured(tokens * count, device))
+                        if prefix is not None:
+                            make = partial(self._begun, model, blocks, prefix)
+                            cache = self._beginning.cache(start, start + count, make)
+                            within.enter_context(continued(model, cache, rows))
                         if blocks is not None:
                             if state is not None:
                                 within.enter_context(resumed(blocks, self.first, state.repeat(count, 1, 1), like))
-                            within.enter_context(last_position(model, blocks[-1]))
-                            if state is not None or self.first == 0:  # else the copies share no input
-                                shared = first_output_shared(model, blocks[self.first], count, layers)
-                                within.enter_context(shared)
-                        within.enter_context(self._measured(tokens * count, device))
-                        if prefix is not None:
-                            with stacked(layers, weights, 1, {"input_ids": prefix}):
-                                cache = begun(model, prefix, count)
-                            within.enter_context(continued(model, cache, rows))
+                            shares = state is not None or self.first == 0  # else the copies share no input
+                            within.enter_context(self._once(model, blocks, count, shares))
                         within.enter_context(stacked(layers, weights, rows, batch))
                         found = forward(model, repeated(batch, count))
                 except Exception as error:
@@ -213,12 +213,32 @@ class Stack:
                     self.passes += count * rows
         return torch.cat(logits)
 
+    @contextmanager
+    def _once(self, model: nn.Module, blocks: Any, count: int, shares: bool) -> Iterator[None]:
+        """Within the context, what is not asked for, or is the same for copies that share their input, is left out."""
+        with last_position(model, blocks[-1]):
+            if shares:
+                with first_output_shared(model, blocks[self.first], count, self._layers):
+                    yield
+            else:
+                yield
+
+    def _begun(self, model: nn.Module, blocks: Any, first: Tensor, start: int, stop: int) -> Any:
+        """Return the keys and values of the tokens that rows begin with, for some draws."""
+        weights = {name: value[start:stop] for name, value in self.weights.items()}
+        with (
+            self._once(model, blocks, stop - start, shares=self.first == 0),
+            stacked(self._layers, weights, 1, {"input_ids": first}),
+        ):
+            return begun(model, first, stop - start)
+
     def _layers_of(self, model: nn.Module) -> dict[nn.Linear, dict[str, str]]:
         """Return the layers that the weights are of, which are looked up, and compared, once for each model."""
         if self._model is None or self._model() is not model:
             parameters, one = trainable(model), {name: value[0] for name, value in self.weights.items()}
             check_same_parameters({name: parameters[name] for name in one if name in parameters}, one, "the new values")
             self._layers, self._model = owners(model, self.weights), weakref.ref(model)
+            self._beginning = Beginning(self.distinct)
         return self._layers
 
     def _room(self, device: torch.device) -> int:

@@ -31,7 +31,7 @@ def fit_temperature(
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
         labels: (N,), all known.
         say: told if the temperature is at an end of the range.
-        width: standard deviation of ln T under a normal prior around 0, for few rows; without one, the rows alone count.
+        width: standard deviation of ln T under a normal prior around 0, for few rows; left out: only the rows count.
 
     Returns:
         T, from 0.05 to 50: > 1 if the model was too sure of itself.
