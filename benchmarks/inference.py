@@ -3,8 +3,8 @@
 Class logits of S draws of B rows, by a loop of S passes, stacked in one pass, stacked with rows that begin alike,
 stacked with the last quarter of the layers drawn, and by peft's mixed-adapter batches (S adapters loaded, each for its
 own rows of S·B); random adapters, rows of 40 tokens; where rows begin alike, they do so in 16 tokens, as in the demo's
-tasks. Beside each time stands its arithmetic at the rate of one large matrix product on this machine: the loop does
-that of one pass S times, and the stack cannot do less of it than its draws differ in. What the
+tasks, batch after batch. Beside each time stands its arithmetic at the rate of one large matrix product on this
+machine: the loop does that of one pass S times, and the stack cannot do less of it than its draws differ in. What the
 cheaper ways cost in NLL is in draws.py.
 
     python benchmarks/inference.py
@@ -13,6 +13,7 @@ cheaper ways cost in NLL is in draws.py.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ from varlora.model import LoRA, class_logits, load_model
 from varlora.params import copied
 from varlora.posterior import DiagonalGaussian
 from varlora.run import read_json, write_text
+from varlora.stack import rows_of
 
 LENGTH, ALIKE, ANSWERS = 40, 16, 4
 DOCUMENT = ROOT / "docs" / "inference.md"
@@ -111,10 +113,10 @@ def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.devic
         "cells": [],
     }
     for draws in args.draws:
+        kinds = {"loop": {"stacked": False}, "stack": {}, "alike": {}, "quarter": {"last_layers": quarter}}
         made = {
-            "loop": posterior.drawn(draws, torch.Generator(device).manual_seed(1), Drawing(stacked=False)),
-            "stack": posterior.drawn(draws, torch.Generator(device).manual_seed(1)),
-            "quarter": posterior.drawn(draws, torch.Generator(device).manual_seed(1), Drawing(last_layers=quarter)),
+            name: posterior.drawn(draws, torch.Generator(device).manual_seed(1), Drawing(**how))
+            for name, how in kinds.items()
         }
         mixed = Mixed(base, made["stack"].draws(), settings)
         for rows in args.rows:
@@ -122,9 +124,10 @@ def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.devic
             ways: dict[str, Callable[[], Tensor]] = {
                 name: partial(drawn.logits, model, batch, class_logits) for name, drawn in made.items()
             }
-            alike = batch_of(rows, config.vocab_size, args.seed, ALIKE)
+            alike = batch_of(2 * rows, config.vocab_size, args.seed, ALIKE)
+            in_turn = itertools.cycle([rows_of(alike, part) for part in torch.arange(2 * rows).split(rows)])
             ways |= {
-                "alike": partial(made["stack"].logits, model, alike, class_logits),
+                "alike": lambda drawn=made["alike"], batches=in_turn: drawn.logits(model, next(batches), class_logits),
                 "mixed": partial(mixed.logits, batch),
                 "one pass": partial(class_logits, model, batch),
             }
@@ -141,7 +144,7 @@ def cell_of(
         {name: [(name, way)] for name, way in ways.items()},
         device,
         args.rounds,
-        warmup=1,
+        warmup=2,  # after which what rows begin with is kept
         progress=False,
         seed=args.seed,
     )
