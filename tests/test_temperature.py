@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import optimize, special, stats
+from scipy import optimize, special
 from torch import Tensor
 
 from varlora.metrics import MetricError
@@ -145,24 +145,3 @@ def test_takes_logits_of_any_type(dtype: torch.dtype) -> None:
 def test_refuses_what_has_no_nll(shape: tuple[int, ...], labels: list[int]) -> None:
     with pytest.raises(MetricError, match="Expected"):
         fit_temperature(torch.zeros(shape), torch.tensor(labels, dtype=torch.long))
-
-
-@pytest.mark.parametrize("width", [0.1, math.log(2), 3.0])
-def test_a_prior_is_worth_its_density(width: float) -> None:
-    logits, labels = problem(3, draws=4)
-
-    def cost(log_temperature: float) -> float:
-        return nll(log_temperature, logits, labels) - stats.norm.logpdf(log_temperature, scale=width) / len(labels)
-
-    expected = optimize.minimize_scalar(cost, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-10}).x
-    assert math.log(fit_temperature(logits, labels, width=width)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_prior_matters_less_the_more_rows_there_are() -> None:
-    logits, labels = problem(3, draws=4)
-    alone = math.log(fit_temperature(logits, labels))
-    pulls = [
-        abs(math.log(fit_temperature(logits.repeat(1, n, 1), labels.repeat(n), width=0.3)) - alone)
-        for n in (1, 10, 100)
-    ]
-    assert pulls[0] > 4 * pulls[1] > 32 * pulls[2] > 0  # in the end it falls as one over the rows

@@ -1,14 +1,10 @@
 """Calibration: how a posterior is best used, chosen on held-out rows and stored with the adapter.
 
 Four numbers are chosen together: the factor τ of the variance, the share of weights that is pruned by signal to noise,
-the temperature T that logits are divided by, and the number of draws. T costs no pass over the rows, as it is a choice
-on logits that are there already; so each trial of τ and of the share is judged at its own best T, with few draws, the
-same noise for all. τ is doubled or halved while that helps, then weights are pruned while that helps beyond a standard
-error.
-
-Held-out rows are few, and the best of many trials on few rows is often luck. So τ and T have a weak prior around what
-training ended with, ln T ~ N(0, ln² 2) and ln τ ~ N(0, ln² 8), and the mode of their posterior is chosen: the more rows
-there are, the less the prior matters.
+the temperature that logits are divided by, and the number of draws. The temperature costs no pass over the rows, as
+it is a choice on logits that are there already; so each trial of τ and of the share is judged by the NLL at its own
+best temperature, with few draws, the same noise for all. τ is doubled or halved while that helps, then weights are
+pruned while that helps beyond a standard error.
 """
 
 from __future__ import annotations
@@ -41,8 +37,6 @@ SEARCH_DRAWS = 8
 """Draws of each trial."""
 MOST_DRAWS = 100_000
 """Draws that a stored calibration may ask for."""
-TEMPERATURE_WIDTH, TAU_WIDTH = math.log(2), math.log(8)
-"""Standard deviations of ln T and ln τ under the prior."""
 BEARABLE = 0.01
 """Relative rise of the NLL that fewer draws may cost."""
 
@@ -91,8 +85,6 @@ class Trial:
     """The best for it."""
     nll: float
     """At that temperature."""
-    score: float
-    """The NLL and a row's share of −log of the prior, by which trials are compared."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +150,7 @@ class _Trials:
     def judged(self, tau: float, pruned: float, n: int, logits: Tensor, labels: Tensor) -> Trial:
         """Note the trial of some logits at the temperature that is best for them."""
         temperature, losses = _fitted(logits, labels)
-        nll = losses.mean().item()
-        trial = Trial(tau, pruned, n, temperature, nll, nll + _surprise(tau, temperature) / len(labels))
+        trial = Trial(tau, pruned, n, temperature, losses.mean().item())
         self.trials.append(trial)
         self.losses[trial] = losses
         return trial
@@ -169,15 +160,9 @@ def _fitted(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Return the best temperature of some draws and each row's NLL at it, which is infinite where a draw overflows."""
     if logits.isnan().any() or (logits == math.inf).any():
         return 1.0, torch.full((len(labels),), math.inf)
-    temperature = fit_temperature(logits, labels, width=TEMPERATURE_WIDTH)
+    temperature = fit_temperature(logits, labels)
     probs = metrics.average_probs(logits.double() / temperature)
     return temperature, -probs.gather(1, labels[:, None])[:, 0].log()
-
-
-def _surprise(tau: float, temperature: float) -> float:
-    """Return −log of the prior of τ and T, up to a constant; the mean, τ = 0, counts as half of the least τ."""
-    log_tau = math.log(tau or TAUS[0] / 2)
-    return (math.log(temperature) / TEMPERATURE_WIDTH) ** 2 / 2 + (log_tau / TAU_WIDTH) ** 2 / 2
 
 
 def _changed(posterior: Posterior, tau: float, pruned: float) -> Posterior:
@@ -192,11 +177,11 @@ def _factor(trials: _Trials) -> float:
         return 0.0
     best = trials.made(1.0)
     for factor in (0.5, 2.0):
-        while TAUS[0] <= best.tau * factor <= TAUS[1] and trials.made(best.tau * factor).score < best.score:
+        while TAUS[0] <= best.tau * factor <= TAUS[1] and trials.made(best.tau * factor).nll < best.nll:
             best = trials.made(best.tau * factor)
         if best.tau != 1:
             break
-    return min(best, mean, key=lambda trial: trial.score).tau
+    return min(best, mean, key=lambda trial: trial.nll).tau
 
 
 def _share(trials: _Trials, tau: float) -> float:
@@ -207,7 +192,7 @@ def _share(trials: _Trials, tau: float) -> float:
         return 0.0
     whole = best = trials.made(tau)
     for share in SHARES:
-        if trials.made(tau, share).score >= best.score:
+        if trials.made(tau, share).nll >= best.nll:
             break
         best = trials.made(tau, share)
     gain = trials.losses[whole] - trials.losses[best]
@@ -238,14 +223,13 @@ def save_calibration(search: Search, adapter: Path) -> None:
         adapter / FILE,
         asdict(search.chosen)
         | {"adapter": file_digest(adapter / MANIFEST), "rows": search.rows, "passes": search.passes}
-        | {"trials": [_plain(trial) for trial in search.trials]}
+        | {"trials": [{**asdict(trial), "nll": _finite(trial.nll)} for trial in search.trials]}
         | origin(),
     )
 
 
-def _plain(trial: Trial) -> dict[str, float | None]:
-    """Return a trial without infinities, which JSON has not."""
-    return {name: value if math.isfinite(value) else None for name, value in asdict(trial).items()}
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity
 
 
 def load_calibration(adapter: Path) -> Calibration | None:

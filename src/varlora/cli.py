@@ -279,10 +279,10 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
             say=say,
         )
         chosen = search.chosen
-        table = Table("tau", "pruned", "draws", "temperature", "NLL", "and prior", title=str(run_dir))
+        table = Table("tau", "pruned", "draws", "temperature", "NLL", title=str(run_dir))
         for trial in search.trials:
             numbers = (f"{trial.tau:g}", f"{trial.pruned:g}", str(trial.samples or "mean"))
-            table.add_row(*numbers, f"{trial.temperature:.3f}", f"{trial.nll:.4f}", f"{trial.score:.4f}")
+            table.add_row(*numbers, f"{trial.temperature:.3f}", f"{trial.nll:.4f}")
         console.print(table)
         draws = f"{chosen.samples} draws" if chosen.samples else "the mean alone"
         temperature = chosen.temperature if chosen.samples else chosen.temperature_mean

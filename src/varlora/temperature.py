@@ -19,9 +19,7 @@ RANGE = (0.05, 50.0)
 STEPS = 60  # of golden sections: the bracket shrinks to 1e-12 of itself
 
 
-def fit_temperature(
-    logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None, width: float = math.inf
-) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None) -> float:
     """Return the temperature T that minimises the NLL of `mean_s softmax(logits_s / T)`.
 
     The best of 21 temperatures from 0.05 to 50 is refined by golden sections, so several draws, for which the NLL need
@@ -31,7 +29,6 @@ def fit_temperature(
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
         labels: (N,), all known.
         say: told if the temperature is at an end of the range.
-        width: standard deviation of ln T under a normal prior around 0, for few rows; left out: only the rows count.
 
     Returns:
         T, from 0.05 to 50: > 1 if the model was too sure of itself.
@@ -44,17 +41,13 @@ def fit_temperature(
         >>> temperature = fit_temperature(sure, torch.tensor([0, 0, 0, 1]))
         >>> round(torch.tensor([4.0, 0.0]).div(temperature).softmax(0)[0].item(), 3)
         0.75
-        >>> few = fit_temperature(sure, torch.tensor([0, 0, 0, 1]), width=math.log(2))
-        >>> 1 < few < temperature
-        True
 
     References:
         Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
     """
 
     def loss(log_temperature: float) -> float:
-        nll = metrics.nll(metrics.average_probs(logits.double() / math.exp(log_temperature)), labels)
-        return nll + (log_temperature / width) ** 2 / 2 / len(labels)
+        return metrics.nll(metrics.average_probs(logits.double() / math.exp(log_temperature)), labels)
 
     low, high = map(math.log, RANGE)
     grid = torch.linspace(low, high, 21, dtype=torch.float64).tolist()
