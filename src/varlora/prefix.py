@@ -136,10 +136,13 @@ class Beginning:
 
     def divided(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
         """Divide a batch as the function of that name does, where earlier ones were divided if it begins alike."""
-        # with gradients, the kept ones would hold on to the first batch
-        keeps = architecture(model) in FAMILIES and not torch.is_grad_enabled()
-        room = KEPT_BYTES // (self.draws * _bytes_of_token(model)) if keeps else 0
-        parts = divided(model, batch, self._tokens[:, :room] if room and self._tokens is not None else None)
+        room = 0
+        if architecture(model) in FAMILIES and not torch.is_grad_enabled():  # they would hold on to the first batch
+            room = KEPT_BYTES // (self.draws * _bytes_of_token(model))
+        if not room:
+            self._keeps = False
+            return divided(model, batch)
+        parts = divided(model, batch, None if self._tokens is None else self._tokens[:, :room])
         first = parts[0] if parts else batch["input_ids"][:1, batch["attention_mask"][0].bool()]
         one = next(model.parameters())
         made_as = (one.device, one.dtype, torch.is_autocast_enabled(one.device.type))

@@ -185,16 +185,18 @@ class Stack:
                 state, like = state_at(blocks, self.first, lambda: forward(model, batch))
             elif blocks is not None and (parts := self._beginning.divided(model, batch)) is not None:
                 prefix, batch = parts
-            tokens = rows * size_of(batch)[1] + (0 if prefix is None else prefix.shape[1])  # of a draw
+            own = rows * size_of(batch)[1]
+            tokens = own + (0 if prefix is None else prefix.shape[1])  # of a draw
             while start < stop:
                 count = min(stop - start, self._room(device) // tokens or 1)
                 weights = {name: value[start : start + count] for name, value in self.weights.items()}
                 try:
+                    if prefix is not None:
+                        make = partial(self._begun, model, blocks, prefix)
+                        cache = self._beginning.cache(start, start + count, make)
                     with ExitStack() as within:
-                        within.enter_context(self._measured(tokens * count, device))
+                        within.enter_context(self._measured(own * count, device))
                         if prefix is not None:
-                            make = partial(self._begun, model, blocks, prefix)
-                            cache = self._beginning.cache(start, start + count, make)
                             within.enter_context(continued(model, cache, rows))
                         if blocks is not None:
                             if state is not None:
