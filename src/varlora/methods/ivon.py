@@ -38,7 +38,9 @@ BATCHES = 8
 """Batches that gradients are taken of, at the most."""
 BEARABLE = 0.5
 """Share of what training has gained on chance that noise may take back."""
-SLIGHT = 0.03
+PROGRESS = 0.2
+"""Share of the loss of chance that training has to have gained for that; before, noise may take as much less."""
+SLIGHT = 0.003
 """Rise that is borne in any case, as a share of the loss of chance."""
 MEMORY = 10
 """Comparisons that are averaged."""
@@ -242,8 +244,9 @@ class Ivon(Method):
     def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
         """Average the losses, and hold the noise back while it takes too much of what training has gained.
 
-        Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go. A
-        rise counts as too much if it is so by a standard error.
+        Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go; and
+        while the gain is small, a rise that is half of it hides as much. A rise counts as too much if it is so by a
+        standard error.
         """
         count = state["comparisons"] = state.get("comparisons", 0) + 1
         weight = max(1 / count, 1 / MEMORY)
@@ -254,7 +257,9 @@ class Ivon(Method):
             state[name] = state.get(name, 0.0) * (1 - weight) + value * weight
         rise = state["under_noise"] - state["at_mean"]
         error = math.sqrt(max(state["square"] - rise**2, 0.0) * weight / (2 - weight))  # of an average that forgets
-        borne = max(BEARABLE * (comparison.chance - state["at_mean"]), SLIGHT * comparison.chance)
+        gain = max(comparison.chance - state["at_mean"], 0.0)
+        progress = min(gain / (PROGRESS * comparison.chance), 1.0)
+        borne = max(BEARABLE * progress * gain, SLIGHT * comparison.chance)
         change = GAIN * ((rise < borne) - (rise - error > borne))
         state["held_back"] = now = min(max(state.get("held_back", 1.0) * math.exp(change), COLDEST), 1.0)
         if state.get("said") or now > 0.5 or 2 * comparison.step < comparison.total_steps:
