@@ -44,8 +44,8 @@ def signs(end: Mapping[str, float]) -> list[str]:
     )
     if held < HELD_BACK:
         found.append(
-            f"Sigma was held back to {held:.0%} of what was found, as noise took back more than half of what training "
-            "had gained: train longer, or expect draws that are close to the mean."
+            f"Sigma was held back to {held:.0%} of what was found, as noise took back too much of what training had "
+            "gained: train longer, or expect draws that are close to the mean."
         )
     if moved < STEADY[0] or moved > STEADY[1]:
         found.append(

@@ -19,7 +19,7 @@ from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError
 from varlora.fit import _draw
 from varlora.methods import METHODS, Comparison, Ivon, Start, Temperature
-from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROBE, _layer, _noisy
+from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROBE, PROGRESS, _layer, _noisy
 from varlora.model import class_logits
 from varlora.params import copied, trainable
 from varlora.posterior import DiagonalGaussian
@@ -261,6 +261,15 @@ def test_before_anything_is_learned_hardly_any_noise_is_borne() -> None:
     one, state = method(), {}
     compare(one, 1.1, 1.2, 60, state)
     assert state["held_back"] == COLDEST
+
+
+def test_of_a_small_gain_noise_may_take_a_smaller_share() -> None:
+    """At half the gain that counts as progress, half the share."""
+    one, gain = method(), PROGRESS / 2
+    below, above = {}, {}
+    compare(one, 1 - gain, 1 - gain + 0.9 * BEARABLE / 2 * gain, 20, below)
+    compare(one, 1 - gain, 1 - gain + 1.1 * BEARABLE / 2 * gain, 20, above)
+    assert below["held_back"] == 1.0 > above["held_back"]
 
 
 def test_a_rise_within_its_error_is_none() -> None:

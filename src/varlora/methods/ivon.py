@@ -267,8 +267,8 @@ class Ivon(Method):
         state["said"] = True
         return (
             f"At step {comparison.step} the loss under noise is {state['under_noise']:.3f}, that at the mean "
-            f"{state['at_mean']:.3f} and chance's {comparison.chance:.3f}: noise takes back more than {BEARABLE:.0%} "
-            f"of what training has gained, so sigma is held back, now to {now:.0%} of what was found. If little is "
+            f"{state['at_mean']:.3f} and chance's {comparison.chance:.3f}: noise takes back too much of "
+            f"what training has gained, so sigma is held back, now to {now:.0%} of what was found. If little is "
             "learned, train longer; `method.cooling=false` leaves sigma as it was found."
         )
 
