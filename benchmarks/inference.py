@@ -74,6 +74,23 @@ def batch_of(rows: int, vocabulary: int, seed: int, alike: int = 0) -> dict[str,
     }
 
 
+def in_turn(vocabulary: int, rows: int, seed: int, alike: int) -> list[dict[str, Tensor]]:
+    """Return two batches, whose rows all begin with the same tokens."""
+    both = batch_of(2 * rows, vocabulary, seed, alike)
+    return [rows_of(both, part) for part in torch.arange(2 * rows).split(rows)]
+
+
+class InTurn:
+    """A way to draw, asked for one batch and then for the other."""
+
+    def __init__(self, way: Callable[[dict[str, Tensor]], Tensor], batches: Sequence[dict[str, Tensor]]) -> None:
+        self.way, self.batches = way, itertools.cycle(batches)
+
+    def __call__(self) -> Tensor:
+        """Return the logits of the next batch."""
+        return self.way(next(self.batches))
+
+
 class Mixed:
     """peft's way: S adapters in one model, and the name of one for each row."""
 
@@ -120,16 +137,14 @@ def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.devic
         }
         mixed = Mixed(base, made["stack"].draws(), settings)
         for rows in args.rows:
-            batch = batch_of(rows, config.vocab_size, args.seed)
-            ways: dict[str, Callable[[], Tensor]] = {
-                name: partial(drawn.logits, model, batch, class_logits) for name, drawn in made.items()
+            # two batches in turn, as of the same rows again nearly all would be kept
+            apart, alike = (in_turn(config.vocab_size, rows, args.seed, tokens) for tokens in (0, ALIKE))
+            asked: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+                name: partial(drawn.logits, model, forward=class_logits) for name, drawn in made.items()
             }
-            alike = batch_of(2 * rows, config.vocab_size, args.seed, ALIKE)
-            in_turn = itertools.cycle([rows_of(alike, part) for part in torch.arange(2 * rows).split(rows)])
-            ways |= {
-                "alike": lambda drawn=made["alike"], batches=in_turn: drawn.logits(model, next(batches), class_logits),
-                "mixed": partial(mixed.logits, batch),
-                "one pass": partial(class_logits, model, batch),
+            asked |= {"mixed": mixed.logits, "one pass": partial(class_logits, model)}
+            ways: dict[str, Callable[[], Tensor]] = {
+                name: InTurn(way, alike if name == "alike" else apart) for name, way in asked.items()
             }
             found["cells"].append(cell_of(ways, draws, rows, found["rate"], args, device))
     return found
