@@ -289,13 +289,13 @@ def test_single_rows_go_on_from_what_the_ones_before_began_with(model):
 
 def test_draws_that_stop_early_go_on_as_well(model):
     how = Drawing(tolerance=0.2, tokens=3 * 40)
-    drawn = gaussian(model, scale=0.5).drawn(16, seeded(), how)
-    expected = gaussian(model, scale=0.5).drawn(16, seeded(), dataclasses.replace(how, stacked=False))
+    drawn = gaussian(model, scale=0.05).drawn(16, seeded(), how)
+    expected = gaussian(model, scale=0.05).drawn(16, seeded(), dataclasses.replace(how, stacked=False))
     for row in ROWS:
         with torch.no_grad():
             found, alone = (one.logits(model, after(row), class_logits) for one in (drawn, expected))
         torch.testing.assert_close(found, alone, rtol=2e-5, atol=2e-5)
-    assert 0 < drawn.passes == expected.passes
+    assert drawn.passes == expected.passes < 16 * len(ROWS)
 
 
 @pytest.mark.parametrize("name", blocks.FAMILIES)
