@@ -121,7 +121,8 @@ class Beginning:
     """What rows began with in earlier batches, and the keys and values of it for each draw.
 
     A batch that begins as the one before it did is divided there, even a single row; from then on its keys and values
-    are kept, if they are small enough, and used for as long as rows begin so.
+    are kept, if they are small enough, and used for as long as rows begin so. They are of the model's frozen weights as
+    they are then: where those change, draw anew.
 
     Args:
         draws: of a stack, D.
