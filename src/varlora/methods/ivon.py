@@ -30,10 +30,10 @@ PAPER = {"lr": 0.03, "ess": 1e6, "hess_init": 1e-3}
 """The settings that are found by default, as in the paper's Table 3 (its ARC and OBQA columns): σ₀ = 0.03."""
 PROBE = 0.025
 """Share of training that a look at model and rows may cost, and again that the comparisons may."""
-DRAWS = 4
-"""Draws of each scale that is tried."""
-ROWS = (4, 64)
-"""Rows that the draws are tried on, at the least and at the most."""
+ROWS, DRAWS = (4, 32), (4, 64)
+"""Rows that noise is tried on, and draws of each scale that is tried, at the least and at the most."""
+DRAWS_PER_ROW = 2
+"""Draws over rows, between these: a draw may shift all rows alike, so few draws tell little, on however many rows."""
 BATCHES = 8
 """Batches that gradients are taken of, at the most."""
 BEARABLE = 0.5
@@ -315,9 +315,10 @@ class Ivon(Method):
 
 def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
     """Return the σ at which noise changes the predictions by a bound, what was seen, and its cost in training steps."""
-    passes = scale.TRIALS * DRAWS + 1  # forward passes of a row; a training step has three
-    a_step = 3 * start.batch_size * start.accumulation
-    count = min(max(int(PROBE * start.steps * a_step / passes), ROWS[0]), ROWS[1], len(start.rows))
+    a_step = 3 * start.batch_size * start.accumulation  # passes of a row; the backward pass counts as two
+    most = PROBE * start.steps * a_step
+    count = min(max(int(math.sqrt(most / (scale.TRIALS * DRAWS_PER_ROW))), ROWS[0]), ROWS[1], len(start.rows))
+    draws = min(max(int((most / count - 1) / scale.TRIALS), DRAWS[0]), DRAWS[1])
     order = torch.randperm(len(start.rows), generator=torch.Generator().manual_seed(start.seed)).tolist()
     rows = [start.rows[i] for i in order[:count]]
     mean = {name: p.float() for name, p in copied(start.model).items()}
@@ -325,13 +326,13 @@ def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
     bound = scale.bound(at_mean, epochs)
 
     def kl(sigma: float) -> float:
-        return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, DRAWS)[0], at_mean)
+        return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, draws)[0], at_mean)
 
     weights = torch.cat([value.flatten() for value in mean.values()])
     first = weights.square().mean().sqrt().item() or 1.0
     sigma, trials = scale.largest_sigma(kl, bound, first)
-    seen = {"bound": bound, "rows": count, "trials": [trial._asdict() for trial in trials]}
-    return sigma, seen, passes * count / a_step
+    seen = {"bound": bound, "rows": count, "draws": draws, "trials": [trial._asdict() for trial in trials]}
+    return sigma, seen, (scale.TRIALS * draws + 1) * count / a_step
 
 
 def _noisy(mean: Mapping[str, Tensor], sigma: float) -> DiagonalGaussian:
