@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError
 from varlora.fit import _draw
 from varlora.methods import METHODS, Comparison, Ivon, Start, Temperature
-from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROBE, PROGRESS, _layer, _noisy
+from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROBE, PROGRESS, _layer, _noisy, _probe
 from varlora.model import class_logits
 from varlora.params import copied, trainable
 from varlora.posterior import DiagonalGaussian
@@ -64,8 +66,28 @@ def test_noise_of_that_size_changes_predictions_as_much_as_the_bound_says() -> N
     mean = copied(begin.model)
     at_mean = begin.draw(_noisy(mean, 0.0), ROWS, 0)[0][0]
     kl = scale.kl_under_noise(begin.draw(_noisy(mean, seen["sigma"]), ROWS, 64)[0], at_mean)
-    assert seen["bound"] == pytest.approx(scale.bound(at_mean, 4000 * 4 / 64))
+    assert seen["bound"] == pytest.approx(scale.bound([len(row.label_tokens) for row in ROWS], 4000 * 4 / 64))
     assert seen["bound"] / 1.7 < kl < seen["bound"] * 1.7
+
+
+def test_seeds_find_much_the_same_sigma_where_noise_shifts_all_rows_alike() -> None:
+    """So few draws would tell little, on however many rows: here KL = (σz)²/8 in all of them, z normal."""
+
+    def shifted(posterior: Any, rows: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        source = torch.Generator().manual_seed(seed)
+        std = next(iter(posterior.std.values())).max() if count else 0.0
+        shift = std * torch.randn(max(count, 1), generator=source)
+        return torch.stack([shift, 0 * shift], -1)[:, None].expand(-1, len(rows), -1), torch.zeros(len(rows))
+
+    begin = start(steps=800)
+    twos = [replace(row, label_tokens=(1, 2), label=0) for row in ROWS]
+    sigmas = [
+        _probe(replace(begin, rows=twos, seed=seed, draw=partial(shifted, seed=seed)), epochs=1.0)[0]
+        for seed in range(20)
+    ]
+    # of n draws the root of a mean square is off by 1/√(2n)
+    assert statistics.stdev(map(math.log, sigmas)) < 1.2 / math.sqrt(2 * 13)  # as of 13 draws; of 4 it is 0.35
+    assert statistics.fmean(sigmas) == pytest.approx(math.sqrt(8 * scale.bound([2], 1.0)), rel=0.2)
 
 
 def test_each_layer_has_its_part_in_that_change() -> None:

@@ -323,7 +323,7 @@ def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
     rows = [start.rows[i] for i in order[:count]]
     mean = {name: p.float() for name, p in copied(start.model).items()}
     at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
-    bound = scale.bound(at_mean, epochs)
+    bound = scale.bound([len(row.label_tokens) for row in start.rows], epochs)
 
     def kl(sigma: float) -> float:
         return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, draws)[0], at_mean)
