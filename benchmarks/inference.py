@@ -61,22 +61,22 @@ DOCUMENT = ROOT / "docs" / "inference.md"
 # --- speed ---
 
 
-def batch_of(rows: int, vocabulary: int, seed: int, alike: int = 0) -> dict[str, Tensor]:
+def batch_of(rows: int, vocabulary: int, seed: int, alike: int = 0, length: int = LENGTH) -> dict[str, Tensor]:
     """Return random rows, the first tokens the same in all of them."""
     source = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (rows, LENGTH), generator=source)
+    ids = torch.randint(vocabulary, (rows, length), generator=source)
     ids[:, :alike] = ids[0, :alike].clone()
     return {
         "input_ids": ids,
-        "attention_mask": torch.ones(rows, LENGTH, dtype=torch.long),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
         "label_tokens": torch.arange(ANSWERS).expand(rows, -1),
         "answer_mask": torch.ones(rows, ANSWERS, dtype=torch.bool),
     }
 
 
-def in_turn(vocabulary: int, rows: int, seed: int, alike: int) -> list[dict[str, Tensor]]:
+def in_turn(vocabulary: int, rows: int, seed: int, alike: int, length: int = LENGTH) -> list[dict[str, Tensor]]:
     """Return two batches, whose rows all begin with the same tokens."""
-    both = batch_of(2 * rows, vocabulary, seed, alike)
+    both = batch_of(2 * rows, vocabulary, seed, alike, length)
     return [rows_of(both, part) for part in torch.arange(2 * rows).split(rows)]
 
 
@@ -113,14 +113,19 @@ class Mixed:
         return logits.view(len(self.names), rows, -1)
 
 
+def random_posterior(model: nn.Module, seed: int) -> DiagonalGaussian:
+    """Return a Gaussian around weights near the model's."""
+    source = torch.Generator().manual_seed(seed)
+    mean = {n: v + 0.02 * torch.randn(v.shape, generator=source).to(v) for n, v in copied(model).items()}
+    return DiagonalGaussian(mean, {n: torch.full_like(v, 0.02) for n, v in mean.items()})
+
+
 @torch.no_grad()
 def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.device) -> dict[str, Any]:
     """Time all ways of drawing on one base."""
     model, _ = load_model(base, **settings)
     config: Any = model.config
-    source = torch.Generator().manual_seed(args.seed)
-    mean = {n: v + 0.02 * torch.randn(v.shape, generator=source).to(v) for n, v in copied(model).items()}
-    posterior = DiagonalGaussian(mean, {n: torch.full_like(v, 0.02) for n, v in mean.items()})
+    posterior = random_posterior(model, args.seed)
     quarter = max(1, config.num_hidden_layers // 4)
     found: dict[str, Any] = {
         "layers": config.num_hidden_layers,
@@ -244,6 +249,13 @@ def documented(text: str, found: dict[str, Any]) -> str:
     return in_document(text, "inference", [speed_table(name, of) for name, of in found["speed"].items()])
 
 
+def bases_of(args: Any) -> list[str]:
+    """Return the folders of the bases that are asked for."""
+    if args.bases is not None:
+        return list(args.bases)
+    return [str(ROOT / "src/varlora/demo/bundled/base"), str(shared_folder() / "models" / "tinyllama-3m")]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__, "inference")
     made.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -257,9 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up(args)
     disable_progress_bar()
     device = torch.device(args.device)
-    bases = args.bases
-    if bases is None:
-        bases = [str(ROOT / "src/varlora/demo/bundled/base"), str(shared_folder() / "models" / "tinyllama-3m")]
+    bases = bases_of(args)
     speed = {}
     with tempfile.TemporaryDirectory() if args.llama2_7b else nullcontext() as folder:
         if folder is not None:

@@ -30,7 +30,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape", "inference", "draws"):
+        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape", "inference", "draws", "beginnings"):
             del sys.modules[name]
 
 
@@ -326,6 +326,21 @@ def test_the_inference_benchmark_measures_speed_and_limits(load, out, bundled):
     assert page.endswith("after\n")
 
 
+def test_the_benchmark_of_beginnings_runs_what_is_kept_no_second_time(load, out, bundled):
+    beginnings = load("beginnings")
+    beginnings.main([*["--rows", "1", "2", "--rounds", "2"], "--bases", str(bundled), "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    cells = written["speed"]["base"]
+    assert [(cell["draws"], cell["batch"]) for cell in cells] == [(10, 1), (10, 2)]
+    for cell in cells:
+        ways = cell["ways"]
+        assert ways["mean"]["operations"] < 0.2 * ways["one pass"]["operations"]  # 20 of 220 tokens
+        assert ways["stack"]["operations"] < 0.2 * ways["loop"]["operations"]
+        assert ways["stack"]["differs_from_loop"] < 1e-4
+    assert "| one pass / mean |" in beginnings.documented("<!-- beginnings -->\n<!-- end -->", written)
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_cheaper_draws_measures_what_they_cost(load, out, tmp_path):
     draws = load("draws")
@@ -354,7 +369,7 @@ def trained_run(folder):
     return train(settings, say=lambda text: None)
 
 
-@pytest.mark.parametrize("name", ["inference", "draws"])
+@pytest.mark.parametrize("name", ["inference", "beginnings", "draws"])
 def test_the_document_on_inference_is_made_from_the_results(load, name):
     script = load(name)
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))

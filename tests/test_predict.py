@@ -11,12 +11,14 @@ import torch
 from safetensors import safe_open
 
 from varlora.checkpoint import save_adapter
+from varlora.data import collate
 from varlora.demo.run import one_thread
+from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.model import LoRA, load_model
 from varlora.params import swapped, trainable
-from varlora.posterior import DiagonalGaussian, Mixture, Point
-from varlora.predict import predict
+from varlora.posterior import DiagonalGaussian, Mixture, Point, Tempered
+from varlora.predict import Predictor, predict
 from varlora.predictions import Predictions, load_predictions, save_predictions
 from varlora.prompt import Encoded
 from varlora.run import save_tensors
@@ -117,6 +119,28 @@ def test_point_has_one_draw_and_a_mixture_takes_turns(model, posterior):
     assert torch.equal(found.logits[0], found.logits[2])
     assert not torch.equal(found.logits[0], found.logits[1])
     close(found.probs, found.probs_mean)
+
+
+def test_the_mean_goes_on_from_what_rows_begin_with(model, posterior):
+    """Batch after batch, as its draws do; the members of a mixture are different models, and run whole."""
+    start = tuple(range(5, 17))
+    one, other = ([replace(row, input_ids=start + row.input_ids) for row in rows] for rows in (ROWS[:5], ROWS[5:6]))
+    another = Point({name: value + 0.3 for name, value in posterior.mean.items()})
+    model.eval()
+    layer = next(part for name, part in model.named_modules() if name.endswith("layers.0.mlp"))
+    for of in (posterior, Point(posterior.mean), Tempered(posterior, 2.0, 2.0), Mixture([posterior, another])):
+        predictor, whole = Predictor(model, of, samples=0), Predictor(model, of, samples=0, how=Drawing(stacked=False))
+        seen = []
+        hook = layer.register_forward_hook(lambda layer, args, output: seen.append(tuple(args[0].shape[:2])))  # noqa: B023
+        found = [predictor.at_mean(collate(rows, 0)) for rows in (one, other, one)]
+        hook.remove()
+        longest = max(len(row.input_ids) for row in ROWS[:5])
+        if isinstance(of, Mixture):
+            assert {width for _, width in seen} == {12 + longest, 12 + len(ROWS[5].input_ids)}
+        else:
+            assert seen == [(1, 12), (5, longest), (1, len(ROWS[5].input_ids)), (5, longest)]
+        for rows, logits in zip((one, other, one), found):
+            close(logits, whole.at_mean(collate(rows, 0)))
 
 
 def test_tau_scales_the_variance(model, posterior):

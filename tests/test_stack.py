@@ -235,10 +235,14 @@ def test_what_is_the_same_is_computed_once(model, monkeypatch):
 @pytest.mark.parametrize("draws_a_pass", [S, 4, 1])
 def test_what_rows_begin_with_is_run_once_a_draw(model, draws_a_pass):
     width = BATCH["input_ids"].shape[1]
-    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=draws_a_pass * (len(START) + len(ROWS) * width)))
-    passes = [min(draws_a_pass, S - start) for start in range(0, S, draws_a_pass)]
-    rest = [(n * len(ROWS), width) for n in passes]
-    assert shapes_of(model, drawn, BEGUN) == [*((n, len(START)) for n in passes), *rest]
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=draws_a_pass * len(ROWS) * width))
+
+    def passes(at_once: int) -> list[int]:
+        return [min(at_once, S - start) for start in range(0, S, at_once)]
+
+    rest = [(n * len(ROWS), width) for n in passes(draws_a_pass)]
+    first = [(n, len(START)) for n in passes(draws_a_pass * len(ROWS) * width // len(START))]
+    assert shapes_of(model, drawn, BEGUN) == first + rest
     assert shapes_of(model, drawn, BEGUN) == rest  # the first part is kept
     assert drawn._stackable
 

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from varlora.data import Batch, collate, token_batches
 from varlora.drawing import PLAIN, Drawing, Drawn
+from varlora.draws import holds
 from varlora.errors import VarloraError
 from varlora.model import class_logits
 from varlora.params import trainable
-from varlora.posterior import Point, Posterior
+from varlora.posterior import Mixture, Point, Posterior
 from varlora.posterior.base import check_draws
 from varlora.predictions import Predictions
+from varlora.prefix import Beginning, begun, continued
 from varlora.prompt import Encoded
+from varlora.stack import can_stack
 
 __all__ = ["Predictor", "predict"]
 
@@ -52,6 +55,8 @@ class Predictor:
         self.meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
         """How the draws were made, as predictions tell it."""
         self._generator = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
+        self._divides = how.stacked and not holds(self.posterior, Mixture)  # whose means are several models
+        self._beginning = Beginning(draws=1)
         self.draws: Drawn | None = None
         """The draws, if they differ from the mean."""
         if samples and self.posterior.kind != Point.kind:
@@ -61,7 +66,17 @@ class Predictor:
     @torch.no_grad()
     def at_mean(self, batch: Batch) -> Tensor:
         """Return the class logits at the mean, (1, B, C), on the CPU."""
-        return self.posterior.draw_logits(self.model, batch, 0, self._generator, class_logits).cpu()
+        return self.posterior.draw_logits(self.model, batch, 0, self._generator, self._of_the_mean).cpu()
+
+    def _of_the_mean(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the class logits of the model, which is at the mean, (B, C); what rows begin with is run once."""
+        parts = self._beginning.divided(model, batch) if self._divides and can_stack(model, batch) else None
+        if parts is None:
+            return class_logits(model, batch)
+        first, rest = parts
+        cache = self._beginning.cache(0, 1, lambda start, stop: begun(model, first, 1), at_once=1)
+        with continued(model, cache, len(rest["input_ids"])):
+            return class_logits(model, rest)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:

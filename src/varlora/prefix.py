@@ -133,7 +133,8 @@ class Beginning:
         self._tokens: Tensor | None = None  # (1, P), what rows began with; or those of one row that began otherwise
         self._cache: Any = None
         self._made_as: Any = None
-        self._keeps = False
+        self.keeps = False
+        """Whether the keys and values of the batch that was divided last are kept."""
 
     def divided(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
         """Divide a batch as the function of that name does, where earlier ones were divided if it begins alike."""
@@ -141,7 +142,7 @@ class Beginning:
         if architecture(model) in FAMILIES and not torch.is_grad_enabled():  # they would hold on to the first batch
             room = KEPT_BYTES // (self.draws * _bytes_of_token(model))
         if not room:
-            self._keeps = False
+            self.keeps = False
             return divided(model, batch)
         parts = divided(model, batch, None if self._tokens is None else self._tokens[:, :room])
         first = parts[0] if parts else batch["input_ids"][:1, batch["attention_mask"][0].bool()]
@@ -150,22 +151,23 @@ class Beginning:
         alike = self._tokens is not None and torch.equal(first, self._tokens.to(first.device))
         if not alike or made_as != self._made_as:
             self._tokens, self._cache, self._made_as = first, None, made_as
-        self._keeps = first.shape[1] <= room
+        self.keeps = first.shape[1] <= room
         return parts
 
-    def cache(self, start: int, stop: int, make: Callable[[int, int], Any]) -> Any:
+    def cache(self, start: int, stop: int, make: Callable[[int, int], Any], at_once: int) -> Any:
         """Return the keys and values of what the batch begins with, for draws `start` to `stop`.
 
         Args:
             start: of 0 to D.
             stop: of 0 to D.
             make: `make(start, stop)` computes them.
+            at_once: how many of all draws' it may compute at once, where they are kept.
         """
-        if not self._keeps:
+        if not self.keeps:
             return make(start, stop)
         if self._cache is None:
-            starts = range(0, self.draws, stop - start)
-            self._cache = _joined([make(at, min(at + stop - start, self.draws)) for at in starts])
+            starts = range(0, self.draws, at_once)
+            self._cache = _joined([make(at, min(at + at_once, self.draws)) for at in starts])
         return _part(self._cache, start, stop)
 
 

@@ -185,15 +185,16 @@ class Stack:
                 state, like = state_at(blocks, self.first, lambda: forward(model, batch))
             elif blocks is not None and (parts := self._beginning.divided(model, batch)) is not None:
                 prefix, batch = parts
-            own = rows * size_of(batch)[1]
-            tokens = own + (0 if prefix is None else prefix.shape[1])  # of a draw
+            own, before = rows * size_of(batch)[1], 0 if prefix is None else prefix.shape[1]
+            tokens = own if self._beginning.keeps else own + before  # of a draw's pass
             while start < stop:
                 count = min(stop - start, self._room(device) // tokens or 1)
+                at_once = min(self.distinct, self._room(device) // before or 1) if before else 1
                 weights = {name: value[start : start + count] for name, value in self.weights.items()}
                 try:
                     if prefix is not None:
                         make = partial(self._begun, model, blocks, prefix)
-                        cache = self._beginning.cache(start, start + count, make)
+                        cache = self._beginning.cache(start, start + count, make, at_once)
                     with ExitStack() as within:
                         within.enter_context(self._measured(own * count, device))
                         if prefix is not None:
@@ -206,9 +207,9 @@ class Stack:
                         within.enter_context(stacked(layers, weights, rows, batch))
                         found = forward(model, repeated(batch, count))
                 except Exception as error:
-                    if count == 1 or not out_of_memory(error):
+                    if max(count, at_once) == 1 or not out_of_memory(error):
                         raise
-                    self._tokens = tokens * (count // 2)
+                    self._tokens = max(tokens * count, before * at_once) // 2
                 else:
                     logits.append(found.view(count, rows, -1))
                     start += count
