@@ -30,7 +30,17 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("_common", "optimizer", "train_step", "quality", "demo", "llama2_7b_shape", "inference", "draws", "beginnings"):
+        if name in (
+            "_common",
+            "optimizer",
+            "train_step",
+            "quality",
+            "demo",
+            "llama2_7b_shape",
+            "inference",
+            "draws",
+            "beginnings",
+        ):
             del sys.modules[name]
 
 
