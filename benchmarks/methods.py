@@ -43,7 +43,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from varlora.curvature import Curvature, Diagonal, Kronecker
 from varlora.data import Batch, collate, encode_all
-from varlora.fit import class_loss
 from varlora.methods import METHODS, Method, Trained
 from varlora.model import class_logits, load_model
 from varlora.params import trainable
@@ -51,6 +50,7 @@ from varlora.posterior import DiagonalGaussian, Dropout, LowRankGaussian, Poster
 from varlora.predict import predict
 from varlora.prompt import Encoded
 from varlora.tasks import get_task, load_rows
+from varlora.trainer import class_loss
 
 MB = 1e6
 STEPS = METHODS["swag"]().every  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from varlora import fit
 from varlora.methods import METHODS
 from varlora.optim.ivon import IVON
+from varlora.trainer import MethodTrainer
 
 PARTS = ("forward", "backward", "optimizer", "data", "clipping", "the rest")
 BOUND = 3.0
@@ -113,9 +114,9 @@ class Clock(TrainerCallback):
 def _watched(clock: Clock, device: torch.device) -> Iterator[None]:
     """Put a clock around the functions that a training step consists of."""
     places = [
-        (fit._Trainer, "compute_loss", "forward"),
+        (MethodTrainer, "compute_loss", "forward"),
         (accelerate.Accelerator, "backward", "backward"),
-        (fit._Trainer, "get_batch_samples", "data"),
+        (MethodTrainer, "get_batch_samples", "data"),
         (transformers.Trainer, "_prepare_inputs", "data"),
         (transformers.Trainer, "_clip_grad_norm", "clipping"),
         *((IVON, name, "optimizer") for name in ("train", "eval", "step")),

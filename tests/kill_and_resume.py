@@ -26,7 +26,7 @@ import helpers
 import torch
 
 import varlora.run
-from varlora import checkpoint, fit
+from varlora import checkpoint, trainer
 from varlora.errors import Interrupted
 from varlora.methods import AdamW, Ivon
 from varlora.predictions import save_predictions
@@ -55,7 +55,7 @@ def prepare(death: str, source: random.Random) -> None:
     if death == "in a forward pass":
         left = source.randrange(EVERY * ACCUMULATION, STEPS * ACCUMULATION)
         forwards = iter(range(left, -1, -1))
-        die_in(fit, "class_logits", lambda model, batch: next(forwards) == 0)
+        die_in(trainer, "class_logits", lambda model, batch: next(forwards) == 0)
     elif death == "while a checkpoint is written":
         step = source.randrange(2 * EVERY, STEPS + 1, EVERY)
         die_in(varlora.run, "write_manifest", lambda folder: folder.name == f"checkpoint-{step}")
@@ -78,13 +78,13 @@ def die_at(moment: int, number: int = signal.SIGKILL) -> None:
             if any("killed" in name for name in names):
                 count("while writing" if any(".checkpoint.tmp" in name for name in names) else "at a file")
 
-    class_logits = fit.class_logits
+    class_logits = trainer.class_logits
 
     def forward(*arguments: Any) -> Any:
         count("in a forward pass")
         return class_logits(*arguments)
 
-    fit.class_logits = forward
+    trainer.class_logits = forward
     sys.addaudithook(audit)
 
 

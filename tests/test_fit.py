@@ -20,16 +20,18 @@ from transformers import TrainerCallback
 
 import varlora.fit
 import varlora.predict
+import varlora.trainer
 from varlora.checkpoint import load_adapter
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, Interrupted, VarloraError
-from varlora.fit import NotFiniteError, check_training_arguments, class_loss
+from varlora.fit import NotFiniteError, check_training_arguments
 from varlora.methods import AdamW, Ivon
 from varlora.model import LoRA, load_model
 from varlora.optim.ivon import IVON
 from varlora.params import trainable
 from varlora.prompt import Encoded
 from varlora.run import load_tensors, verify_manifest
+from varlora.trainer import class_loss
 
 METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)]
 both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -79,7 +81,7 @@ def checkpoints(run_dir):
 
 def at_forwards(monkeypatch, numbers, change):
     """Change the logits of some forward passes, counted from 1."""
-    original, count = varlora.fit.class_logits, 0
+    original, count = varlora.trainer.class_logits, 0
 
     def replacement(model, batch):
         nonlocal count
@@ -87,7 +89,7 @@ def at_forwards(monkeypatch, numbers, change):
         logits = original(model, batch)
         return change(logits) if count in numbers else logits
 
-    monkeypatch.setattr(varlora.fit, "class_logits", replacement)
+    monkeypatch.setattr(varlora.trainer, "class_logits", replacement)
 
 
 # --- what is trained ---
@@ -109,13 +111,13 @@ def test_training_forwards_are_draws_and_all_else_is_at_the_mean(tmp_path, monke
     """Of IVON; AdamW's forward passes are at its only point."""
     model = helpers.tiny_model()
     spy, used = Spy(model), []
-    original = varlora.fit.class_logits
+    original = varlora.trainer.class_logits
 
     def watched(model, batch):
         used.append(helpers.bits(model))
         return original(model, batch)
 
-    monkeypatch.setattr(varlora.fit, "class_logits", watched)
+    monkeypatch.setattr(varlora.trainer, "class_logits", watched)
     settings = {"steps": 4, "batch_size": 2, "accumulation": 2}
     posterior = helpers.run_fit(model, METHODS[draws], tmp_path, callbacks=[spy], **settings)
     assert len(used) == 8
@@ -397,7 +399,9 @@ def test_step_that_is_not_finite_is_left_out_counted_and_logged(method, where, t
     elif where == "gradient":
         list(trainable(model).values())[-1].register_hook(lambda grad: grad * torch.inf if now() else grad)
     else:
-        monkeypatch.setattr(varlora.fit, "class_loss", lambda *batch: class_loss(*batch) + (torch.inf if now() else 0))
+        monkeypatch.setattr(
+            varlora.trainer, "class_loss", lambda *batch: class_loss(*batch) + (torch.inf if now() else 0)
+        )
     settings = {"batch_size": 2, "accumulation": 2, "training_arguments": {"logging_steps": 1}}
     helpers.run_fit(model, method, tmp_path, callbacks=[spy], warn=told.append, **settings)
     assert helpers.same(spy.ended[4], spy.begun[4])

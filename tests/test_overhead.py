@@ -13,11 +13,11 @@ import torch
 
 from varlora.data import collate
 from varlora.errors import VarloraError
-from varlora.fit import class_loss
 from varlora.methods import METHODS, AdamW, Blob, Ivon, Method
 from varlora.model import LoRA, class_logits, load_model
 from varlora.overhead import PAPER_SECONDS, Cost, Overhead, measure_overhead, to_table
 from varlora.params import trainable
+from varlora.trainer import class_loss
 
 DRAW, MOVE = 0.02, 0.01
 

@@ -27,10 +27,10 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
-from varlora.fit import left_to_parent
 from varlora.predictions import meta_of
 from varlora.quiet import quiet_libraries
 from varlora.tasks import get_task
+from varlora.trainer import left_to_parent
 from varlora.workflow import evaluate, train
 
 __all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "run_cells"]

@@ -26,11 +26,11 @@ from torch import nn
 
 from varlora.data import Batch, collate
 from varlora.errors import VarloraError
-from varlora.fit import class_loss
 from varlora.methods import METHODS, Method
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.prompt import Encoded
+from varlora.trainer import class_loss
 
 __all__ = ["PAPER_SECONDS", "PARTS", "Clock", "Cost", "Overhead", "measure_overhead", "to_table"]
 
