@@ -104,3 +104,4 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         parameters[name].copy_(value)
+    torch.clear_autocast_cache()  # in whose context the next pass would else be that of the values before

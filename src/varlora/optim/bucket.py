@@ -11,7 +11,8 @@ import functools
 import importlib.util
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,14 +185,14 @@ class Bucket:
         self.noise_key: int | None = None  # of what `noise` holds
 
         self.looked_at: list[Tensor | None] = []
-        self.versions = [p._version for p in shards]
+        self.versions = [(p.data_ptr(), p._version) for p in shards]
         self.aside: list[Tensor | None] = [None] * len(parameters)
         self.arriving: list[Tensor | None] = [None] * len(parameters)
         self.hooks: list[Any] = []
         if self.watches:
             for i, p in enumerate(parameters):
-                self.hooks.append(p.register_hook(functools.partial(self._arrives, i)))
-                self.hooks.append(p.register_post_accumulate_grad_hook(functools.partial(self._has_arrived, i)))
+                self.hooks.append(p.register_hook(_weakly(self._arrives, i)))
+                self.hooks.append(p.register_post_accumulate_grad_hook(_weakly(self._has_arrived, i)))
 
     @property
     def shards(self) -> list[Tensor]:
@@ -324,18 +325,20 @@ class Bucket:
         torch.addcmul(self.mean[lo:hi], sigma, eps, out=theta)
 
     def _written(self, indices: Iterable[int]) -> None:
+        torch.clear_autocast_cache()  # in whose context the next pass would else be that of the values before
         shards = self.shards
         for i in indices:
-            self.versions[i] = shards[i]._version
+            self.versions[i] = shards[i].data_ptr(), shards[i]._version
 
     @plain()
     def adopt_outside_changes(self) -> None:
         """Make values that others wrote into the parameters, a loaded checkpoint, the mean."""
         for i, (p, mean) in enumerate(zip(self.shards, self.views["mean"])):
-            if p._version != self.versions[i]:
+            version = p.data_ptr(), p._version
+            if version != self.versions[i]:
                 if not torch.equal(p, mean.to(p)):
                     mean.copy_(p)
-                self.versions[i] = p._version
+                self.versions[i] = version
 
     def _precision(self, lo: int, hi: int, out: Tensor) -> Tensor:
         """1/σ² = λ(h + δ)."""
@@ -615,6 +618,18 @@ class Bucket:
         else:
             direction = torch.div(g, h, out=a)
         m.sub_(direction.clamp_(-clip_radius * bias, clip_radius * bias), alpha=lr / bias)
+
+
+def _weakly(method: Callable[..., None], i: int) -> Callable[..., None]:
+    """Return a hook for parameter `i` that does not keep a bucket alive: Python's collector cannot see into hooks."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        found = reference()
+        if found is not None:
+            found(i, tensor)
+
+    return hook
 
 
 def _readable(gradient: Tensor) -> bool:

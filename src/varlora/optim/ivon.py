@@ -19,6 +19,7 @@ the one method that then goes without its return type.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -206,6 +207,7 @@ class IVON(torch.optim.Optimizer):
                         f"Expected `{name}` to be the same in all groups, but got {group[name]} after {first[name]}. "
                         "Pass it to the optimizer, not to a group."
                     )
+            _check_names(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -313,6 +315,7 @@ class IVON(torch.optim.Optimizer):
             self._show(now["perturbed"])
             yield
         finally:
+            self._ready(adopt=False)  # while the key is there: of a parameter that was frozen meanwhile, the mean is
             self._eval_key = outer
             self._show(self.param_groups[0]["perturbed"])  # not `now`: loading a state makes new groups
 
@@ -574,9 +577,9 @@ class IVON(torch.optim.Optimizer):
                 )
             self._release()
             self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
-            if perturbed:
+            if perturbed or self._eval_key is not None:
                 for bucket in self._buckets:
-                    bucket.to_draw()
+                    bucket.to_draw(self._eval_key)
         elif adopt and not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
@@ -586,12 +589,23 @@ class IVON(torch.optim.Optimizer):
         """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""
         self._read_back()
         for bucket in self._buckets:
-            if self.param_groups[0]["perturbed"]:
+            if self.param_groups[0]["perturbed"] or self._eval_key is not None:
                 bucket.to_mean()
             else:
                 bucket.adopt_outside_changes()
             bucket.release()
         self._buckets.clear()
+
+
+def _check_names(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise if two parameters have the same name, by which the posterior could not tell them apart."""
+    counts = Counter(name for group in groups for name in group.get("param_names", ()))
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"Expected each parameter to have a name of its own, but {twice[0]!r} is there {counts[twice[0]]} times. "
+            "Take the names from the whole model: `[(name, p) for name, p in model.named_parameters() if ...]`."
+        )
 
 
 def _check_cleared(before: _Gradients) -> None:
