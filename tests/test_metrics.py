@@ -434,3 +434,9 @@ def test_wrong_bins_rule_and_values_are_refused():
 def test_wrong_scores_or_positives_are_refused(scores, positives, says):
     with pytest.raises(MetricError, match=says):
         auroc(scores, positives)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64])
+def test_labels_of_any_integer_type_are_compared_as_numbers(dtype: torch.dtype) -> None:
+    probs, labels = torch.full((2, 256), 1 / 256), torch.tensor([0, 100], dtype=dtype)
+    assert nll(probs, labels) == pytest.approx(math.log(256), rel=1e-5)

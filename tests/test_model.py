@@ -11,11 +11,20 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 import varlora.model
+from varlora.data import collate
 from varlora.errors import ConfigError, VarloraError
 from varlora.model import LoRA, class_logits, lora_targets
+from varlora.prompt import Encoded
 
 load_model = functools.partial(varlora.model.load_model, device="cpu")
 
@@ -152,6 +161,20 @@ def test_the_padding_token_and_more_padding_change_nothing(kind):
     )
     wider["attention_mask"] = nn.functional.pad(batch["attention_mask"], (6, 0))
     torch.testing.assert_close(class_logits(model, wider), class_logits(model, batch), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_that_begin_after_the_padding_tokens_number_do():
+    config = RobertaConfig(
+        **{"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "is_decoder": True, "pad_token_id": 1, "max_position_embeddings": 40},
+    )
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(config).eval()
+    rows = [(5, 6, 7, 8), (9, 3)]
+    batch = collate([Encoded(str(i), row, (4, 5), 0, False) for i, row in enumerate(rows)], 1)
+    plain = [model(input_ids=torch.tensor([row])).logits[0, -1, [4, 5]] for row in rows]
+    torch.testing.assert_close(class_logits(model, batch), torch.stack(plain), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -85,7 +85,10 @@ def test_swapped_takes_views_of_the_model_itself() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"2.weight": torch.zeros(1)}, r"1 of its tensors are not in the model, e\.g\. `2\.weight`"),
+        (
+            {"2.weight": torch.zeros(1)},
+            r"1 of its tensors are not in .*, or are frozen there, e\.g\. `2\.weight`",
+        ),
         ({"0.bias": torch.zeros(4)}, "not in the model"),  # frozen
         ({"1.bias": torch.zeros(3)}, r"`1\.bias` has shape \(3,\) where the model has \(2,\)"),
         ({"1.bias": torch.zeros(())}, r"has shape \(\) where"),  # would broadcast
@@ -107,5 +110,5 @@ def test_check_same_parameters_reports_all_at_once() -> None:
         check_same_parameters(parameters, {"b": torch.ones(4), "c": torch.ones(1)}, "the posterior")
     message = str(error.value)
     assert message.startswith("Expected the posterior to be of this model")
-    for part in ("missing in it, e.g. `a`", "not in the model, e.g. `c`", "`b` has shape (4,)"):
+    for part in ("missing in it, e.g. `a`", "not in the model, or are frozen there, e.g. `c`", "`b` has shape (4,)"):
         assert part in message

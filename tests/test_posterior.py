@@ -755,3 +755,11 @@ def test_scale_leaves_the_temperatures() -> None:
     posterior = Tempered(gaussian(), 2.0, 0.5).scale(0.3)
     assert (posterior.temperature, posterior.temperature_mean) == (2.0, 0.5)
     torch.testing.assert_close(logits(posterior, 3), logits(gaussian().scale(0.3), 3) / 2)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_is_above_zero(wrong: float) -> None:
+    with pytest.raises(VarloraError, match="temperature"):
+        Tempered(Point({}), wrong, 1.0)
+    with pytest.raises(VarloraError, match="temperature_mean"):
+        Tempered(Point({}), 1.0, wrong)

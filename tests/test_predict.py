@@ -143,6 +143,50 @@ def test_the_mean_goes_on_from_what_rows_begin_with(model, posterior):
             close(logits, whole.at_mean(collate(rows, 0)))
 
 
+def beginning_alike(*rows):
+    return collate([replace(row, input_ids=tuple(range(5, 17)) + row.input_ids) for row in rows], 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["frozen weights", "autocast", "model"])
+def test_what_is_kept_is_made_anew_where_the_model_is_another(posterior, change):
+    model = helpers.tiny_model(dropout=0.1).eval()
+    kept, whole = Predictor(model, posterior, S), Predictor(model, posterior, S, how=Drawing(stacked=False))
+    batches = [beginning_alike(*ROWS[start : start + 3]) for start in (0, 3, 6)]
+
+    def both(predictor, batch, dtype):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return torch.cat([predictor.at_mean(batch), predictor.logits(batch)]).float()
+
+    dtype = torch.bfloat16 if change == "autocast" else None
+    for batch in batches[:2]:
+        both(kept, batch, dtype)
+    if change == "frozen weights":
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.mul_(1.3)
+    elif change == "model":
+        kept.model = whole.model = other = helpers.tiny_model(dropout=0.1).eval()
+        other.get_input_embeddings().weight.add_(0.5)
+    if change == "autocast":
+        dtype, whole = torch.float16, Predictor(model, posterior, S)
+        both(whole, batches[1], dtype)
+    found, expected = both(kept, batches[2], dtype), both(whole, batches[2], dtype)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_adapters_that_draws_do_not_reach_are_refused(posterior):
+    model = helpers.tiny_model(dropout=0.1).eval()
+    model.merge_adapter()
+    with pytest.raises(VarloraError, match="unmerge_adapter"):
+        run(model, posterior)
+    model.unmerge_adapter()
+    run(model, posterior)
+    model.requires_grad_(False)
+    with pytest.raises(VarloraError, match="is_trainable=True"):
+        run(model, posterior)
+
+
 def test_tau_scales_the_variance(model, posterior):
     """At τ the draws are those of τ times the variance; at 0 all are the mean."""
     wider = DiagonalGaussian(posterior.mean, {name: 2 * std for name, std in posterior.std.items()})

@@ -567,7 +567,7 @@ def _check(probs: Tensor, labels: Tensor) -> None:
             f"but row {row} is {[round(p, 4) for p in probs[row].tolist()]} (sum {sums[row]:.4g}). "
             "If these are logits, pass average_probs(logits[None])."
         )
-    outside = (labels < 0) | (labels >= probs.shape[1])
+    outside = (labels < 0) | (labels.long() >= probs.shape[1])
     if outside.any():
         row = int(outside.nonzero()[0])
         raise MetricError(

@@ -60,6 +60,10 @@ TARGETS = (
 
 # Architectures that take no `position_ids` and need none: their attention counts distances, or they skip padding.
 RELATIVE = ("bloom", "mpt", "mamba", "mamba2", "falcon_mamba")
+FROM_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
+)
+"""Model types whose first token has the position after the padding token's number."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,8 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the logits that the model gives to each row's possible answers as the next token.
 
     The output layer sees the last position only, so (B, T, vocabulary) logits never exist. Positions are counted from
-    the first real token, so padding does not change the result.
+    the first real token, so padding does not change the result; but for models with longrope, whose factor for all rows
+    goes by the longest of a batch.
 
     Args:
         model: a causal language model of transformers: plain, with an adapter, compiled or in a parallel wrapper.
@@ -241,7 +246,8 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     input_ids, attention_mask, label_tokens, answer_mask = (batch[key].to(device) for key in keys)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
     if "position_ids" in takes:
-        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+        first = inner.config.pad_token_id + 1 if inner.config.model_type in FROM_PADDING else 0
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0) + first
     elif inner.config.model_type not in RELATIVE and not attention_mask.all():
         raise VarloraError(
             f"Expected a causal language model whose forward takes `position_ids`, but {type(inner).__name__} does "

@@ -55,7 +55,7 @@ def check_same_parameters(parameters: Mapping[str, Tensor], values: Mapping[str,
     if missing := [name for name in parameters if name not in values]:
         problems.append(f"{len(missing)} of the model's parameters are missing in it, e.g. `{missing[0]}`")
     if unknown := [name for name in values if name not in parameters]:
-        problems.append(f"{len(unknown)} of its tensors are not in the model, e.g. `{unknown[0]}`")
+        problems.append(f"{len(unknown)} of its tensors are not in the model, or are frozen there, e.g. `{unknown[0]}`")
     shapes = [name for name in values if name in parameters and values[name].shape != parameters[name].shape]
     if shapes:
         got, want = tuple(values[shapes[0]].shape), tuple(parameters[shapes[0]].shape)

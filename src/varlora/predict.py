@@ -38,7 +38,8 @@ class Predictor:
         how: how the draws are made and run.
 
     Raises:
-        VarloraError: `samples` or `tau` is out of its range.
+        VarloraError: `samples` or `tau` is out of its range; or nothing in the model is trainable, or its adapter is
+            merged.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Predictor:
         how: Drawing = PLAIN,
     ) -> None:
         check_draws(samples, what="samples")
+        _check_adapter(model)
         self.model, self.posterior = model, posterior.scale(tau)
         self.meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
         """How the draws were made, as predictions tell it."""
@@ -84,6 +86,21 @@ class Predictor:
         return self.at_mean(batch) if self.draws is None else self.draws.logits(self.model, batch, class_logits).cpu()
 
 
+def _check_adapter(model: nn.Module) -> None:
+    """Raise if other weights in the adapter would change nothing."""
+    if not trainable(model):
+        raise VarloraError(
+            "Expected a model whose adapter is trainable, as its draws go there, but no parameter requires gradients. "
+            "Load it with `varlora.from_pretrained`, or with peft's `is_trainable=True`, and outside of "
+            "`disable_adapter()`."
+        )
+    if any(getattr(part, "merged", False) is True for part in model.modules()):
+        raise VarloraError(
+            "Expected an adapter beside the base, but it is merged into it, where draws do not reach. Call "
+            "`model.unmerge_adapter()` first."
+        )
+
+
 def predict(
     model: nn.Module,
     posterior: Posterior,
@@ -115,7 +132,8 @@ def predict(
         Predictions in the order of `rows`.
 
     Raises:
-        VarloraError: there are no rows, or `samples`, `tau` or `token_budget` is out of its range.
+        VarloraError: there are no rows, or `samples`, `tau` or `token_budget` is out of its range; or nothing in the
+            model is trainable, or its adapter is merged.
     """
     if not rows:
         raise VarloraError("Expected `rows` to hold rows to predict, but got none.")

@@ -8,6 +8,7 @@ changes no number but by rounding.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -121,8 +122,8 @@ class Beginning:
     """What rows began with in earlier batches, and the keys and values of it for each draw.
 
     A batch that begins as the one before it did is divided there, even a single row; from then on its keys and values
-    are kept, if they are small enough, and used for as long as rows begin so. They are of the model's frozen weights as
-    they are then: where those change, draw anew.
+    are kept, if they are small enough, and used for as long as rows begin so and the model's frozen weights stay what
+    they are; a change that torch does not count, through `.data`, goes unseen.
 
     Args:
         draws: of a stack, D.
@@ -147,7 +148,9 @@ class Beginning:
         parts = divided(model, batch, None if self._tokens is None else self._tokens[:, :room])
         first = parts[0] if parts else batch["input_ids"][:1, batch["attention_mask"][0].bool()]
         one = next(model.parameters())
-        made_as = (one.device, one.dtype, torch.is_autocast_enabled(one.device.type))
+        kind = one.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        made_as = (weakref.ref(model), one.device, one.dtype, autocast, _version(model))
         alike = self._tokens is not None and torch.equal(first, self._tokens.to(first.device))
         if not alike or made_as != self._made_as:
             self._tokens, self._cache, self._made_as = first, None, made_as
@@ -195,6 +198,11 @@ def _bytes_of_token(model: nn.Module) -> int:
     heads = config.num_attention_heads
     share = (getattr(config, "num_key_value_heads", None) or heads) / heads
     return int(2 * config.num_hidden_layers * config.hidden_size * share * next(model.parameters()).dtype.itemsize)
+
+
+def _version(model: nn.Module) -> int:
+    """Return a number that grows with each change of the frozen weights in place; the others are swapped as it is."""
+    return sum(p._version for p in model.parameters() if not p.requires_grad and not p.is_inference())
 
 
 def _goes_on(model: nn.Module, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varlora.drawing import PLAIN, Draw, Drawing, Drawn, Forward
+from varlora.errors import VarloraError
 from varlora.posterior.base import Posterior, pack, unpack
 
 __all__ = ["Tempered"]
@@ -35,6 +37,12 @@ class Tempered:
     """T of the draws, > 0."""
     temperature_mean: float
     """T at the mean, > 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "temperature_mean"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise VarloraError(f"Expected `{name}` to be a number > 0, but got {value}. 1 changes nothing.")
 
     @property
     def members(self) -> tuple[Posterior, ...]:
