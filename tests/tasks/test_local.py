@@ -258,6 +258,22 @@ def test_a_quote_that_swallows_rows_is_never_skipped(tmp_path):
         make_examples(get_task(task_file(tmp_path)), parse_rows(lines, ".csv"), "mine", skip_bad_rows=True)
 
 
+def test_a_long_text_over_several_lines_is_a_field(tmp_path):
+    lines = [b"text,y\n", b'"', *[b"a long line\n"] * 20_000, b'",1\n']
+    (example,) = make_examples(get_task(task_file(tmp_path)), parse_rows(lines, ".csv"), "mine").examples
+    assert len(example.prompt) > 200_000
+
+
+def test_half_a_character_is_a_bad_row(tmp_path):
+    """Legal JSON, as of an emoji that was cut in two; no tokenizer takes it."""
+    task = get_task(task_file(tmp_path))
+    lines = [b'{"text": "whole \\ud83d\\ude00", "y": 0}', b'{"text": "half \\ud83d", "y": 0}']
+    with pytest.raises(TaskError, match="line 2: .*lone surrogate"):
+        make_examples(task, parse_rows(lines, ".jsonl"), "mine")
+    found = make_examples(task, parse_rows(lines, ".jsonl"), "mine", skip_bad_rows=True)
+    assert (len(found.examples), found.skipped) == (1, 1)
+
+
 def test_unlabelled_rows_for_prediction(tmp_path):
     rows = parse_rows([b"text\n", b"fine\n"], ".csv")
     assert make_examples(get_task(task_file(tmp_path)), rows, "mine", labelled=False).examples[0].label is None

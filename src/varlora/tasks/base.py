@@ -25,6 +25,8 @@ __all__ = [
 
 Row = Mapping[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LONGEST_FIELD = 2**24
+"""Characters of a CSV field, at the most; Python's own limit is 131,072."""
 
 
 class UnclosedQuoteError(TaskError):
@@ -257,13 +259,18 @@ def _json_row(text: str) -> Row | TaskError:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         return TaskError(f"Expected one JSON object a line, but it is no valid JSON: {error}.")
-    return row if isinstance(row, dict) else TaskError(f"Expected a JSON object, but got {type(row).__name__}.")
+    if not isinstance(row, dict):
+        return TaskError(f"Expected a JSON object, but got {type(row).__name__}.")
+    if "\\u" in text and not _is_unicode(row):
+        return TaskError("Expected text, but a string holds half of a character (a lone surrogate). Mend or remove it.")
+    return row
 
 
 def _table_rows(texts: Iterator[str], suffix: str) -> Iterator[tuple[int, Row | TaskError]]:
     if suffix == ".tsv":
         reader = csv.reader(texts, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
+        csv.field_size_limit(LONGEST_FIELD)
         reader = csv.reader(texts, strict=True)
     names: list[str] | None = None
     while True:
@@ -292,6 +299,14 @@ def _table_rows(texts: Iterator[str], suffix: str) -> Iterator[tuple[int, Row | 
             yield reader.line_num, TaskError(f"Expected {len(names)} columns as in line 1, but found {len(values)}.")
         else:
             yield reader.line_num, dict(zip(names, values))
+
+
+def _is_unicode(row: Row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_utf8(text: str) -> bool:
