@@ -434,6 +434,15 @@ def test_too_many_in_a_row_stop_with_the_last_good_state(method, tmp_path, monke
     assert (tmp_path / "adapter").is_dir()
 
 
+def test_a_short_run_of_steps_that_are_all_left_out_is_no_success(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_forwards(patch, range(1, 100), nan_logits)
+        with pytest.raises(NotFiniteError, match="6 steps in a row; stopped at step 6"):
+            helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, steps=6, batch_size=4, accumulation=1)
+    assert checkpoints(tmp_path)[-1] == "checkpoint-6"
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_steps_left_out_are_counted_over_an_interruption(tmp_path, monkeypatch):
     case = {"training_arguments": {"logging_steps": 1}}
     for folder, cut in (("whole", False), ("cut", True)):

@@ -288,7 +288,9 @@ def settings_of(run_dir: Path) -> Settings:
     try:
         return settings_from({**config["settings"], "run_dir": str(run_dir)}, stored=True)
     except ConfigError as error:
-        by = f"{run_dir} was written by varlora {(config.get('versions') or {}).get('varlora')} and cannot be read"
+        versions = config.get("versions")
+        version = versions.get("varlora") if isinstance(versions, Mapping) else None
+        by = f"{run_dir} was written by varlora {version} and cannot be read"
         raise ConfigError(f"{by}: {problem}" for problem in error.problems) from error
 
 

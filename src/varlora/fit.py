@@ -216,7 +216,7 @@ def fit(
         if hasattr(optimizer, "eval"):
             optimizer.eval()  # the mean, also when a batch failed in the middle of a draw
         model.eval()
-    if watch.not_finite_run >= max_not_finite:
+    if watch.not_finite_run >= min(max_not_finite, steps):
         raise NotFiniteError(
             f"Loss or gradient was not finite in {watch.not_finite_run} steps in a row; stopped at step {step}. "
             f"The last good state is in {run_dir}/checkpoint-{step}. "
