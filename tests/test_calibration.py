@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from varlora.calibration import BEARABLE, SEARCH_DRAWS, Calibration, calibrate, load_calibration, save_calibration
+from varlora.calibration import (
+    BEARABLE,
+    SEARCH_DRAWS,
+    Calibration,
+    Search,
+    calibrate,
+    load_calibration,
+    save_calibration,
+)
 from varlora.cli import main
 from varlora.config import settings_from
 from varlora.data import encode_all
@@ -247,6 +256,9 @@ def test_predict_uses_it_unless_told_otherwise(copy: Path, capsys: pytest.Captur
     main(["calibrate", str(copy), "--samples", "4"])
     capsys.readouterr()
     assert probabilities("--tau", "1", "--samples", "4") == plain
+    path = copy / "adapter" / "calibration.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tau": 1.0, "samples": 4}))
+    assert probabilities() == probabilities("--noise", "latin") != probabilities("--noise", "independent")
     assert probabilities() != plain
     path = copy / "adapter" / "calibration.json"
     stored = json.loads(path.read_text())
@@ -266,6 +278,36 @@ def test_the_report_shows_it_beside_what_was_trained(copy: Path, tmp_path: Path)
     (copy / "adapter" / "calibration.json").unlink()
     evaluate(copy, samples=4, say=lambda text: None)
     assert not (copy / "predictions-calibrated.safetensors").exists()
+    evaluate(copy, samples=4, calibrated=True, say=lambda text: None)
+    assert main(["calibrate", str(copy), "--samples", "0"]) == 0  # after which that is no longer what `predict` does
+    assert [row.label for row in build_report([copy], tmp_path / "again").rows if row.calibrated] == []
+
+
+@pytest.mark.parametrize("wrong", [["--taus", "2", "nan"], ["--tau", "-1"], ["--samples", "-1"]])
+def test_a_wrong_factor_costs_no_results(copy: Path, wrong: list[str]) -> None:
+    evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    assert main(["evaluate", str(copy), "--split", "train", *wrong]) != 0
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+
+def test_what_so_few_rows_do_not_set_is_said() -> None:
+    chosen = Calibration(tau=16.0, pruned=0.0, temperature=50.0, temperature_mean=1.0, samples=2)
+    doubts = Search(chosen, (), rows=1, passes=1).doubts()
+    assert len(doubts) == 3
+    assert all("Hold out more rows" in words for words in doubts)
+    assert Search(replace(chosen, tau=1.0, temperature=2.0), (), rows=100, passes=1).doubts() == []
+
+
+def test_one_row_prunes_nothing() -> None:
+    problem = Linear(noise=0.0, useless=20)
+    found = calibrate(problem.posterior, lambda posterior, n: one_row(*problem.draw(posterior, n)), samples=4)
+    assert found.chosen.pruned == 0.0
+    assert found.rows == 1
+
+
+def one_row(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, :1], labels[:1]
 
 
 def test_without_held_out_rows_it_says_so(run: Path, tmp_path: Path) -> None:

@@ -583,6 +583,7 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
     assert varlora_("tune", *options, "--out", out, "--overwrite").code == 0
     assert varlora_("train", out, "--run-dir", tmp_path / "run").code == 0
     assert not (tmp_path / "run" / "tuned.json").exists()  # nothing was left to find
+    assert "picture goes" in error_of(varlora_("tune", *options, "--out", tmp_path / "found.png", "--overwrite"))
     nothing = error_of(varlora_("tune", *options, "--method", "adamw", "--out", tmp_path / "other.yaml"))
     assert "Nothing is left to `adamw` to find" in nothing
 

@@ -273,6 +273,15 @@ def test_rows_of_another_task_are_told_by_their_uncertainty(rows):
                 assert math.isnan(outside.epistemic.values[i])
 
 
+def test_rows_of_another_task_by_other_draws_are_left_out(tmp_path):
+    run = with_texts(write_run(tmp_path / "run"))
+    own = load_predictions(run / "predictions.safetensors")
+    for meta, shown in ((own.meta, 1), ({**own.meta, "tau": "9.0"}, 0), ({**own.meta, "noise": "latin"}, 0)):
+        save_predictions(replace(own, meta=meta), run / "predictions-ood-boolq.safetensors")
+        found = [out_of_distribution(row) for row in rows_of_runs(read_runs([run])[0])[0]]
+        assert {len(outside) for outside in found} == {shown}
+
+
 def test_a_damaged_file_of_other_rows_is_named_and_does_not_stop_the_report(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "predictions-ood-boolq.safetensors").write_bytes(b"")

@@ -15,7 +15,6 @@ import varlora
 from varlora import metrics
 from varlora.calibration import Calibration
 from varlora.config import Settings, settings_from, settings_of
-from varlora.drawing import PLAIN
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
@@ -161,7 +160,7 @@ def test_a_posterior_is_used_as_was_chosen_unless_its_variance_is_given(run_dir)
         (calibrated, (None, 1.0), (plain.posterior, 10, 1.0)),
     ):
         posterior, samples, tau, how = loaded.used(*given)
-        assert how == PLAIN
+        assert how.changed() == {}
         assert (type(posterior), samples, tau) == (type(expected[0]), *expected[1:])
         assert same(posterior.tensors(), expected[0].tensors())
 
@@ -243,6 +242,17 @@ def test_a_finished_run_is_left_alone(run_dir):
     assert train(settings_of(run_dir), resume=True, say=said.append) == run_dir
     assert "trained already" in said[0]
     assert (run_dir / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "posterior.safetensors", "manifest.json"])
+def test_a_finished_run_that_is_damaged_is_made_again_from_its_checkpoint(run_dir, tmp_path, name):
+    copy, said = shutil.copytree(run_dir, tmp_path / "copy"), []
+    file = copy / "adapter" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    settings = dataclasses.replace(settings_of(copy), run_dir=str(copy))
+    train(settings, resume=True, say=said.append)
+    assert "made again from the last checkpoint" in said[0]
+    assert same(load(copy).posterior.tensors(), load(run_dir).posterior.tensors())
 
 
 def test_a_run_that_fails_early_leaves_no_directory(base, tmp_path):

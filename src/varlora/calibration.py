@@ -24,13 +24,15 @@ from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import check_draws
 from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
-from varlora.temperature import fit_temperature
+from varlora.temperature import at_an_end, fit_temperature
 
 __all__ = ["Calibration", "Search", "Trial", "calibrate", "load_calibration", "save_calibration"]
 
 FILE = "calibration.json"
 TAUS = (1 / 64, 16.0)
 """Between these τ is looked for."""
+FEW = 20
+"""Held-out rows, below which what is chosen on them is doubted."""
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Shares of weights that are tried, one after the other while it helps."""
 SEARCH_DRAWS = 8
@@ -99,6 +101,20 @@ class Search:
     passes: int
     """Passes of a model over them."""
 
+    def doubts(self) -> list[str]:
+        """Return in words what the held-out rows were too few to tell."""
+        chosen, found = self.chosen, []
+        if self.rows < FEW:
+            found.append(
+                f"Chosen on {self.rows} held-out rows, which tell little: what looks best on them may be chance."
+            )
+        if chosen.tau in TAUS:
+            found.append(f"tau is at the end of its range, {chosen.tau:g}: the held-out rows do not set it.")
+        temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
+        if at_an_end(temperature):
+            found.append(f"The temperature is at the end of its range, {temperature:.3g}: these rows do not set it.")
+        return [f"{words} Hold out more rows (`calibration_fraction`)." for words in found]
+
 
 def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, how: Drawing = PLAIN) -> Search:
     """Choose τ, the share that is pruned, the temperature and the number of draws on held-out rows.
@@ -119,7 +135,8 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, how: Drawing 
     pruned = _share(trials, tau)
     mean = trials.made(0.0, pruned)
     drawn = _number(trials, tau, pruned) if tau else mean
-    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples, how.last_layers, how.noise)
+    noise = how.noise or "independent"
+    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples, how.last_layers, noise)
     return Search(chosen, tuple(trials.trials), trials.rows, trials.passes)
 
 
@@ -196,7 +213,8 @@ def _share(trials: _Trials, tau: float) -> float:
             break
         best = trials.made(tau, share)
     gain = trials.losses[whole] - trials.losses[best]
-    return best.pruned if gain.mean() > gain.std() / math.sqrt(len(gain)) else 0.0
+    clear = len(gain) > 1 and gain.mean() > gain.std() / math.sqrt(len(gain))
+    return best.pruned if clear else 0.0
 
 
 def _number(trials: _Trials, tau: float, pruned: float) -> Trial:

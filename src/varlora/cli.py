@@ -237,6 +237,8 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
     say = _speaker(console)
     settings = _settings(arguments)[0]
     out, picture = arguments.out, arguments.out.with_suffix(".png")
+    if out == picture:
+        raise VarloraError(f"Expected `--out` to be a recipe, but {out} is where the picture goes. Give it as `.yaml`.")
     for path in (out, picture):
         if path.exists() and not arguments.overwrite:
             raise VarloraError(f"{path} exists already. Pass `--overwrite`, or another `--out`.")
@@ -336,8 +338,13 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             at_mean, of_draws = temperatures["mean"], temperatures["draws"]
             say(f"{run_dir}: temperature {at_mean:.2f} at the mean, {of_draws:.2f} of the draws")
     console.print(table)
-    say(f"Written: predictions.safetensors and metrics.json in {' '.join(map(str, arguments.runs))}")
-    say(f"Next: varlora report {' '.join(map(str, arguments.runs))}")
+    runs, suffix = " ".join(map(str, arguments.runs)), "-calibration" if arguments.split == "calibration" else ""
+    say(f"Written: predictions{suffix}.safetensors and metrics{suffix}.json in {runs}")
+    say(
+        "Reports leave the held-out rows out: they are there to choose on."
+        if suffix
+        else f"Next: varlora report {runs}"
+    )
 
 
 def _drawing(arguments: argparse.Namespace) -> Drawing:
@@ -355,7 +362,13 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
 
     say = _speaker(console)
     source = "standard input" if arguments.input == "-" else arguments.input
-    suffix = f".{arguments.format}" if arguments.format else ".jsonl" if arguments.input == "-" else Path(source).suffix
+    suffix = (
+        f".{arguments.format}"
+        if arguments.format
+        else ".jsonl"
+        if arguments.input == "-"
+        else Path(source).suffix.lower()
+    )
     if Path(arguments.output).is_dir():
         raise VarloraError(f"Expected `--output` to be a file, but {arguments.output} is a folder. Add a file name.")
     try:
@@ -783,13 +796,13 @@ def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
 
 def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add how draws are made and run; `_drawing` reads it."""
-    _noise_arguments(parser, "independent", "default: what `calibrate` chose, else independent")
+    _noise_arguments(parser, None, "default: what `calibrate` chose, else independent")
     parser.add_argument(
         "--tolerance", type=float, help="stop drawing for a row at this standard error of its probabilities"
     )
 
 
-def _noise_arguments(parser: argparse.ArgumentParser, noise: str, when: str) -> None:
+def _noise_arguments(parser: argparse.ArgumentParser, noise: str | None, when: str) -> None:
     parser.add_argument(
         "--noise",
         choices=("independent", "antithetic", "latin"),
@@ -797,7 +810,10 @@ def _noise_arguments(parser: argparse.ArgumentParser, noise: str, when: str) -> 
         help=f"what the draws are to one another ({when})",
     )
     parser.add_argument(
-        "--last-layers", type=int, metavar="K", help="draw the last K adapted layers alone (default: all)"
+        "--last-layers",
+        type=int,
+        metavar="K",
+        help="draw the last K adapted layers alone (default: as `--noise`, else all)",
     )
 
 

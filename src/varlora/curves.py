@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from varlora import metrics
-from varlora.predictions import Predictions
+from varlora.predictions import Predictions, made_unlike
 from varlora.results import EvaluatedRun, Row, Stat
 
 __all__ = [
@@ -173,12 +173,15 @@ def _numbers(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def out_of_distribution(row: Row) -> list[Outside]:
-    """Return what each other task's rows say, for the tasks that all of the row's runs were evaluated on.
+    """Return what each other task's rows say, for the tasks that all of the row's runs were shown, by the same draws.
 
     Args:
         row: total uncertainty is of its probabilities: at the mean, or of its draws.
     """
-    extras = [run.extra("ood") for run in row.runs]
+    extras = [
+        {task: other for task, other in run.extra("ood").items() if not made_unlike(other.meta, run.meta)}
+        for run in row.runs
+    ]
     found = []
     for task in sorted(set.intersection(*(set(extra) for extra in extras))):
         total, epistemic = [], []

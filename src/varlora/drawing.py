@@ -51,9 +51,10 @@ class Drawing:
 
     stacked: bool = True
     """Run the draws as one batch wherever the model allows it; else one after the other."""
-    noise: Noise = "independent"
-    """`antithetic`: every second draw mirrors the one before it at the mean (Hammersley and Morton 1956). `latin`: each
-    number that the S draws are made of lies once in each of S equally probable ranges (McKay et al. 1979)."""
+    noise: Noise | None = None
+    """`independent`, as None is where no calibration chose another. `antithetic`: every second draw mirrors the one
+    before it at the mean (Hammersley and Morton 1956). `latin`: each number that the S draws are made of lies once in
+    each of S equally probable ranges (McKay et al. 1979)."""
     last_layers: int | None = None
     """Draw only the adapter's last so many layers; those below stay at the mean and are computed once. None: all."""
     tolerance: float | None = None
@@ -63,7 +64,7 @@ class Drawing:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.noise not in NOISES:
+        if self.noise not in (None, *NOISES):
             problems.append(f"Expected `noise` to be one of {', '.join(NOISES)}, but got {self.noise!r}.")
         if self.last_layers is not None and self.last_layers < 1:
             problems.append(f"Expected `last_layers` to be >= 1, but got {self.last_layers}. Leave it out to draw all.")
@@ -80,12 +81,15 @@ class Drawing:
         Example:
             >>> Drawing(last_layers=2).over(Drawing(noise="latin", last_layers=8))
             Drawing(stacked=True, noise='latin', last_layers=2, tolerance=None, tokens=None)
+            >>> Drawing(noise="independent").over(Drawing(noise="latin")).noise
+            'independent'
         """
         return dataclasses.replace(chosen, **self._said())
 
     def changed(self) -> dict[str, str]:
         """Return what changes predictions by more than rounding, as far as it is not the default."""
-        return {name: str(value) for name, value in self._said().items() if name not in ("stacked", "tokens")}
+        said = self._said().items()
+        return {n: str(v) for n, v in said if n not in ("stacked", "tokens") and (n, v) != ("noise", "independent")}
 
     def _said(self) -> dict[str, Any]:
         """Return what is not the default."""

@@ -179,7 +179,7 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
             "its Gaussian over the weights, without the linearisation: their probabilities differ from `varlora "
             "predict`'s, and are often worse. Test them before you rely on them, or export the mean (`--samples 0`)."
         )
-    if samples and len(draws) == 1:
+    if samples > 1 and len(draws) == 1:
         notes.append("All draws of this posterior are one model, so there is nothing to average: the export has one.")
     if holds(posterior, Mixture):
         notes.append("An ensemble has no single mean: `mean/` is its first member's.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError
 from varlora.metrics import Uncertainty, average_probs, uncertainty
 from varlora.run import load_tensors, save_tensors
 
-__all__ = ["Predictions", "Temperatures", "load_predictions", "meta_of", "save_predictions"]
+__all__ = ["Predictions", "Temperatures", "load_predictions", "made_unlike", "meta_of", "save_predictions"]
+
+MADE = ("samples", "tau", "seed", *(of.name for of in fields(Drawing)))
+"""What of the meta data says how the draws were made."""
 
 
 class Temperatures(NamedTuple):
@@ -94,6 +98,16 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
     }
     texts = {name: json.dumps(getattr(predictions, name)) for name in ("ids", "slices", "prompts", "answers")}
     save_tensors(path, tensors, {**predictions.meta, **texts})
+
+
+def made_unlike(one: Mapping[str, str], other: Mapping[str, str], *also: str) -> list[str]:
+    """Return in what the draws of two predictions differ, by their meta data; and in what else is named.
+
+    Example:
+        >>> made_unlike({"samples": "4", "task": "a"}, {"samples": "8", "task": "b"}, "task")
+        ['samples', 'task']
+    """
+    return [key for key in (*MADE, *also) if one.get(key) != other.get(key)]
 
 
 def meta_of(path: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from varlora.bootstrap import Difference, paired_differences
 from varlora.errors import VarloraError
 from varlora.methods import METHODS
+from varlora.predictions import made_unlike
 from varlora.results import EvaluatedRun, Row, Skipped, rows_of_runs
 from varlora.table import (
     ALL,
@@ -408,7 +409,8 @@ def _scaled(runs: Sequence[EvaluatedRun]) -> tuple[list[EvaluatedRun], list[str]
             notes.append(f"{run.run}: left out at other τ: {error}")
             continue
         for name, predictions in others.items():
-            differ = [key for key in ("task", "split", "samples") if predictions.meta.get(key) != run.meta[key]]
+            unlike = made_unlike(predictions.meta, run.meta, "task", "split")
+            differ = [key for key in unlike if key != "tau"]
             if differ or "tau" not in predictions.meta:
                 notes.append(
                     f"{run.run}: left out at τ = {name}: {' and '.join(differ) or 'tau'} differ. Evaluate again."

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from varlora import metrics
 
-__all__ = ["fit_temperature"]
+__all__ = ["at_an_end", "fit_temperature"]
 
 RANGE = (0.05, 50.0)
 STEPS = 60  # of golden sections: the bracket shrinks to 1e-12 of itself
+
+
+def at_an_end(temperature: float) -> bool:
+    """Whether a temperature is at an end of the range, so that rows do not set it.
+
+    Example:
+        >>> at_an_end(1.0), at_an_end(50.0)
+        (False, True)
+    """
+    return not 1.001 * RANGE[0] < temperature < RANGE[1] / 1.001
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None) -> float:
@@ -58,7 +68,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, right) if loss(left) <= loss(right) else (left, high)
     temperature = math.exp((low + high) / 2)
-    if say and not 1.001 * RANGE[0] < temperature < RANGE[1] / 1.001:
+    if say and at_an_end(temperature):
         say(
             f"The temperature is at the end of its range, {temperature:.3g}: the {len(labels)} held-out rows do not "
             "set it. Hold out more rows (`calibration_fraction`)."

@@ -28,10 +28,11 @@ from varlora.model import base_fingerprint, load_model
 from varlora.overhead import Overhead, measure_overhead
 from varlora.params import trainable
 from varlora.posterior import Posterior, Tempered
+from varlora.posterior.base import check_draws
 from varlora.predict import predict
-from varlora.predictions import Predictions, load_predictions, save_predictions
+from varlora.predictions import Predictions, load_predictions, made_unlike, save_predictions
 from varlora.prompt import PROMPT_VERSION, Encoded
-from varlora.run import origin, prepare_run_dir, read_json, write_json
+from varlora.run import origin, prepare_run_dir, read_json, verify_manifest, write_json
 from varlora.sources import check_sources, identities, load_sources, trains_on
 from varlora.tasks import Task, get_task, load_rows, split_calibration
 from varlora.tasks.base import Example
@@ -188,8 +189,13 @@ def train(
     run_dir = settings.folder
     check_run_dir(settings, resume=resume, overwrite=overwrite)
     if resume and (run_dir / "adapter").is_dir():
-        say(f"{run_dir} is trained already; nothing is left to do.")
-        return run_dir
+        try:
+            verify_manifest(run_dir / "adapter")
+        except DamagedFileError as error:
+            say(f"{error} It is made again from the last checkpoint.")
+        else:
+            say(f"{run_dir} is trained already; nothing is left to do.")
+            return run_dir
     method = settings.build_method()
     task = get_task(settings.task)
     examples, held_out = training_rows(task, settings, say)
@@ -266,7 +272,7 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
         prepare_run_dir(run_dir, resume=resume)
     if resume and (run_dir / "config.json").is_file():
         check_unchanged(settings)
-        begun = [source["adapter"] for source in read_json(run_dir / "config.json").get("concluded_from", [])]
+        begun = [source["adapter"] for source in read_json(run_dir / "config.json").get("concluded_from") or []]
         if not finished and begun != [source["adapter"] for source in identities(settings)]:
             raise VarloraError(
                 f"Expected the finished runs that {run_dir} was begun from, but their adapters are others. "
@@ -405,6 +411,11 @@ def rows_of_split(task: Task, split: str, settings: Settings, say: Say) -> list[
     if split == "calibration":
         calibration = training_rows(task, settings, say)[1]
         if not calibration:
+            if settings.sources:
+                raise VarloraError(
+                    "This run was concluded from finished ones that held out no rows in common, so none are left to "
+                    "choose on. Calibrate those, or train `ensemble` itself with `--calibration-fraction 0.1`."
+                )
             raise VarloraError("This run held no rows out for calibration. Train with `--calibration-fraction 0.1`.")
         return calibration
     rows = load_rows(task, split, settings.data_dir, settings.skip_bad_rows, settings.row_filter)
@@ -466,6 +477,9 @@ def evaluate(
     if trained_with != task.version:
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
     loaded = load(run_dir, model=model)
+    check_draws(samples, what="samples")
+    for factor in (tau, *taus):
+        loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
 
     def predicted(
         split: str, task: Task = task, tau: float = tau, loaded: Loaded = loaded, **draws: Any
@@ -498,7 +512,9 @@ def evaluate(
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
     others = [get_task(name) for name in ood]
+    beside = run_dir / f"predictions{CALIBRATED}.safetensors"
     (run_dir / "metrics.json").unlink(missing_ok=True)  # it is written last: where it is, all is there
+    beside.unlink(missing_ok=True)  # of other rows or draws, it may be
     predictions = predicted(split)
     save_predictions(predictions, run_dir / "predictions.safetensors")
     for other in others:
@@ -509,8 +525,6 @@ def evaluate(
     if calibrated and loaded.calibration is None and settings.calibration_fraction:
         search = calibrate(run_dir, seed=seed, token_budget=token_budget, data_dir=data_dir, model=model, say=say)
         loaded = dataclasses.replace(loaded, calibration=search.chosen)
-    beside = run_dir / f"predictions{CALIBRATED}.safetensors"
-    beside.unlink(missing_ok=True)
     if (chosen := loaded.calibration) is not None:
         used = dataclasses.replace(loaded, posterior=loaded.calibrated)
         tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=how.over(chosen.how))
@@ -585,6 +599,9 @@ def calibrate(
         return found.logits, found.labels
 
     search = search_calibration(loaded.posterior, draw, samples, how)
+    for doubt in search.doubts():
+        say(doubt)
+    (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of what was chosen before
     save_calibration(search, run_dir / "adapter")
     return search
 
@@ -604,8 +621,7 @@ def held_out_predictions(run_dir: Path, meta: Mapping[str, str]) -> Predictions 
     if not path.is_file():
         return None
     found = load_predictions(path)
-    keys = ("samples", "tau", "seed", "task", "task_version", *(of.name for of in dataclasses.fields(Drawing)))
-    return found if all(found.meta.get(key) == meta.get(key) for key in keys) else None
+    return None if made_unlike(found.meta, meta, "task", "task_version") else found
 
 
 def _results(predictions: Predictions) -> dict[str, Any]:
