@@ -411,7 +411,7 @@ def rows_of_split(task: Task, split: str, settings: Settings, say: Say) -> list[
     if split == "calibration":
         calibration = training_rows(task, settings, say)[1]
         if not calibration:
-            if settings.sources:
+            if len(settings.sources) > 1:
                 raise VarloraError(
                     "This run was concluded from finished ones that held out no rows in common, so none are left to "
                     "choose on. Calibrate those, or train `ensemble` itself with `--calibration-fraction 0.1`."
