@@ -268,7 +268,7 @@ def test_half_a_character_is_a_bad_row(tmp_path):
     """Legal JSON, as of an emoji that was cut in two; no tokenizer takes it."""
     task = get_task(task_file(tmp_path))
     lines = [b'{"text": "whole \\ud83d\\ude00", "y": 0}', b'{"text": "half \\ud83d", "y": 0}']
-    with pytest.raises(TaskError, match="line 2: .*lone surrogate"):
+    with pytest.raises(TaskError, match=r"line 2: .*lone surrogate"):
         make_examples(task, parse_rows(lines, ".jsonl"), "mine")
     found = make_examples(task, parse_rows(lines, ".jsonl"), "mine", skip_bad_rows=True)
     assert (len(found.examples), found.skipped) == (1, 1)
