@@ -18,8 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from _common import Titled, count, in_document, parser, print_table, set_up, write_result
-from inference import DOCUMENT, InTurn, bases_of, cell_of, in_turn, matmul_rate, random_posterior
+from _common import Titled, in_document, print_table, set_up, write_result
+from inference import DOCUMENT, InTurn, bases_of, cell_of, draws_parser, in_turn, matmul_rate, random_posterior
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -71,13 +71,7 @@ def speed_table(name: str, cells: Sequence[dict[str, Any]]) -> Titled:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    made = parser(__doc__, "beginnings")
-    made.add_argument("--device", default="cpu", help="default: %(default)s")
-    made.add_argument("--bases", nargs="*", help="folders of bases (default: the demo's, and tinyllama-3m)")
-    made.add_argument("--rows", nargs="+", type=count, default=[1, 8], help="B (default: 1 8)")
-    made.add_argument("--rounds", type=count, default=5, help="timed rounds (default: %(default)s)")
-    made.add_argument("--document", action="store_true", help="write the tables into docs/inference.md as well")
-    args = made.parse_args(argv)
+    args = draws_parser(__doc__, "beginnings", [1, 8]).parse_args(argv)
     set_up(args)
     disable_progress_bar()
     device = torch.device(args.device)

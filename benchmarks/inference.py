@@ -13,6 +13,7 @@ cheaper ways cost in NLL is in draws.py.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 import tempfile
@@ -249,6 +250,17 @@ def documented(text: str, found: dict[str, Any]) -> str:
     return in_document(text, "inference", [speed_table(name, of) for name, of in found["speed"].items()])
 
 
+def draws_parser(description: str | None, name: str, rows: list[int]) -> argparse.ArgumentParser:
+    """Return a parser of what benchmarks of draws are told."""
+    made = parser(description, name)
+    made.add_argument("--device", default="cpu", help="default: %(default)s")
+    made.add_argument("--bases", nargs="*", help="folders of bases (default: the demo's, and tinyllama-3m)")
+    made.add_argument("--rows", nargs="+", type=count, default=rows, help=f"B (default: {' '.join(map(str, rows))})")
+    made.add_argument("--rounds", type=count, default=5, help="timed rounds (default: %(default)s)")
+    made.add_argument("--document", action="store_true", help="write the tables into docs/inference.md as well")
+    return made
+
+
 def bases_of(args: Any) -> list[str]:
     """Return the folders of the bases that are asked for."""
     if args.bases is not None:
@@ -257,14 +269,9 @@ def bases_of(args: Any) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    made = parser(__doc__, "inference")
-    made.add_argument("--device", default="cpu", help="default: %(default)s")
-    made.add_argument("--bases", nargs="*", help="folders of bases (default: the demo's, and tinyllama-3m)")
+    made = draws_parser(__doc__, "inference", [1, 8, 64])
     made.add_argument("--llama2-7b", action="store_true", help="the shape of Llama-2-7B with random weights, bfloat16")
     made.add_argument("--draws", nargs="+", type=count, default=[1, 4, 10, 32], help="S (default: 1 4 10 32)")
-    made.add_argument("--rows", nargs="+", type=count, default=[1, 8, 64], help="B (default: 1 8 64)")
-    made.add_argument("--rounds", type=count, default=5, help="timed rounds (default: %(default)s)")
-    made.add_argument("--document", action="store_true", help="write the tables into docs/inference.md as well")
     args = made.parse_args(argv)
     set_up(args)
     disable_progress_bar()
