@@ -250,8 +250,8 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
             table.add_row(f"{trial['sigma']:.4g}", f"{trial['kl']:.4g}")
         console.print(table)
         say(
-            f"On {found['rows']} training rows. A change of {found['bound']:.3g} is borne, as {found['epochs']:.1f} "
-            "epochs are to come."
+            f"By {found['draws']} draws on {found['rows']} training rows. A change of {found['bound']:.3g} is borne, "
+            f"as {found['epochs']:.1f} epochs are to come."
         )
         if by_layer := prepared.settings["sigma_by_layer"]:
             layers = Table("layer", "sigma")
@@ -340,11 +340,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     console.print(table)
     runs, suffix = " ".join(map(str, arguments.runs)), "-calibration" if arguments.split == "calibration" else ""
     say(f"Written: predictions{suffix}.safetensors and metrics{suffix}.json in {runs}")
-    say(
-        "Reports leave the held-out rows out: they are there to choose on."
-        if suffix
-        else f"Next: varlora report {runs}"
-    )
+    say("No report shows them: these rows are there to choose on." if suffix else f"Next: varlora report {runs}")
 
 
 def _drawing(arguments: argparse.Namespace) -> Drawing:
@@ -362,13 +358,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
 
     say = _speaker(console)
     source = "standard input" if arguments.input == "-" else arguments.input
-    suffix = (
-        f".{arguments.format}"
-        if arguments.format
-        else ".jsonl"
-        if arguments.input == "-"
-        else Path(source).suffix.lower()
-    )
+    of_name = ".jsonl" if arguments.input == "-" else Path(source).suffix.lower()
+    suffix = f".{arguments.format}" if arguments.format else of_name
     if Path(arguments.output).is_dir():
         raise VarloraError(f"Expected `--output` to be a file, but {arguments.output} is a folder. Add a file name.")
     try:
@@ -813,7 +804,7 @@ def _noise_arguments(parser: argparse.ArgumentParser, noise: str | None, when: s
         "--last-layers",
         type=int,
         metavar="K",
-        help="draw the last K adapted layers alone (default: as `--noise`, else all)",
+        help="draw the last K adapted layers alone (default: all; of a calibrated run, what was chosen)",
     )
 
 
