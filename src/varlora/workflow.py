@@ -192,7 +192,7 @@ def train(
         try:
             verify_manifest(run_dir / "adapter")
         except DamagedFileError as error:
-            say(f"{error} It is made again from the last checkpoint.")
+            say(f"{error} It is made again, from the last checkpoint where there is one.")
         else:
             say(f"{run_dir} is trained already; nothing is left to do.")
             return run_dir
