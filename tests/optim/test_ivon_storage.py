@@ -228,6 +228,14 @@ def test_the_state_of_another_model_is_refused_and_leaves_everything() -> None:
     assert same(finish(parameters, optimizer), after_two_steps())
 
 
+def test_the_same_names_in_another_order_are_refused_and_leave_everything() -> None:
+    named = [(name, nn.Parameter(torch.full((3,), value))) for name, value in (("a", 1.0), ("b", 2.0))]
+    saved, other = (IVON(of, lr=0.1, ess=1.0, hess_init=1.0) for of in (named, named[::-1]))
+    with pytest.raises(ValueError, match="number 0 is 'b' and was 'a'"):
+        other.load_state_dict(saved.state_dict())
+    assert {name: mean.tolist() for name, mean in other.posterior().mean.items()} == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
 def after_two_steps() -> list[Tensor]:
     parameters, optimizer = make()
     run(optimizer, parameters, range(2))

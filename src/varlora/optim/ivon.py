@@ -486,8 +486,9 @@ class IVON(torch.optim.Optimizer):
             state_dict: what `state_dict` returned, for parameters of the same shapes in the same order.
 
         Raises:
-            ValueError: groups or shapes are those of another model.
+            ValueError: groups or shapes are those of another model, or the same names are in another order.
         """
+        _check_order(state_dict["param_groups"], self.param_groups)
         parameters = [p for group in self.param_groups for p in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for parameter, index in zip(parameters, indices):
@@ -605,6 +606,17 @@ def _check_names(groups: Sequence[dict[str, Any]]) -> None:
         raise ValueError(
             f"Expected each parameter to have a name of its own, but {twice[0]!r} is there {counts[twice[0]]} times. "
             "Take the names from the whole model: `[(name, p) for name, p in model.named_parameters() if ...]`."
+        )
+
+
+def _check_order(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> None:
+    """Raise if the saved names are ours, but in another order: state and noise are a parameter's by its position."""
+    theirs, mine = ([name for group in groups for name in group.get("param_names", ())] for groups in (saved, ours))
+    if theirs != mine and sorted(theirs) == sorted(mine):
+        at = next(i for i, (a, b) in enumerate(zip(theirs, mine)) if a != b)
+        raise ValueError(
+            f"Expected the parameters in the order in which they were saved, but number {at} is {mine[at]!r} and was "
+            f"{theirs[at]!r}. Make the optimizer with them in the saved order: `param_names` of its `param_groups`."
         )
 
 
