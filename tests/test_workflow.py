@@ -16,7 +16,7 @@ from varlora import metrics
 from varlora.calibration import Calibration
 from varlora.config import Settings, settings_from, settings_of
 from varlora.drawing import PLAIN
-from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.errors import ConfigError, DamagedFileError, TaskError, VarloraError
 from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
 from varlora.workflow import answer_rows, check_run_dir, evaluate, load, rows_of_split, train, validate
@@ -301,6 +301,22 @@ def test_a_run_directory_can_be_moved(run_dir, tmp_path):
     assert settings_of(copy).folder == copy
     assert evaluate(copy, samples=1, say=silent)["rows"] == 2
     assert (copy / "metrics.json").is_file()
+
+
+def test_a_run_outlives_its_task_file(base, bundled, tmp_path):
+    shutil.copytree(bundled.parent / "tasks", tmp_path / "here")
+    task = tmp_path / "here" / "four_choices.yaml"
+    mine = {**base, "task": str(task), "data_dir": None, "run_dir": str(tmp_path / "run")}
+    run = train(settings_from(mine), say=silent)
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    assert load(run).posterior is not None
+    with pytest.raises(TaskError, match=r"Point `data_dir`"):
+        evaluate(run, samples=1, say=silent)
+    assert evaluate(run, samples=1, data_dir=moved, say=silent)["rows"] > 2
+    elsewhere = {**mine, "task": str(moved / task.name)}
+    assert train(settings_from(elsewhere), resume=True, say=silent) == run
+    with pytest.raises(VarloraError, match=r"`task` is .*two_choices\.yaml' and was .*task\.yaml'"):
+        train(settings_from({**mine, "task": str(moved / "two_choices.yaml")}), resume=True, say=silent)
 
 
 def test_settings_may_come_from_python_alone(base, tmp_path):

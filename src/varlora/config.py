@@ -24,9 +24,10 @@ from varlora.fit import check_method, check_training_arguments
 from varlora.methods import METHODS, Method, Plan
 from varlora.model import LoRA
 from varlora.run import read_json
-from varlora.tasks import get_task
+from varlora.tasks import get_task, is_task_file
 
 __all__ = [
+    "TASK_FILE",
     "Settings",
     "assign_all",
     "convert_all",
@@ -36,6 +37,9 @@ __all__ = [
     "settings_from",
     "settings_of",
 ]
+
+TASK_FILE = "task.yaml"
+"""In a run directory: the task file that it was trained with, for when that is no longer where it was."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +289,12 @@ def settings_of(run_dir: Path) -> Settings:
     config = read_json(run_dir / "config.json")
     if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
         raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
+    stored = {**config["settings"], "run_dir": str(run_dir)}
+    kept, task = run_dir / TASK_FILE, str(stored.get("task"))
+    if is_task_file(task) and kept.is_file() and not Path(task).exists():
+        stored["task"] = str(kept)
     try:
-        return settings_from({**config["settings"], "run_dir": str(run_dir)}, stored=True)
+        return settings_from(stored, stored=True)
     except ConfigError as error:
         versions = config.get("versions")
         version = versions.get("varlora") if isinstance(versions, Mapping) else None
@@ -310,7 +318,7 @@ def _plan(known: Mapping[str, Any]) -> Plan:
 def _absolute(known: Mapping[str, Any]) -> dict[str, Any]:
     """Paths as a run has to remember them, to be found from any folder."""
     paths = {name: Path(known[name]) for name in ("task", "model", "data_dir") if known.get(name)}
-    if paths["task"].suffix not in (".yaml", ".yml"):
+    if not is_task_file(paths["task"]):
         del paths["task"]  # a name
     found: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
     if known.get("sources"):

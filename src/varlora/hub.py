@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from varlora.calibration import FILE as CALIBRATION
 from varlora.calibration import load_calibration
 from varlora.card import PICTURE, model_card
-from varlora.config import Settings, settings_from, settings_of
+from varlora.config import TASK_FILE, Settings, settings_from, settings_of
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.run import (
     MANIFEST,
@@ -50,7 +50,7 @@ from varlora.run import (
     write_json,
     write_text,
 )  # fmt: skip
-from varlora.tasks import TASKS, get_task
+from varlora.tasks import TASKS, get_task, is_task_file
 from varlora.workflow import Loaded, load_parts
 
 __all__ = ["FILES", "from_pretrained", "push_to_hub"]
@@ -58,8 +58,8 @@ __all__ = ["FILES", "from_pretrained", "push_to_hub"]
 Say = Callable[[str], None]
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "posterior.safetensors", "posterior_config.json")
-FACTS, TASK, CARD = "varlora.json", "task.yaml", "README.md"
-READ = (*ADAPTER, FACTS, TASK, MANIFEST, CALIBRATION)
+FACTS, CARD = "varlora.json", "README.md"
+READ = (*ADAPTER, FACTS, TASK_FILE, MANIFEST, CALIBRATION)
 """All that is downloaded."""
 FILES = (*READ, CARD, PICTURE)
 """All that is uploaded."""
@@ -168,11 +168,11 @@ def _lay_out(run_dir: Path, name: str, settings: Settings, folder: Path) -> None
     plain |= {"data_dir": None, "run_dir": None, "sources": _numbered(settings.sources)}
     arguments = settings.training_arguments.items()
     plain["training_arguments"] = {key: value for key, value in arguments if isinstance(value, (bool, int, float))}
-    if Path(settings.task).suffix in (".yaml", ".yml"):
+    if is_task_file(settings.task):
         text = yaml.safe_load(Path(settings.task).read_text(encoding="utf-8"))
         text["files"] = {split: Path(file).name for split, file in text["files"].items()}
-        write_text(folder / TASK, yaml.safe_dump(text, sort_keys=False, allow_unicode=True))
-        plain["task"] = TASK
+        write_text(folder / TASK_FILE, yaml.safe_dump(text, sort_keys=False, allow_unicode=True))
+        plain["task"] = TASK_FILE
     facts = {"settings": plain, **{key: config[key] for key in KEPT if key in config}}
     sources = [{"method": source.get("method")} for source in config.get("concluded_from") or []]
     write_json(folder / FACTS, facts | {"concluded_from": sources, "pushed": _elsewhere(origin())})
@@ -254,19 +254,19 @@ def _checked(folder: Path, name: str, model: str | None) -> tuple[Mapping[str, A
     listed, facts = read_json(folder / MANIFEST), read_json(folder / FACTS)
     if not isinstance(listed, Mapping) or not {*ADAPTER, FACTS} <= {*listed} <= {*READ}:
         raise DamagedFileError(f"Expected {folder / MANIFEST} to list the files of an adapter, and no others.")
-    if (folder / TASK).exists() and TASK not in listed:
-        raise DamagedFileError(f"{folder / TASK} is in no manifest, so it is not used. Remove it.")
+    if (folder / TASK_FILE).exists() and TASK_FILE not in listed:
+        raise DamagedFileError(f"{folder / TASK_FILE} is in no manifest, so it is not used. Remove it.")
     verify_manifest(folder)
     stored = facts.get("settings") if isinstance(facts, Mapping) else None
     if not isinstance(stored, Mapping) or not isinstance(facts.get("base", ""), str):
         raise DamagedFileError(f"Expected settings in {folder / FACTS}, but there are none.")
-    own = stored.get("task") == TASK
-    if not (TASK in listed if own else isinstance(stored.get("task"), str) and stored["task"] in TASKS):
+    own = stored.get("task") == TASK_FILE
+    if not (TASK_FILE in listed if own else isinstance(stored.get("task"), str) and stored["task"] in TASKS):
         raise DamagedFileError(
-            f"Expected a task's name in {folder / FACTS}, or its own {TASK}, but got {stored.get('task')!r:.80}. "
+            f"Expected a task's name in {folder / FACTS}, or its own {TASK_FILE}, but got {stored.get('task')!r:.80}. "
             f"Known: {', '.join(TASKS)}."
         )
-    here: dict[str, Any] = {"task": str(folder / TASK) if own else stored.get("task"), "data_dir": None}
+    here: dict[str, Any] = {"task": str(folder / TASK_FILE) if own else stored.get("task"), "data_dir": None}
     here |= {"run_dir": None, "sources": _numbered(stored.get("sources"))}
     try:
         settings = settings_from({**stored, **here}, stored=True)
@@ -274,7 +274,7 @@ def _checked(folder: Path, name: str, model: str | None) -> tuple[Mapping[str, A
         raise ConfigError(f"{name}: {problem[:500]}" for problem in error.problems[:20]) from error
     files = get_task(settings.task).files.values() if own else ()
     if any(Path(file).name != file or "\\" in file for file in files):
-        raise DamagedFileError(f"Expected plain file names in {folder / TASK}, but got {', '.join(files)[:200]}.")
+        raise DamagedFileError(f"Expected plain file names in {folder / TASK_FILE}, but got {', '.join(files)[:200]}.")
     if model is None and not BASE.fullmatch(settings.model):
         raise DamagedFileError(
             f"Expected the base of {name} to be a name on the hub, but got {settings.model!r:.200}. If you know the "

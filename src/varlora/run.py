@@ -3,6 +3,7 @@
 | file | what |
 | --- | --- |
 | `config.json` | resolved settings, versions, commit, task and prompt version |
+| `task.yaml` | the task file, of a task of one's own |
 | `adapter/` | a plain PEFT checkpoint of the mean, with the posterior beside it |
 | `member-<k>/` | training of an ensemble's member k: its adapter, log and checkpoints |
 | `predictions.safetensors` | logits of every draw, labels, row ids |

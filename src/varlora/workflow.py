@@ -18,7 +18,7 @@ from varlora import metrics
 from varlora.calibration import Calibration, Search, load_calibration, save_calibration
 from varlora.calibration import calibrate as search_calibration
 from varlora.checkpoint import load_adapter, load_posterior
-from varlora.config import Settings, settings_from, settings_of
+from varlora.config import TASK_FILE, Settings, settings_from, settings_of
 from varlora.data import EncodedSet, encode_all
 from varlora.drawing import LATIN, PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
@@ -32,9 +32,9 @@ from varlora.posterior.base import check_draws
 from varlora.predict import predict
 from varlora.predictions import Predictions, load_predictions, made_unlike, save_predictions
 from varlora.prompt import PROMPT_VERSION, Encoded
-from varlora.run import origin, prepare_run_dir, read_json, verify_manifest, write_json
+from varlora.run import origin, prepare_run_dir, read_json, verify_manifest, write_bytes, write_json
 from varlora.sources import check_sources, identities, load_sources, trains_on
-from varlora.tasks import Task, get_task, load_rows, split_calibration
+from varlora.tasks import Task, get_task, is_task_file, load_rows, split_calibration
 from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
 
@@ -213,6 +213,8 @@ def train(
         versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
         data = {**checksums, "training_rows": len(encoded.rows), "cut": encoded.cut}
         write_json(run_dir / "config.json", config | versions | data | origin())
+    if is_task_file(settings.task) and not (run_dir / TASK_FILE).exists():
+        write_bytes(run_dir / TASK_FILE, Path(settings.task).read_bytes())
     common: dict[str, Any] = {
         "pad_token_id": pad_of(tokenizer),
         "batch_size": settings.batch_size,
@@ -288,6 +290,8 @@ def check_unchanged(settings: Settings) -> None:
     """
     then, now = settings_of(settings.folder).to_dict(), settings.to_dict()
     changed = [name for name in now if name not in MOVABLE and now[name] != then[name]]
+    if "task" in changed and get_task(now["task"]).name == get_task(then["task"]).name:  # its file was moved
+        changed.remove("task")
     if changed:
         difference = "; ".join(f"`{name}` is {now[name]!r} and was {then[name]!r}" for name in changed)
         raise VarloraError(

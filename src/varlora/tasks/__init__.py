@@ -26,6 +26,7 @@ __all__ = [
     "Rows",
     "Task",
     "get_task",
+    "is_task_file",
     "load_rows",
     "make_examples",
     "parse_rows",
@@ -70,10 +71,20 @@ def get_task(name: str | Path) -> Task:
     """
     if str(name) in TASKS:
         return TASKS[str(name)]
-    if Path(name).suffix in (".yaml", ".yml"):
+    if is_task_file(name):
         return load_task(Path(name))
     hint = f"{did_you_mean(str(name), TASKS)} Or give the path of a task file (.yaml) for data of your own."
     raise ConfigError([f"Expected `task` to be a known task, but got `{name}`. {hint}"])
+
+
+def is_task_file(name: str | Path) -> bool:
+    """Whether a task is named by the path of a task file.
+
+    Example:
+        >>> is_task_file("boolq"), is_task_file("mine/task.yaml")
+        (False, True)
+    """
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 def load_rows(
