@@ -250,7 +250,8 @@ def test_long_logs_are_averaged_to_what_a_screen_shows(tmp_path):
 
 def test_rows_of_another_task_are_told_by_their_uncertainty(rows):
     for row in rows:
-        found = out_of_distribution(row)
+        found, notes = out_of_distribution(row)
+        assert notes == []
         if row.task != "arc_easy" or row.method == "swag":
             assert found == []
             continue
@@ -273,13 +274,17 @@ def test_rows_of_another_task_are_told_by_their_uncertainty(rows):
                 assert math.isnan(outside.epistemic.values[i])
 
 
-def test_rows_of_another_task_by_other_draws_are_left_out(tmp_path):
+def test_rows_of_another_task_by_other_draws_are_left_out_and_noted(tmp_path):
     run = with_texts(write_run(tmp_path / "run"))
     own = load_predictions(run / "predictions.safetensors")
-    for meta, shown in ((own.meta, 1), ({**own.meta, "tau": "9.0"}, 0), ({**own.meta, "noise": "latin"}, 0)):
+    for differs in ({}, {"tau": "9.0"}, {"noise": "latin"}):
+        meta = {**own.meta, **differs}
         save_predictions(replace(own, meta=meta), run / "predictions-ood-boolq.safetensors")
-        found = [out_of_distribution(row) for row in rows_of_runs(read_runs([run])[0])[0]]
-        assert {len(outside) for outside in found} == {shown}
+        found = [out_of_distribution(row)[0] for row in rows_of_runs(read_runs([run])[0])[0]]
+        assert {len(outside) for outside in found} == {0 if differs else 1}
+        text = build_report([run], tmp_path / "out").files["report.html"].read_text()
+        assert all(text.count(f"the run&#39;s own were shown them ({name})") == 1 for name in differs)
+        assert ("rows of boolq are left out" in text) == bool(differs)
 
 
 def test_a_damaged_file_of_other_rows_is_named_and_does_not_stop_the_report(tmp_path):

@@ -172,16 +172,22 @@ def _numbers(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(n for n in names if all(isinstance(v, int | float) and math.isfinite(v) for v in values[n]))
 
 
-def out_of_distribution(row: Row) -> list[Outside]:
+def out_of_distribution(row: Row) -> tuple[list[Outside], list[str]]:
     """Return what each other task's rows say, for the tasks that all of the row's runs were shown, by the same draws.
 
     Args:
         row: total uncertainty is of its probabilities: at the mean, or of its draws.
+
+    Returns:
+        What they say; and in words what was left out, of other draws.
     """
-    extras = [
-        {task: other for task, other in run.extra("ood").items() if not made_unlike(other.meta, run.meta)}
-        for run in row.runs
-    ]
+    extras, notes = [run.extra("ood") for run in row.runs], []
+    for run, extra in zip(row.runs, extras):
+        for task in list(extra):
+            if differ := made_unlike(extra[task].meta, run.meta):
+                del extra[task]
+                why = f"other draws than the run's own were shown them ({', '.join(differ)})"
+                notes.append(f"{run.run}: rows of {task} are left out, as {why}. Evaluate again with `--ood`.")
     found = []
     for task in sorted(set.intersection(*(set(extra) for extra in extras))):
         total, epistemic = [], []
@@ -192,7 +198,7 @@ def out_of_distribution(row: Row) -> list[Outside]:
             both = torch.cat([own.epistemic, other.epistemic])
             epistemic.append(metrics.auroc(both, outside) if row.draws else math.nan)
         found.append(Outside(task, len(extras[0][task].ids), Stat(tuple(total)), Stat(tuple(epistemic))))
-    return found
+    return found, notes
 
 
 def _uncertainty(predictions: Predictions, draws: int) -> metrics.Uncertainty:

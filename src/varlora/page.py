@@ -173,12 +173,13 @@ def _slice_cells(row: Row) -> list[list[str]]:
 
 
 def _outside(rows: Sequence[Row]) -> tuple[list[list[Cell]], list[str]]:
-    """Return the lines of the table of other tasks' rows, and what is wrong with the files that cannot be read."""
-    found, problems = [], []
+    """Return the lines of the table of other tasks' rows, and what is wrong with the files that are left out."""
+    found: list[list[Cell]] = []
+    problems: list[str] = []
     for row in rows:
         if not (row.tempered or row.calibrated):  # a temperature changes no order of rows by much, and says nothing new
             try:
-                others = out_of_distribution(row)
+                others, left_out = out_of_distribution(row)
             except VarloraError as error:
                 problems.append(f"{row.task}, {row.label}: no numbers out of distribution. {error}")
                 continue
@@ -188,6 +189,7 @@ def _outside(rows: Sequence[Row]) -> tuple[list[list[Cell]], list[str]]:
                     for stat in (other.total, other.epistemic)
                 ]
                 found.append([*_names(row), Cell(other.task), Cell(str(other.rows)), *numbers])
+            problems += [note for note in left_out if note not in problems]
     return found, problems
 
 
