@@ -39,6 +39,16 @@ def test_weights_that_follow_noise_wander_as_far_as_foreseen(beta1: float) -> No
     assert wandered(ivon(1e-4, beta1), 300) == pytest.approx(1e-4 * scale.walk(300, beta1), rel=0.07)
 
 
+@pytest.mark.parametrize("epochs", [1.0, 3.3, 33.0])
+def test_that_far_weights_change_predictions_by_their_share_of_an_epoch(epochs: float) -> None:
+    def kl(sigma: float) -> float:
+        return 40 * sigma**2
+
+    sigma, _ = scale.largest_sigma(kl, scale.bound([4, 2], epochs), start=0.01)
+    answers = (math.log(4) + math.log(2)) / 2
+    assert kl(scale.wander(sigma, epochs)) == pytest.approx(scale.WANDER * answers / epochs)
+
+
 def test_with_adamws_learning_rate_they_wander_as_far_as_with_adamw() -> None:
     adamw = wandered(lambda weight: torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0), 300)
     assert wandered(ivon(scale.like_adamw(1e-3, 0.9)), 300) == pytest.approx(adamw, rel=0.12)

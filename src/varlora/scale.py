@@ -9,9 +9,10 @@ with E the epochs of training, as it takes the more noise against learning rows 
 and ln C what it takes to tell C answers apart: that much can be learned, and noise is to hide a share of it. The KL,
 and not the loss, because before training the loss is far from any minimum, and noise may lower it.
 
-**The learning rate** follows from σ. IVON's steps are clipped nearly everywhere, so a weight whose gradient is noise
-makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. σ is to be a fixed multiple of
-that distance: where less noise is drawn than weights wander by themselves, it hides nothing.
+**The learning rate** is held against the same measure. IVON's steps are clipped nearly everywhere, so a weight whose
+gradient is noise makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. Noise of
+that size is to change the predictions by w ln C / E: rows that come E times push the same way E times, and what they
+push towards by chance is learned by heart.
 
 **The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
 gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
@@ -45,12 +46,13 @@ __all__ = [
     "like_adamw",
     "ramp",
     "walk",
+    "wander",
 ]
 
 BOUND = 0.036
 """b: share of ln C that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
-SIGMA_PER_WALK = 1.8
-"""σ at the end of training, over the distance that a weight has wandered."""
+WANDER = 0.12
+"""w: share of ln C that the predictions may change by as weights wander, in one epoch; at E epochs, one E-th of it."""
 FLOOR = 0.1
 """The least share of σ that is drawn: at the first steps."""
 GROWTH, LEAST_GROWTH = 3.5, 0.25
@@ -173,6 +175,20 @@ def walk(steps: int, beta1: float) -> float:
     lags = torch.arange(1, 10_000, dtype=torch.float64)
     together = 1 + 2 * (2 / math.pi * (beta1**lags).asin()).sum().item()
     return math.sqrt(together * sum((1 - step / steps) ** 2 for step in range(steps)))
+
+
+def wander(sigma: float, epochs: float) -> float:
+    """Return how far a weight may wander: as far as noise that changes the predictions by w ln C / E.
+
+    Args:
+        sigma: of noise that changes them by b √E ln C; the change grows as its square.
+        epochs: E, of training.
+
+    Example:
+        >>> round(wander(0.03, epochs=1.0), 3), round(wander(0.06, epochs=16.0), 3)
+        (0.055, 0.014)
+    """
+    return sigma * math.sqrt(WANDER / (BOUND * epochs**1.5))
 
 
 def like_adamw(lr: float, beta1: float) -> float:
