@@ -40,13 +40,27 @@ def test_weights_that_follow_noise_wander_as_far_as_foreseen(beta1: float) -> No
 
 
 @pytest.mark.parametrize("epochs", [1.0, 3.3, 33.0])
-def test_that_far_weights_change_predictions_by_their_share_of_an_epoch(epochs: float) -> None:
+def test_weights_that_wander_change_predictions_by_their_share_of_an_epoch(epochs: float) -> None:
     def kl(sigma: float) -> float:
         return 40 * sigma**2
 
     sigma, _ = scale.largest_sigma(kl, scale.bound([4, 2], epochs), start=0.01)
+    wandered = scale.step_size(sigma, epochs, 4000, 0.9) * scale.walk(4000, 0.9)
     answers = (math.log(4) + math.log(2)) / 2
-    assert kl(scale.wander(sigma, epochs)) == pytest.approx(scale.WANDER * answers / epochs)
+    assert kl(wandered) == pytest.approx(scale.WANDER * answers / epochs)
+
+
+def test_in_few_steps_a_weight_that_goes_straight_comes_further_than_sigma() -> None:
+    steps, sigma = 50, 0.05
+    weight = nn.Parameter(torch.zeros(WEIGHTS))
+    optimizer = ivon(scale.step_size(sigma, epochs=40.0, steps=steps, beta1=0.9))(weight)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(steps):
+        optimizer.train()
+        weight.grad = torch.ones(WEIGHTS)
+        optimizer.step()
+        schedule.step()
+    assert -weight.mean().item() == pytest.approx(scale.STRAIGHT * sigma, rel=0.05)
 
 
 def test_with_adamws_learning_rate_they_wander_as_far_as_with_adamw() -> None:

@@ -12,7 +12,8 @@ and not the loss, because before training the loss is far from any minimum, and 
 **The learning rate** is held against the same measure. IVON's steps are clipped nearly everywhere, so a weight whose
 gradient is noise makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. Noise of
 that size is to change the predictions by w ln C / E: rows that come E times push the same way E times, and what they
-push towards by chance is learned by heart.
+push towards by chance is learned by heart. But a weight that always goes the same way has to come further than σ, or
+noise hides all that it learns, as it would in few steps of large batches.
 
 **The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
 gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
@@ -45,14 +46,16 @@ __all__ = [
     "layer_share",
     "like_adamw",
     "ramp",
+    "step_size",
     "walk",
-    "wander",
 ]
 
 BOUND = 0.036
 """b: share of ln C that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
 WANDER = 0.12
 """w: share of ln C that the predictions may change by as weights wander, in one epoch; at E epochs, one E-th of it."""
+STRAIGHT = 1.5
+"""How far a weight comes at the least that always goes the same way, over σ."""
 FLOOR = 0.1
 """The least share of σ that is drawn: at the first steps."""
 GROWTH, LEAST_GROWTH = 3.5, 0.25
@@ -177,18 +180,26 @@ def walk(steps: int, beta1: float) -> float:
     return math.sqrt(together * sum((1 - step / steps) ** 2 for step in range(steps)))
 
 
-def wander(sigma: float, epochs: float) -> float:
-    """Return how far a weight may wander: as far as noise that changes the predictions by w ln C / E.
+def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
+    """Return αξ, by which a weight moves at the first step at the most.
+
+    With it weights whose gradient is noise wander as far as noise that changes the predictions by w ln C / E, and a
+    weight that goes straight comes further than σ; the learning rate falls linearly to zero.
 
     Args:
-        sigma: of noise that changes them by b √E ln C; the change grows as its square.
+        sigma: of noise that changes the predictions by b √E ln C; the change grows as its square.
         epochs: E, of training.
+        steps: of training.
+        beta1: decay of the gradient's average.
 
     Example:
-        >>> round(wander(0.03, epochs=1.0), 3), round(wander(0.06, epochs=16.0), 3)
-        (0.055, 0.014)
+        >>> round(step_size(0.03, epochs=1.0, steps=400, beta1=0.9), 5)
+        0.0013
+        >>> round(step_size(0.06, epochs=16.0, steps=400, beta1=0.9), 5)  # by the straight path
+        0.00045
     """
-    return sigma * math.sqrt(WANDER / (BOUND * epochs**1.5))
+    wandered = sigma * math.sqrt(WANDER / (BOUND * epochs**1.5))
+    return max(wandered / walk(steps, beta1), STRAIGHT * sigma / (steps / 2))
 
 
 def like_adamw(lr: float, beta1: float) -> float:

@@ -54,7 +54,7 @@ def test_it_finds_what_is_left_to_it() -> None:
     settings, seen = found(Ivon())
     sigma = 1 / math.sqrt(settings["ess"] * settings["hess_init"])
     assert sigma == pytest.approx(seen["sigma"])
-    assert settings["lr"] * 1e-3 == pytest.approx(scale.wander(sigma, epochs=25) / scale.walk(400, 0.9))
+    assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(sigma, 25, 400, 0.9))
     assert settings["noise_warmup"] == scale.growth(25)
     assert settings["cooling"] is True
 
@@ -161,7 +161,7 @@ def test_what_is_given_is_kept() -> None:
     assert 1 / math.sqrt(settings["ess"] * 3e-3) == pytest.approx(seen["sigma"])
     settings, seen = found(Ivon(ess=1e6, hess_init=1e-3))
     assert seen["sigma"] == pytest.approx(0.0316, rel=1e-2)
-    assert settings["lr"] * 1e-3 == pytest.approx(scale.wander(0.0316, epochs=25) / scale.walk(400, 0.9), rel=1e-2)
+    assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(0.0316, 25, 400, 0.9), rel=1e-2)
 
 
 def test_a_learning_rate_may_be_said_in_adamws_terms() -> None:

@@ -180,7 +180,7 @@ class Ivon(Method):
             step = (
                 scale.like_adamw(self.lr_like_adamw, self.beta1)
                 if self.lr_like_adamw is not None
-                else scale.wander(sigma, epochs) / scale.walk(start.steps, self.beta1)
+                else scale.step_size(sigma, epochs, start.steps, self.beta1)
             )
             given["lr"] = step / self.clip_radius
         found |= {"sigma": sigma, "step": given["lr"] * self.clip_radius}
