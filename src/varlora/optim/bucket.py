@@ -394,6 +394,7 @@ class Bucket:
             return True
         if self.kernels is not None and all(_readable(gradient) for gradient in gradients):
             return self.kernels.finite(there, gradients)
+        _check_dense(gradients)
         narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if narrow else None)
         return bool(torch.stack(norms).isfinite().all().item())
@@ -413,6 +414,7 @@ class Bucket:
     def look_at_gradients(self) -> Tensor:
         """Return, on the device, whether a gradient is not finite: what `update` will ask."""
         assert self.gpu_step is not None
+        _check_dense([p.grad for p in self.parameters if p.grad is not None])
         # Of a gradient that kernels cannot read, a copy that they can; in use until the step.
         self.looked_at = [
             None if x is None else x.to(p.dtype).contiguous()
@@ -630,6 +632,15 @@ def _weakly(method: Callable[..., None], i: int) -> Callable[..., None]:
             found(i, tensor)
 
     return hook
+
+
+def _check_dense(gradients: Sequence[Tensor]) -> None:
+    sparse = next((gradient.layout for gradient in gradients if gradient.layout != torch.strided), None)
+    if sparse is not None:
+        raise RuntimeError(
+            f"Expected dense gradients, but got one with layout {sparse}: noise is drawn for all entries, so all have "
+            "a gradient. Make the module without sparse gradients, e.g. `nn.Embedding(..., sparse=False)`."
+        )
 
 
 def _readable(gradient: Tensor) -> bool:

@@ -208,6 +208,7 @@ class IVON(torch.optim.Optimizer):
                         "Pass it to the optimizer, not to a group."
                     )
             _check_names(self.param_groups)
+            _check_real(group["params"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -606,6 +607,16 @@ def _check_names(groups: Sequence[dict[str, Any]]) -> None:
         raise ValueError(
             f"Expected each parameter to have a name of its own, but {twice[0]!r} is there {counts[twice[0]]} times. "
             "Take the names from the whole model: `[(name, p) for name, p in model.named_parameters() if ...]`."
+        )
+
+
+def _check_real(parameters: Sequence[Tensor]) -> None:
+    """Raise if a parameter that is to be trained is complex: the posterior is over real numbers."""
+    found = next((p.dtype for p in parameters if p.requires_grad and p.is_complex()), None)
+    if found is not None:
+        raise ValueError(
+            f"Expected real parameters, but got one of {found}. Make it of real and imaginary parts: "
+            "`nn.Parameter(torch.view_as_real(values))`, and `torch.view_as_complex` where it is used."
         )
 
 
