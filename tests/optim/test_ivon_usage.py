@@ -304,13 +304,18 @@ def test_the_posterior_is_what_draws_are_from() -> None:
 # --- wrong use ---
 
 
-def test_sparse_gradients_and_complex_parameters_are_refused_in_words() -> None:
+@pytest.mark.parametrize("samples", [1, 2])
+def test_sparse_gradients_are_refused_in_words(samples: int) -> None:
     rows = nn.Embedding(5, 3, sparse=True)
-    optimizer = IVON(rows.named_parameters(), lr=0.1, ess=10.0, hess_init=1.0, seed=0)
-    with optimizer.sampled_params(train=True):
-        rows(torch.tensor([1])).sum().backward()
+    optimizer = IVON(rows.named_parameters(), lr=0.1, ess=10.0, hess_init=1.0, mc_samples=samples, seed=0)
     with pytest.raises(RuntimeError, match=r"Expected dense gradients, but got .*sparse=False"):
+        with optimizer.sampled_params(train=True):
+            rows(torch.tensor([1])).sum().backward()
         optimizer.step()
+    assert optimizer.posterior().mean["weight"].equal(rows.weight)
+
+
+def test_complex_parameters_are_refused_in_words() -> None:
     with pytest.raises(ValueError, match=r"Expected real parameters, but got one of torch\.complex64"):
         IVON([nn.Parameter(torch.ones(3, dtype=torch.complex64))], lr=0.1, ess=10.0, hess_init=1.0)
 

@@ -479,6 +479,7 @@ class Bucket:
             torch._foreach_copy_(self.gradients(run.indices), [self.work_views[2][i] for i in run.indices])
 
     def _arrives(self, i: int, gradient: Tensor) -> None:
+        _check_dense([gradient])
         self.arriving[i] = gradient.detach()
 
     @plain()
