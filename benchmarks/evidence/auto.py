@@ -3,7 +3,7 @@
 A setting is a model, its tasks and a number of steps; a group is a way to choose the method's settings. The grid is
 searched on held-out rows, AdamW and SWAG over learning rates, `auto` and `paper` not at all. Every reported run is
 calibrated on its held-out rows as well. Hours on two cores; stopped at any point, the same command goes on, and
-`document.py` writes what came out into docs/scale.md.
+`scale.py` writes what came out into docs/scale.md.
 """
 
 from __future__ import annotations

@@ -184,10 +184,11 @@ def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
     """Return αξ, by which a weight moves at the first step at the most.
 
     With it weights whose gradient is noise wander as far as noise that changes the predictions by w ln C / E, and a
-    weight that goes straight comes further than σ; the learning rate falls linearly to zero.
+    weight that goes straight comes 1.5 σ at the least; the learning rate falls linearly to zero.
 
     Args:
-        sigma: of noise that changes the predictions by b √E ln C; the change grows as its square.
+        sigma: of noise that changes the predictions by b √E ln C, as one that is given is taken to do; the change
+            grows as its square.
         epochs: E, of training.
         steps: of training.
         beta1: decay of the gradient's average.
