@@ -308,10 +308,13 @@ def test_the_posterior_is_what_draws_are_from() -> None:
 def test_sparse_gradients_are_refused_in_words(samples: int) -> None:
     rows = nn.Embedding(5, 3, sparse=True)
     optimizer = IVON(rows.named_parameters(), lr=0.1, ess=10.0, hess_init=1.0, mc_samples=samples, seed=0)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        rows(torch.tensor([1])).sum().backward()
+
     with pytest.raises(RuntimeError, match=r"Expected dense gradients, but got .*sparse=False"):
-        with optimizer.sampled_params(train=True):
-            rows(torch.tensor([1])).sum().backward()
-        optimizer.step()
+        optimizer.step(closure)
     assert optimizer.posterior().mean["weight"].equal(rows.weight)
 
 
