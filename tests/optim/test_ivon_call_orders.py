@@ -88,7 +88,10 @@ class Model:
         if self.contexts:
             self.optimizer.step()
         gradients = any(p.grad is not None for p in self.parameters)
-        if gradients and not self.drawn:
+        # of nothing all gradients are zero: as the first step of all, that is how a checkpoint's reader makes a state
+        empty = not any(p.numel() for p in self.parameters)
+        first = not any(int(self.optimizer.state[p].get("step", 0)) for p in self.parameters)
+        if gradients and not self.drawn and not (empty and first):
             before = self.state()
             with pytest.raises(
                 RuntimeError, match=r"nothing was drawn since the last step. Call `optimizer.train\(\)`"
@@ -122,6 +125,7 @@ class Model:
 
 @settings(max_examples=150, deadline=None)
 @example([((0,), torch.float32, 0)], ["train", "backward", "step", "step"], 1, "price")
+@example([((0,), torch.float32, 0)], ["backward", "step"], 1, "price")
 @example([((), torch.float32, 0)], ["train", "enter", "save and load", "eval", "leave"], 1, "price")
 @given(
     kinds=parameters,
