@@ -118,6 +118,18 @@ def test_answers_as_a_list_by_text_or_index(tmp_path):
     assert [e.label for e in dev(task_file(tmp_path, *rows))] == [1, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize(("label_as", "labels"), [("text", ["2", 1]), ("index", [1, "0"])])
+def test_answers_that_are_numbers_by_text_or_index(tmp_path, label_as, labels):
+    rows = [{"text": "a", "y": y} for y in labels]
+    assert [e.label for e in dev(task_file(tmp_path, *rows, answers=["1", "2"], label_as=label_as))] == [1, 0]
+
+
+@pytest.mark.parametrize(("label_as", "label"), [("text", 1), ("letter", 0), ("index", 2)])
+def test_choices_whose_texts_are_letters_and_numbers(tmp_path, label_as, label):
+    row = {"text": "a", "y": {"text": "A", "letter": "A", "index": 2}[label_as], "c": ["2", "A", "3"]}
+    assert dev(task_file(tmp_path, row, answers=..., choices="c", label_as=label_as))[0].label == label
+
+
 def test_answers_by_booleans_and_numbers_that_yaml_reads_as_such(tmp_path):
     path = task_file(tmp_path, {"text": "a", "y": True}, {"text": "b", "y": False})
     path.write_text('{name: t, prompt: "{text}", label: y, answers: {false: bad, true: good}, files: {dev: dev.jsonl}}')
@@ -167,6 +179,10 @@ PROBLEMS = [
     ({"answers": [True, False]}, "Expected each of `answers` to be text, but got True. Quote it"),
     ({"answers": ["yes", ""]}, "Expected each of `answers` to be text, but got ''"),
     ({"answers": ["yes", "yes"]}, "Expected `answers` to differ"),
+    ({"answers": ["no", "0"]}, "Expected each label to name one of `answers`, but '0' may be several"),
+    ({"label_as": "letter"}, "Expected `label_as` to be one of text, index, but got 'letter'"),
+    ({"label_as": ["text"]}, "Expected `label_as` to be one of text, index, but got ['text']"),
+    ({"answers": {0: "no", 1: "yes"}, "label_as": "index"}, "Expected no `label_as`, as the mapping of `answers`"),
     ({"choices": "options"}, "Expected either `answers` or `choices`"),
     ({"files": {}}, "Expected `files` to name a file for each split"),
     ({"files": {"dev": "dev.parquet"}}, "Expected the file of split `dev` to end in .jsonl, .csv, .tsv"),
@@ -218,7 +234,17 @@ BAD_ROWS = [
         "each choice in field `c` to be non-empty text",
     ),
     ({"answers": ..., "choices": "c"}, {"text": "a", "y": 5, "c": ["a", "b"]}, "field `y` to be one of 'a', 'b', 'A'"),
-    ({"answers": ..., "choices": "c"}, {"text": "a", "y": "s", "c": ["s", "s"]}, "'s' is the text of several"),
+    (
+        {"answers": ..., "choices": "c"},
+        {"text": "a", "y": "s", "c": ["s", "s"]},
+        "name one choice, but 's' may be several",
+    ),
+    (
+        {"answers": ..., "choices": "c"},
+        {"text": "a", "y": 1, "c": ["1", "2"]},
+        "name one choice, but '1' may be several",
+    ),
+    ({"answers": ..., "choices": "c", "label_as": "letter"}, {"text": "a", "y": 0, "c": ["a", "b"]}, "one of 'A', 'B'"),
 ]
 
 

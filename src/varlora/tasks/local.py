@@ -10,7 +10,8 @@ files: {train: train.tsv, dev: dev.tsv}        # relative to the data folder, or
 
 `answers` may be a list: the field then holds an answer's text or its index from 0. For questions with choices of their
 own, `choices` names the field that holds their list: the answers are then A, B, ..., `{choices}` in the prompt stands
-for "A. <text> B. <text>", and the label field holds a choice's text, its letter or its index from 0, in this order.
+for "A. <text> B. <text>", and the label field holds a choice's text, its letter or its index from 0. Where a label may
+be two of these, as 1 with the answers "1" and "2", it is refused until `label_as` says which (text, letter or index).
 
 Optional: `version`; `cut`, the field that is shortened (from its left end) if a prompt is too long, by default the
 longest of the row; `id`, a field; `slice`, a field by whose values a report divides the rows; `evaluation`, the split
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ __all__ = ["load_task"]
 PLAIN = re.compile(r"[^\W.][\w .+-]*")
 """What a task may be called: a task file may come from a stranger, and must not choose where results are written."""
 KEYS = (
-    *("name", "version", "prompt", "cut", "answers", "choices", "label", "id", "slice"),
+    *("name", "version", "prompt", "cut", "answers", "choices", "label", "label_as", "id", "slice"),
     *("files", "evaluation", "limit"),
 )
 MOST = 20
@@ -65,6 +66,8 @@ class _Schema:
     values: Mapping[str, int]
     """Value of the label field, as text -> index into `answers`."""
     label: str
+    label_as: str | None
+    """What the label field holds of an answer, one of its `_names`; None: any of them."""
     cut: str | None
     choices: str | None
     id: str | None
@@ -121,10 +124,11 @@ class _Schema:
         value = _key(row.get(self.label))
         if not choices:
             known = self.values
-        elif value is not None and choices.count(value) > 1:
-            raise TaskError(f"Expected field `{self.label}` to name one choice, but {value!r} is the text of several.")
         else:
-            known = _numbered(choices, LETTERS[: len(choices)])
+            meant = _meant(_names(choices, LETTERS[: len(choices)]), self.label_as)
+            if value is not None and len(meant.get(value, ())) > 1:
+                raise TaskError(f"Expected field `{self.label}` to name one choice, but {_ambiguous(value)}")
+            known = {name: min(indices) for name, indices in meant.items()}
         found = label_index({self.label: value}, self.label, known)
         return None if found is None else list(known.values())[found]
 
@@ -183,7 +187,8 @@ def load_task(path: Path) -> Task:
             f"files are called by it, but got {name!r}."
         )
     pieces = _pieces(config, problems)
-    answers, values = _answers(config, problems)
+    label_as = _label_as(config, problems)
+    answers, values = _answers(config, label_as, problems)
     files = _files(config, problems)
     evaluation = config.get("evaluation", "dev")
     if files and str(evaluation) not in files:
@@ -193,7 +198,7 @@ def load_task(path: Path) -> Task:
     if problems:
         raise ConfigError(f"{path}: {_short(problem)}" for problem in problems[:MOST])
     cut, choices, id, slice = (config.get(key) for key in ("cut", "choices", "id", "slice"))
-    schema = _Schema(pieces, answers, values, config["label"], cut, choices, id, slice)
+    schema = _Schema(pieces, answers, values, config["label"], label_as, cut, choices, id, slice)
     names = [name for _, name in pieces if name is not None and not (choices and name == "choices")]
     return Task(
         name=config["name"],
@@ -235,7 +240,21 @@ def _pieces(config: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, 
     return tuple((text, name) for text, name, _, _ in parsed)
 
 
-def _answers(config: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, ...], Mapping[str, int]]:
+def _label_as(config: Mapping[str, Any], problems: list[str]) -> str | None:
+    label_as = config.get("label_as")
+    ways = ("text", "letter", "index") if "choices" in config else ("text", "index")
+    if isinstance(config.get("answers"), dict) and label_as is not None:
+        problems.append("Expected no `label_as`, as the mapping of `answers` says what the label is. Leave it out.")
+    elif label_as not in (None, *ways):
+        problems.append(f"Expected `label_as` to be one of {', '.join(ways)}, but got {label_as!r}.")
+    else:
+        return label_as
+    return None
+
+
+def _answers(
+    config: Mapping[str, Any], label_as: str | None, problems: list[str]
+) -> tuple[tuple[str, ...], Mapping[str, int]]:
     given = config.get("answers")
     if "choices" in config:
         if given is not None:
@@ -254,9 +273,16 @@ def _answers(config: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str,
             return (), {}
     if len(set(answers)) < len(answers):
         problems.append(f"Expected `answers` to differ, but got {', '.join(answers)}.")
+        return (), {}
     if isinstance(given, dict):
         return tuple(answers), {str(_key(key)): index for index, key in enumerate(given)}
-    return tuple(answers), _numbered(answers)
+    meant = _meant(_names(answers), label_as)
+    problems += [
+        f"Expected each label to name one of `answers`, but {_ambiguous(name)}"
+        for name, indices in meant.items()
+        if len(indices) > 1
+    ]
+    return tuple(answers), {name: min(indices) for name, indices in meant.items()}
 
 
 def _files(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
@@ -283,13 +309,22 @@ def _limit(config: Mapping[str, Any], files: Mapping[str, str], problems: list[s
     return dict(limit)
 
 
-def _numbered(*columns: Any) -> dict[str, int]:
-    """Map each name, and then each index as text, to its index; who comes first keeps the name."""
-    numbered: dict[str, int] = {}
-    for column in (*columns, map(str, range(len(columns[0])))):
-        for index, name in enumerate(column):
-            numbered.setdefault(name, index)
-    return numbered
+def _names(texts: Sequence[str], letters: Sequence[str] = ()) -> dict[str, Sequence[str]]:
+    """Return what a label may be called by, each way in the order of the answers."""
+    return {"text": texts, "letter": letters, "index": [str(index) for index in range(len(texts))]}
+
+
+def _meant(names: Mapping[str, Sequence[str]], label_as: str | None) -> dict[str, set[int]]:
+    """Return which answers each name may stand for: one, unless it is that of several."""
+    meant: dict[str, set[int]] = {}
+    for way, column in names.items():
+        for index, name in enumerate(column if label_as in (None, way) else ()):
+            meant.setdefault(name, set()).add(index)
+    return meant
+
+
+def _ambiguous(name: str) -> str:
+    return f"{name!r} may be several. Say in the task file what labels are, with `label_as`: text, letter or index."
 
 
 def _key(value: Any) -> str | None:
