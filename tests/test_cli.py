@@ -493,13 +493,13 @@ def test_help_has_examples(varlora_, verb):
 
 def test_the_examples_of_the_help_can_be_parsed(varlora_, monkeypatch):
     """So that no example has an option that is gone; what it names need not exist."""
-    from varlora import cli
+    from varlora import arguments
 
-    texts = [text for name, text in vars(cli).items() if name.endswith("EXAMPLES")]
+    texts = [text for name, text in vars(arguments).items() if name.endswith("EXAMPLES")]
     commands = [line.split("| ")[-1].split()[1:] for text in texts for line in text.splitlines() if "varlora " in line]
     assert {command[0] for command in commands} == set(VERBS)
     for command in commands:
-        cli._parser().parse_args(command)
+        arguments.command_line().parse_args(command)
 
 
 def test_export_and_push_write_what_they_say(varlora_, run, model, tmp_path):

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varlora import client
+from varlora.arguments import command_line
 from varlora.checkpoint import save_adapter
-from varlora.cli import _parser
 from varlora.config import settings_from
 from varlora.data import collate
 from varlora.demo.run import one_thread as on_one_thread
@@ -386,7 +386,7 @@ def test_the_commands_of_the_page_can_be_parsed() -> None:
     lines = [line.split()[1:] for line in text.splitlines() if line.startswith("varlora ")]
     assert {line[0] for line in lines} == {"export", "evaluate", "push"}
     for line in lines:
-        _parser().parse_args(line)
+        command_line().parse_args(line)
 
 
 # --- the client ---

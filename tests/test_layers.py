@@ -61,6 +61,7 @@ LAYERS = {
         "demo",
         "serve",
         "integrations",
+        "arguments",
         "cli",
     },
 }
@@ -108,6 +109,7 @@ WITHIN = {
     "demo": {"config", "workflow", "progress", "results", "report"},
     "integrations": {"workflow"},
     "cli": {
+        "arguments",
         "config",
         "diagram",
         "sources",

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 import varlora
-from varlora.cli import _parser
+from varlora.arguments import command_line
 from varlora.tasks import load_rows
 from varlora.tasks.local import load_task
 
@@ -36,7 +36,7 @@ def test_commands_can_be_parsed():
     assert len(lines) >= 8
     for line in lines:
         for command in line.split("&&"):
-            _parser().parse_args(shlex.split(command, comments=True)[1:])
+            command_line().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_python_names_exist():

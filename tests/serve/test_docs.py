@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from serve_helpers import live
 
-from varlora.cli import _parser
+from varlora.arguments import command_line
 from varlora.serve.base import Limits
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def test_every_field_code_path_option_and_metric_is_named(service):
     names = {name.decode() for name, _ in metrics if not name.endswith(b"_created")}
     assert len(names) == 9
     assert [name for name in names if f"`{name}`" not in TEXT] == []
-    arguments = vars(_parser().parse_args(["serve", "run"]))
+    arguments = vars(command_line().parse_args(["serve", "run"]))
     for name in ("queue", "batch_tokens", "max_body", "max_rows", "max_answers", "max_tau"):
         assert name in arguments
         row = re.search(rf"^\| `--{name.replace('_', '-')}` \| (\d+) \|", TEXT, re.MULTILINE)
