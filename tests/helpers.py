@@ -174,6 +174,16 @@ def plan(**changes: Any) -> Plan:
     return Plan(**{"steps": 10, "accumulation": 1, "dropout": 0.0, "calibration": False, **changes})
 
 
+def first_rows(shared: Path, folder: Path, rows: int) -> Path:
+    """Copy the first rows of each file of real data."""
+    for path in (*(shared / "data").rglob("*.jsonl"), *(shared / "data").rglob("*.tsv")):
+        target = folder / path.relative_to(shared / "data")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as file:
+            target.write_bytes(b"".join(line for _, line in zip(range(rows), file)))
+    return folder
+
+
 def about(said: Sequence[str], what: str) -> list[str]:
     """Return what was said of something."""
     return [words for words in said if what in words]

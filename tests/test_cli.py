@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import helpers
 import pytest
 import torch
 import yaml
@@ -139,27 +140,15 @@ def test_train_evaluate_report_predict(varlora_, options, tmp_path, method):
     assert [json.loads(line)["id"] for line in result.out.splitlines()] == ["0", "1"]
 
 
-def slice_of(shared: Path, folder: Path, rows: int) -> Path:
-    """Copy the first rows of each real file."""
-    for path in (*(shared / "data").rglob("*.jsonl"), *(shared / "data").rglob("*.tsv")):
-        target = folder / path.relative_to(shared / "data")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("rb") as file:
-            target.write_bytes(b"".join(line for _, line in zip(range(rows), file)))
-    return folder
-
-
 @pytest.mark.parametrize("task", [*TASKS, "recipes/local/sst2.yaml"])
 def test_every_task_on_real_rows(varlora_, shared, model, tmp_path, monkeypatch, task):
     monkeypatch.chdir(ROOT)
-    data = slice_of(shared, tmp_path / "data", 30)
+    data = helpers.first_rows(shared, tmp_path / "data", 30)
     run = tmp_path / "run"
     where = ["--data-dir", data, "--model", model, "--run-dir", run]
     assert varlora_("train", "--task", task, *where, "--steps", 3, "--row-filter").code == 0
     assert varlora_("evaluate", run, "--samples", 2).code == 0
-    result = varlora_("report", run, "--out", tmp_path / "report")
-    assert result.code == 0
-    assert "ivon x2" in result.out
+    assert json.loads((run / "metrics.json").read_text())["draws"]["nll"] > 0
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import helpers
 import pytest
 
 from varlora.cli import main
@@ -37,6 +38,11 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
+def data(shared, tmp_path_factory) -> Path:
+    return helpers.first_rows(shared, tmp_path_factory.mktemp("data"), 100)
+
+
+@pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("task") / "sst2.yaml"
     path.write_text(RECIPE.read_text().replace("\nfiles:", "\nlimit: {train: 40, dev: 16}\nfiles:"))
@@ -44,14 +50,13 @@ def task(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_train_evaluate_report_predict(method, task, shared, tmp_path, capsys):
-    run, options = tmp_path / "run", ["--task", task, "--data-dir", shared / "data"]
+def test_train_evaluate_report_predict(method, task, data, shared, tmp_path, capsys):
+    run, options = tmp_path / "run", ["--task", task, "--data-dir", data]
     options += ["--model", shared / "models" / "tinyllama-3m", "--steps", 6, "--calibration-fraction", 0.3]
     changes = ["--set", *QUICK[method]] if method in QUICK else []
     for command in (
         ["train", *options, "--method", method, "--run-dir", run, *changes],
         ["evaluate", run, "--samples", 4],
-        ["report", run, "--out", tmp_path / "report"],
     ):
         assert main([str(part) for part in command]) == 0, capsys.readouterr().err
     expected = LABELS.get(method, [f"{method}@mean", f"{method} x4"])

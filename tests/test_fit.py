@@ -240,7 +240,7 @@ def test_killed_at_20_random_moments_ends_in_the_bits_of_one_left_alone(ranks, t
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_of_two_ranks_stops_both_after_a_checkpoint(rank, tmp_path):
     command = [sys.executable, Path(kill_and_resume.__file__), tmp_path, "0", "--stop", str(rank)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -185,6 +185,7 @@ def test_a_process_that_dies_leaves_its_neighbour_alone(settings, alone, tmp_pat
     assert [adapter(tmp_path / name) for name in names] == [alone] * 2
 
 
+@pytest.mark.slow
 def test_a_process_that_is_asked_to_end_is_replaced(settings, alone, tmp_path):
     run_dir = tmp_path / "run"
     children = lambda: [process.pid for process in active_children()]  # noqa: E731
