@@ -40,17 +40,25 @@ SMALL = 0.03
 
 
 class Linear:
-    """Logits that are linear in the weights, of rows whose labels follow a softmax of other weights."""
+    """Logits that are linear in the weights, of rows whose labels follow a softmax of other weights.
 
-    def __init__(self, noise: float, useless: int = 0, seed: int = 0) -> None:
+    Of the first half of the weights the posterior may be unsure, rightly so; half of the rows do without them.
+    """
+
+    def __init__(self, noise: float, useless: int = 0, seed: int = 0, unsure: float = 0.0) -> None:
         source = torch.Generator().manual_seed(seed)
         self.x = torch.randn(ROWS, WEIGHTS, generator=source) / math.sqrt(WEIGHTS)
+        if unsure:
+            self.x[: ROWS // 2, : WEIGHTS // 2] = 0.0
         truth = 3 * torch.randn(WEIGHTS, 3, generator=source)
         truth[:useless] = 0.0
         self.labels = torch.multinomial((self.x @ truth).softmax(-1), 1, generator=source)[:, 0]
         mean = truth + noise * torch.randn(WEIGHTS, 3, generator=source)
         std = torch.full_like(mean, SMALL)
         std[:useless] = 10 * mean.abs().max()
+        if unsure:
+            mean[: WEIGHTS // 2] += unsure * torch.randn(WEIGHTS // 2, 3, generator=source)
+            std[: WEIGHTS // 2] = unsure
         self.posterior = DiagonalGaussian({"w": mean}, {"w": std})
         self.draws = 0
 
@@ -83,26 +91,45 @@ def test_the_factor_is_the_best_of_all_powers_of_two(seed: int) -> None:
         every[2.0**power] = at_best_temperature(*problem.draw(problem.posterior.scale(2.0**power), SEARCH_DRAWS))
     assert all(value == pytest.approx(every[tau], abs=1e-9) for tau, value in found.items())
     assert min(found.values()) == pytest.approx(min(every.values()), rel=2e-3)
-    assert search.chosen.tau in (0.0, min(found, key=lambda tau: found[tau]))
+    assert search.chosen.tau == min(found, key=lambda tau: found[tau])
 
 
-def test_nothing_is_chosen_that_no_trial_has_and_every_pass_is_counted() -> None:
-    problem = Linear(noise=0.5)
+@pytest.mark.parametrize("unsure", [0.0, 5.0])
+def test_nothing_is_chosen_that_no_trial_has_and_every_pass_is_counted(unsure: float) -> None:
+    problem = Linear(noise=0.5, unsure=unsure)
     search = calibrate(problem.posterior, problem.draw)
     chosen = search.chosen
     drawn = [trial for trial in search.trials if (trial.tau, trial.pruned) == (chosen.tau, chosen.pruned)]
     assert chosen.temperature in [trial.temperature for trial in drawn]
-    assert chosen.samples in [trial.samples for trial in drawn]
+    mean = [trial for trial in search.trials if (trial.tau, trial.pruned) == (0.0, chosen.pruned)]
+    assert [chosen.temperature_mean] == [trial.temperature for trial in mean]
+    assert chosen.samples in [trial.samples for trial in (drawn if unsure else mean)]
     assert (search.rows, search.passes) == (ROWS, problem.draws)
     assert search.passes < 100
     again = calibrate(problem.posterior, problem.draw)
     assert again == search
 
 
-def test_fewer_draws_are_taken_if_they_do_as_well() -> None:
+def test_the_mean_is_taken_if_it_does_as_well() -> None:
+    """Noise that is much the same in each row does no more than a temperature; draws may be asked for all the same."""
     problem = Linear(noise=0.3)
+    search = calibrate(problem.posterior, problem.draw)
+    chosen = search.chosen
+    assert chosen.samples == 0
+    assert chosen.tau > 0
+    drawn, mean = (problem.draw(chosen.applied(problem.posterior).inner, n) for n in (16, 0))
+    assert at_best_temperature(*mean) <= (1 + BEARABLE) * at_best_temperature(*drawn)
+    assert chosen.temperature == fit_temperature(*drawn)
+    assert chosen.temperature_mean == fit_temperature(*mean)
+
+
+def test_fewer_draws_are_taken_if_they_do_as_well() -> None:
+    problem = Linear(noise=0.3, unsure=5.0)
     search = calibrate(problem.posterior, problem.draw, samples=32)
-    assert search.chosen.tau > 0
+    assert search.chosen.samples > 0
+    assert at_best_temperature(*problem.draw(problem.posterior, 0)) > (1 + BEARABLE) * min(
+        trial.nll for trial in search.trials
+    )
     posterior = search.chosen.applied(problem.posterior).inner
     logits, labels = problem.draw(posterior, 32)
     all_of_them = at_best_temperature(logits, labels)

@@ -3,7 +3,8 @@
 Four numbers are chosen together: the factor τ of the variance, the share of weights that is pruned by signal to noise,
 the temperature that logits are divided by, and the number of draws. The temperature costs no pass over the rows, as
 it is a choice on logits that are there already; so each trial of τ and of the share is judged by the NLL at its own
-best temperature, with few draws, the same noise for all. τ is doubled or halved while that helps, then weights are
+best temperature, with few draws, the same noise for all. τ is doubled or halved while that helps. Where draws then do
+no better than the mean, which costs one pass and gives no other answer tomorrow, the mean is used. At last weights are
 pruned while that helps beyond a standard error.
 """
 
@@ -40,7 +41,7 @@ SEARCH_DRAWS = 8
 MOST_DRAWS = 100_000
 """Draws that a stored calibration may ask for."""
 BEARABLE = 0.01
-"""Relative rise of the NLL that fewer draws may cost."""
+"""Relative rise of the NLL that fewer draws, or the mean in their place, may cost."""
 
 Draw = Callable[[Posterior, int], tuple[Tensor, Tensor]]
 """`draw(posterior, n)`: class logits of n fixed draws for each held-out row, (S, N, C), or of the mean for n = 0, and
@@ -60,7 +61,7 @@ class Calibration:
     temperature_mean: float
     """What the mean's logits are divided by."""
     samples: int
-    """Draws that are averaged; 0: the mean."""
+    """Draws that are averaged; 0: the mean, which does as well. Who wants draws has the other settings for them."""
     last_layers: int | None = None
     """Last adapted layers that are drawn, those below at the mean; None: all."""
     noise: Noise = "independent"
@@ -95,7 +96,7 @@ class Search:
 
     chosen: Calibration
     trials: tuple[Trial, ...]
-    """In the order in which they were tried; the chosen number of draws comes last."""
+    """In the order in which they were tried."""
     rows: int
     """Held-out rows."""
     passes: int
@@ -108,7 +109,7 @@ class Search:
             found.append(
                 f"Chosen on {self.rows} held-out rows, which tell little: what looks best on them may be chance."
             )
-        if chosen.tau in TAUS:
+        if chosen.samples and chosen.tau in TAUS:
             found.append(f"tau is at the end of its range, {chosen.tau:g}: the held-out rows do not set it.")
         temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
         if at_an_end(temperature):
@@ -132,12 +133,14 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, how: Drawing 
     check_draws(samples, what="samples")
     trials = _Trials(posterior, draw, samples)
     tau = _factor(trials)
-    pruned = _share(trials, tau)
-    mean = trials.made(0.0, pruned)
-    drawn = _number(trials, tau, pruned) if tau else mean
-    noise = how.noise or "independent"
-    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, drawn.samples, how.last_layers, noise)
-    return Search(chosen, tuple(trials.trials), trials.rows, trials.passes)
+    drawing = trials.made(0.0).nll > (1 + BEARABLE) * trials.made(tau, n=samples).nll
+    pruned = _share(trials, tau if drawing else 0.0)
+    mean, drawn = trials.made(0.0, pruned), trials.made(tau, pruned, samples)
+    if drawing:
+        drawn = _fewest(trials, drawn)
+    noise, number = how.noise or "independent", drawn.samples if drawing else 0
+    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, number, how.last_layers, noise)
+    return Search(chosen, trials.trials, len(trials.labels), trials.passes)
 
 
 class _Trials:
@@ -145,32 +148,31 @@ class _Trials:
 
     def __init__(self, posterior: Posterior, draw: Draw, samples: int) -> None:
         self.posterior, self.draw, self.samples = posterior, draw, samples
-        self.trials: list[Trial] = []
-        self.losses: dict[Trial, Tensor] = {}
-        self.rows = self.passes = 0
+        self.by_setting: dict[tuple[float, float, int], Trial] = {}
+        self.logits: dict[Trial, Tensor] = {}
+        self.labels = torch.empty(0)
+        self.passes = 0
 
-    def logits(self, tau: float, pruned: float, n: int) -> tuple[Tensor, Tensor]:
-        """Return logits and labels at a setting."""
-        logits, labels = self.draw(_changed(self.posterior, tau, pruned), n)
-        self.rows, self.passes = len(labels), self.passes + min(len(logits), max(n, 1))
-        return logits, labels
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All of them, in the order in which they were made."""
+        return tuple(self.logits)
 
-    def made(self, tau: float, pruned: float = 0.0) -> Trial:
-        """Return the trial of a setting, with few draws; at τ = 0 it is of the mean."""
-        for trial in self.trials:
-            if (trial.tau, trial.pruned) == (tau, pruned):
-                return trial
-        n = min(self.samples, SEARCH_DRAWS) if tau else 0
-        logits, labels = self.logits(tau, pruned, n)
-        return self.judged(tau, pruned, 0 if len(logits) == 1 else n, logits, labels)
+    def made(self, tau: float, pruned: float = 0.0, n: int = SEARCH_DRAWS) -> Trial:
+        """Return the trial of a setting, with n draws or as many as there may be; at τ = 0 it is of the mean."""
+        n = min(n, self.samples) if tau else 0
+        if (tau, pruned, n) not in self.by_setting:
+            logits, self.labels = self.draw(_changed(self.posterior, tau, pruned), n)
+            self.passes += min(len(logits), max(n, 1))
+            temperature, losses = _fitted(logits, self.labels)
+            trial = Trial(tau, pruned, 0 if len(logits) == 1 else n, temperature, losses.mean().item())
+            self.by_setting[tau, pruned, n] = trial
+            self.logits[trial] = logits
+        return self.by_setting[tau, pruned, n]
 
-    def judged(self, tau: float, pruned: float, n: int, logits: Tensor, labels: Tensor) -> Trial:
-        """Note the trial of some logits at the temperature that is best for them."""
-        temperature, losses = _fitted(logits, labels)
-        trial = Trial(tau, pruned, n, temperature, losses.mean().item())
-        self.trials.append(trial)
-        self.losses[trial] = losses
-        return trial
+    def losses(self, trial: Trial) -> Tensor:
+        """Return each row's NLL in a trial, (N,)."""
+        return _fitted(self.logits[trial], self.labels)[1]
 
 
 def _fitted(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
@@ -188,8 +190,7 @@ def _changed(posterior: Posterior, tau: float, pruned: float) -> Posterior:
 
 
 def _factor(trials: _Trials) -> float:
-    """Return τ: 1, doubled or halved as long as that helps; 0 where the mean alone is better, or all draws are it."""
-    mean = trials.made(0.0)
+    """Return τ: 1, doubled or halved as long as that helps the draws; 0 where they are the mean, or overflow."""
     if not trials.samples or not trials.made(1.0).samples:
         return 0.0
     best = trials.made(1.0)
@@ -198,7 +199,7 @@ def _factor(trials: _Trials) -> float:
             best = trials.made(best.tau * factor)
         if best.tau != 1:
             break
-    return min(best, mean, key=lambda trial: trial.nll).tau
+    return best.tau if math.isfinite(best.nll) else 0.0
 
 
 def _share(trials: _Trials, tau: float) -> float:
@@ -212,27 +213,26 @@ def _share(trials: _Trials, tau: float) -> float:
         if trials.made(tau, share).nll >= best.nll:
             break
         best = trials.made(tau, share)
-    gain = trials.losses[whole] - trials.losses[best]
+    gain = trials.losses(whole) - trials.losses(best)
     clear = len(gain) > 1 and gain.mean() > gain.std() / math.sqrt(len(gain))
     return best.pruned if clear else 0.0
 
 
-def _number(trials: _Trials, tau: float, pruned: float) -> Trial:
+def _fewest(trials: _Trials, whole: Trial) -> Trial:
     """Return the trial of the fewest draws, a power of two, that cost no more than a bearable rise of the NLL.
 
     What n draws give is judged by the average over the groups of n that there are: one such group may be lucky on few
     rows. (Some of many latin draws are as good as independent ones, so n latin draws do better than that.)
     """
-    logits, labels = trials.logits(tau, pruned, trials.samples)
+    logits = trials.logits[whole]
     if len(logits) > trials.samples:  # more cost nothing
-        return trials.judged(tau, pruned, trials.samples, logits, labels)
-    all_of_them = trials.judged(tau, pruned, len(logits), logits, labels)
+        return whole
     for n in (2**power for power in range(len(logits).bit_length()) if 2**power < len(logits)):
         groups = logits[: len(logits) // n * n].split(n)
-        expected = sum(_fitted(group, labels)[1].mean().item() for group in groups) / len(groups)
-        if expected <= (1 + BEARABLE) * all_of_them.nll:
-            return trials.judged(tau, pruned, n, *trials.logits(tau, pruned, n))
-    return all_of_them
+        expected = sum(_fitted(group, trials.labels)[1].mean().item() for group in groups) / len(groups)
+        if expected <= (1 + BEARABLE) * whole.nll:
+            return trials.made(whole.tau, whole.pruned, n)
+    return whole
 
 
 def save_calibration(search: Search, adapter: Path) -> None:

@@ -182,11 +182,12 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
             numbers = (f"{trial.tau:g}", f"{trial.pruned:g}", str(trial.samples or "mean"))
             table.add_row(*numbers, f"{trial.temperature:.3f}", f"{trial.nll:.4f}")
         console.print(table)
-        draws = f"{chosen.samples} draws" if chosen.samples else "the mean alone"
+        draws = f"{chosen.samples or 'more'} draws at tau {chosen.tau:g}"
+        used = draws if chosen.samples else f"the mean alone, as {draws} do no better" if chosen.tau else "the mean"
         temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
         say(
-            f"Chosen on {search.rows} held-out rows, with {search.passes} passes over them: tau {chosen.tau:g}, "
-            f"{chosen.pruned:.0%} pruned, {draws}, temperature {temperature:.3f}."
+            f"Chosen on {search.rows} held-out rows, with {search.passes} passes over them: {used}; "
+            f"{chosen.pruned:.0%} pruned, temperature {temperature:.3f}."
         )
     say(f"Written: adapter/calibration.json in {' '.join(map(str, arguments.runs))}; `varlora predict` uses it.")
 
