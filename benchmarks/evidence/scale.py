@@ -1,7 +1,8 @@
 """Write the tables of benchmarks/results/auto.json into docs/scale.md, between its markers, and draw its picture.
 
 A marker names a setting, `<!-- auto: demo-400 -->`; what follows up to `<!-- end -->` is made. A line averages over the
-setting's tasks within each seed, and then over seeds, with the standard error over these.
+setting's tasks within each seed, and then over seeds, with the standard error over these. `<!-- auto: paired -->` has
+what IVON left to itself differs by from the rest, of the same setting and seed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ NAMES = {
     ("learned", "ivon"): "auto, Hessian of the run's squared gradients",
     ("root", "ivon"): "auto, λ = 5000 √N",
 }
+OWN_MEAN = ("auto", "ivon@mean", "its own mean, with a temperature where calibrated")
 METRICS = (
     ("accuracy", "ACC %", 100, 1),
     ("ece", "ECE x100", 100, 1),
@@ -74,11 +76,15 @@ def lines_of(setting: Mapping[str, Any]) -> Iterator[Line]:
         for how, rows in found.items():
             if "+T" in how or (how.startswith("@")):
                 continue
-            values = {
-                metric: [sum(seed) / len(rows) for seed in zip(*(row[metric] for row in rows), strict=True)]
-                for metric, *_ in METRICS
-            }
-            yield Line(group, method, how, values, setting[group]["candidates"][method])
+            yield Line(group, method, how, _over_tasks(rows), setting[group]["candidates"][method])
+
+
+def _over_tasks(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the average of some tasks' rows by metric, one for each seed."""
+    return {
+        metric: [sum(seed) / len(rows) for seed in zip(*(row[metric] for row in rows), strict=True)]
+        for metric, *_ in METRICS
+    }
 
 
 def table(setting: Mapping[str, Any]) -> str:
@@ -97,9 +103,51 @@ def table(setting: Mapping[str, Any]) -> str:
     return "\n".join([*out, "", "± is the standard error over seeds."])
 
 
+def paired_table(settings: Mapping[str, Any]) -> str:
+    """Return in Markdown what IVON left to itself differs by from each other line, over what both have been run on."""
+    metrics = [metric for metric in METRICS if metric[0] != "ece_if_calibrated"]
+    out = [f"| IVON, left to itself, less | | settings | pairs | {' | '.join(head for _, head, *_ in metrics)} |"]
+    out.append(f"| --- | --- |{' ---: |' * (2 + len(metrics))}")
+    for group, method, name in [OWN_MEAN, *((*key, name) for key, name in NAMES.items() if key[0] != "auto")]:
+        for how, mine, others in (
+            ("x10", "ivon x10", (method, f"{method} x10")),
+            ("calibrated", "ivon calibrated", (f"{method} +T" if group == "auto" else f"{method} calibrated",)),
+        ):
+            pairs = [
+                [(one, other) for seed, one in _by_seed(setting, "auto", mine).items() if (other := theirs.get(seed))]
+                for setting in settings.values()
+                if (theirs := _by_seed(setting, group, *others))
+            ]
+            both = [pair for of_setting in pairs for pair in of_setting]
+            if len(both) < 2:
+                continue
+            cells = [str(sum(map(bool, pairs))), str(len(both))]
+            for metric, _, factor, decimals in metrics:
+                values = [factor * (one[metric] - other[metric]) for one, other in both]
+                cells.append(f"{sum(values) / len(values):+.{decimals}f} ± {standard_error(values):.{decimals}f}")
+            out.append(f"| {name} | {how} | {' | '.join(cells)} |")
+    return "\n".join([*out, "", "± is the standard error over pairs."])
+
+
+def _by_seed(setting: Mapping[str, Any], group: str, *labels: str) -> dict[int, dict[str, float]]:
+    """Return the metrics of a setting's rows with one of some labels, averaged over tasks, by seed."""
+    rows = [row for row in setting.get(group, {"rows": ()})["rows"] if row["label"] in labels]
+    if not rows:
+        return {}
+    by_metric = _over_tasks(rows)
+    return {
+        seed: {metric: values[at] for metric, values in by_metric.items()}
+        for at, seed in enumerate(setting[group]["seeds"])
+    }
+
+
 def documented(text: str, settings: Mapping[str, Any]) -> str:
     """Return a document with what stands between its markers made anew."""
-    return MARKER.sub(lambda found: f"{found[1]}\n{table(settings[found[2].strip()])}\n\n{found[3]}", text)
+
+    def made(name: str) -> str:
+        return paired_table(settings) if name == "paired" else table(settings[name])
+
+    return MARKER.sub(lambda found: f"{found[1]}\n{made(found[2].strip())}\n\n{found[3]}", text)
 
 
 def picture(settings: Mapping[str, Any]) -> Figure:
