@@ -182,8 +182,10 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
             numbers = (f"{trial.tau:g}", f"{trial.pruned:g}", str(trial.samples or "mean"))
             table.add_row(*numbers, f"{trial.temperature:.3f}", f"{trial.nll:.4f}")
         console.print(table)
-        draws = f"{chosen.samples or 'more'} draws at tau {chosen.tau:g}"
-        used = draws if chosen.samples else f"the mean alone, as {draws} do no better" if chosen.tau else "the mean"
+        draws = f"draws at tau {chosen.tau:g}"
+        used = f"{chosen.samples} {draws}" if chosen.samples else "the mean"
+        if chosen.tau and not chosen.samples:
+            used += f" alone, as {draws} do no better"
         temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
         say(
             f"Chosen on {search.rows} held-out rows, with {search.passes} passes over them: {used}; "
