@@ -106,7 +106,7 @@ def table(setting: Mapping[str, Any]) -> str:
 def paired_table(settings: Mapping[str, Any]) -> str:
     """Return in Markdown what IVON left to itself differs by from each other line, over what both have been run on."""
     metrics = [metric for metric in METRICS if metric[0] != "ece_if_calibrated"]
-    out = [f"| IVON, left to itself, less | | settings | pairs | {' | '.join(head for _, head, *_ in metrics)} |"]
+    out = [f"| IVON left to itself, minus | | settings | pairs | {' | '.join(head for _, head, *_ in metrics)} |"]
     out.append(f"| --- | --- |{' ---: |' * (2 + len(metrics))}")
     for group, method, name in [OWN_MEAN, *((*key, name) for key, name in NAMES.items() if key[0] != "auto")]:
         for how, mine, others in (
