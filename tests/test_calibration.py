@@ -159,6 +159,18 @@ def test_a_lucky_draw_is_not_taken_alone() -> None:
     assert search.chosen.samples > 2
 
 
+@pytest.mark.parametrize("samples", [1, 16])
+def test_one_draw_is_taken_if_it_does_as_well_as_all_and_the_mean_does_not(samples: int) -> None:
+    problem = Linear(noise=0.0)
+
+    def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
+        logits = problem.logits(problem.posterior.mean)
+        return (torch.stack([logits] * n) if n else torch.zeros(1, ROWS, 3)), problem.labels
+
+    chosen = calibrate(problem.posterior, draw, samples).chosen
+    assert (chosen.tau, chosen.samples) == (1.0, 1)
+
+
 def test_weights_that_are_noise_alone_are_pruned() -> None:
     """Half of the rows' features say nothing, and the posterior is unsure of their weights."""
     useless = Linear(noise=1.0, useless=WEIGHTS // 2)

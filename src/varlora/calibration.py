@@ -165,7 +165,8 @@ class _Trials:
             logits, self.labels = self.draw(_changed(self.posterior, tau, pruned), n)
             self.passes += min(len(logits), max(n, 1))
             temperature, losses = _fitted(logits, self.labels)
-            trial = Trial(tau, pruned, 0 if len(logits) == 1 else n, temperature, losses.mean().item())
+            drawn = n if len(logits) > 1 or n == 1 else 0  # more that are one: the mean
+            trial = Trial(tau, pruned, drawn, temperature, losses.mean().item())
             self.by_setting[tau, pruned, n] = trial
             self.logits[trial] = logits
         return self.by_setting[tau, pruned, n]
