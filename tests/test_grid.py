@@ -263,6 +263,7 @@ def workers_of_ray() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_ray_worker_is_retried_and_resumes(settings, alone, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they wait for the other tests
