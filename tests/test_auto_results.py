@@ -35,6 +35,19 @@ def test_the_document_is_made_from_the_results(settings: Any) -> None:
     assert scale.PICTURE.is_file()
 
 
+def test_differences_are_of_the_same_setting_and_seed() -> None:
+    scale = importlib.import_module("scale")
+
+    def group(seeds: list[int], label: str, *nlls: list[float]) -> dict[str, Any]:
+        rows = [{"label": label} | {metric: nll for metric, *_ in scale.METRICS} for nll in nlls]
+        return {"seeds": seeds, "rows": rows}
+
+    mine = group([0, 1, 2], "ivon x10", [9.0, 1.0, 2.0], [9.0, 3.0, 4.0])  # two tasks, whose averages are 9, 2 and 3
+    both = {"auto": mine, "peers": group([1, 2, 3], "adamw", [2.5, 4.5, 9.0])}
+    (line,) = [one for one in scale.paired_table({"a": both, "b": {"auto": mine}}).splitlines() if "AdamW" in one]
+    assert line.endswith("| x10 | 1 | 2 | -100.0 ± 50.0 | -100.0 ± 50.0 | -1.000 ± 0.500 |")
+
+
 def test_nothing_failed_and_every_line_has_its_seeds(settings: Any) -> None:
     for groups in settings.values():
         for group in groups.values():
