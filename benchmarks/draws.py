@@ -23,12 +23,12 @@ from _common import ROOT, Titled, count, in_document, parser, print_table, set_u
 
 from varlora import metrics
 from varlora.drawing import Drawing
+from varlora.loading import encode_rows, load, rows_of_split
 from varlora.predict import predict
 from varlora.predictions import Predictions
 from varlora.run import read_json, write_text
 from varlora.tasks import get_task
 from varlora.temperature import fit_temperature
-from varlora.workflow import _encode, load, rows_of_split
 
 DOCUMENT = ROOT / "docs" / "inference.md"
 REFERENCE = 256
@@ -53,7 +53,7 @@ class Run:
         held_out = rows_of_split(task, "calibration", settings, print)
         shown = rows_of_split(task, task.evaluation, settings, print)[:limit]
         self.held_out, self.shown = (
-            _encode(self.loaded.model, self.loaded.tokenizer, examples, settings, print).rows
+            encode_rows(self.loaded.model, self.loaded.tokenizer, examples, settings, print).rows
             for examples in (held_out, shown)
         )
         config: Any = self.loaded.model.config

@@ -17,11 +17,11 @@ import torch
 from _common import ROOT, machine, parser, print_table, set_up
 
 from varlora import metrics
+from varlora.loading import encode_rows, load, rows_of_split
 from varlora.posterior.base import CRITERIA
 from varlora.predict import predict
 from varlora.run import origin, write_json
 from varlora.tasks import get_task
-from varlora.workflow import _encode, load, rows_of_split
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
@@ -31,7 +31,7 @@ def of_run(run: Path, samples: int, limit: int, seed: int) -> dict[str, Any]:
     loaded = load(run)
     task = get_task(loaded.settings.task)
     examples = rows_of_split(task, task.evaluation, loaded.settings, print)[:limit]
-    rows = _encode(loaded.model, loaded.tokenizer, examples, loaded.settings, print).rows
+    rows = encode_rows(loaded.model, loaded.tokenizer, examples, loaded.settings, print).rows
     found: dict[str, Any] = {}
     for by in CRITERIA:
         for share in SHARES:

@@ -33,8 +33,10 @@ from _common import count, parser, print_table, set_up, write_result
 
 from varlora.config import settings_from, settings_of
 from varlora.demo.base import BUNDLED
+from varlora.evaluation import answer_rows
+from varlora.loading import load
 from varlora.tasks import get_task, load_rows
-from varlora.workflow import answer_rows, load, train
+from varlora.training import train
 
 TOLERANCE = 1e-4
 """How far probabilities may be from those of `answer_rows`: other rows beside them in a batch change the rounding."""

@@ -22,11 +22,12 @@ import torch
 from varlora.config import settings_from
 from varlora.demo.base import BUNDLED
 from varlora.demo.run import one_thread
+from varlora.loading import Loaded, load
 from varlora.prompt import Encoded
 from varlora.serve import Limits, Service, make_service
 from varlora.serve.base import Drawn, Use
 from varlora.serve.process import Server, listen
-from varlora.workflow import Loaded, load, train
+from varlora.training import train
 
 USE = Use(calibrated=False, tau=1.0, samples=2)
 

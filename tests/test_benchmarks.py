@@ -301,12 +301,12 @@ def test_the_demo_benchmark_gives_error_bars_and_repeats_nothing(load, out, tmp_
         raise AssertionError("a finished run was repeated")
 
     with monkeypatch.context() as patched:
-        patched.setattr("varlora.workflow.fit", never)
-        patched.setattr("varlora.workflow.predict", never)
+        patched.setattr("varlora.training.fit", never)
+        patched.setattr("varlora.evaluation.predict", never)
         demo.main(arguments)
     assert json.loads(out.read_text())["rows"] == written["rows"]
     monkeypatch.setattr(demo, "base_fingerprint", lambda model: "of another base")
-    monkeypatch.setattr("varlora.workflow.fit", never)
+    monkeypatch.setattr("varlora.training.fit", never)
     with pytest.raises(AssertionError, match="repeated"):
         demo.main(arguments)
 
@@ -370,7 +370,7 @@ def trained_run(folder):
     """Train a run of a few steps on one of the demo's tasks."""
     from varlora.config import load_settings
     from varlora.demo.base import BUNDLED
-    from varlora.workflow import train
+    from varlora.training import train
 
     values = {"task": str(BUNDLED / "tasks" / "two_choices.yaml"), "model": str(BUNDLED / "base"), "steps": 4}
     values |= {"method": "ivon", "run_dir": str(folder / "run"), "calibration_fraction": 0.1}

@@ -26,6 +26,8 @@ from varlora.config import settings_from
 from varlora.data import encode_all
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.evaluation import answer_rows, evaluate
+from varlora.loading import load
 from varlora.metrics import average_probs, nll
 from varlora.posterior import DiagonalGaussian, Point, Posterior, Tempered
 from varlora.predict import predict
@@ -33,7 +35,7 @@ from varlora.predictions import load_predictions
 from varlora.report import build_report
 from varlora.tasks import get_task, load_rows
 from varlora.temperature import fit_temperature
-from varlora.workflow import answer_rows, evaluate, load, train
+from varlora.training import train
 
 ROWS, WEIGHTS = 400, 40
 SMALL = 0.03

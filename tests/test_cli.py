@@ -368,7 +368,7 @@ def test_too_little_memory(varlora_, options, tmp_path, monkeypatch):
     def full(*arguments, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("varlora.workflow.fit", full)
+    monkeypatch.setattr("varlora.training.fit", full)
     message = error_of(varlora_("train", *options, "--run-dir", tmp_path / "run"))
     assert "batch_size" in message
 

@@ -13,9 +13,10 @@ from rich.console import Console
 import varlora.demo
 from varlora.demo.run import METHOD_SETTINGS, QUICK_STEPS, run_demo
 from varlora.errors import VarloraError
+from varlora.evaluation import answer_rows
+from varlora.loading import load
 from varlora.report import Report
 from varlora.tasks import load_rows
-from varlora.workflow import answer_rows, load
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -26,12 +26,12 @@ NO_EXAMPLE = {
     "METHODS": "a dictionary",
     "TASKS": "a dictionary",
     "build_report": "needs evaluated runs: tests/test_cli.py and tests/test_report.py",
-    "evaluate": "needs a trained run: tests/test_workflow.py",
+    "evaluate": "needs a trained run: tests/test_main_job.py",
     "from_pretrained": "needs a pushed run: tests/test_hub.py",
-    "load": "needs a trained run: tests/test_workflow.py",
+    "load": "needs a trained run: tests/test_main_job.py",
     "load_rows": "needs data: `make_examples` shows the rows",
     "push_to_hub": "needs a trained run: tests/test_hub.py",
-    "train": "needs a model and data: tests/test_workflow.py",
+    "train": "needs a model and data: tests/test_main_job.py",
     "Posterior": "a protocol: its implementations show it",
 }
 """Public names without an example in their docstring, and why."""

@@ -30,7 +30,9 @@ from varlora.demo.run import one_thread as on_one_thread
 from varlora.drawing import Drawing
 from varlora.draws import distinct
 from varlora.errors import VarloraError
+from varlora.evaluation import answer_rows
 from varlora.export import _script, export
+from varlora.loading import Loaded, encode_rows, load
 from varlora.metrics import average_probs
 from varlora.model import class_logits
 from varlora.params import copied
@@ -49,7 +51,7 @@ from varlora.posterior import (
 from varlora.prompt import encode
 from varlora.run import file_digest, write_json
 from varlora.tasks import Example, get_task, load_rows
-from varlora.workflow import Loaded, _encode, answer_rows, load, train
+from varlora.training import train
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -131,7 +133,7 @@ ALL: dict[str, Callable[[Loaded], Any]] = {
 
 def rows_of(trained: Loaded) -> tuple[list[Any], list[Any]]:
     examples = load_rows(get_task("boolq"), "dev", ASSETS).examples
-    return examples, _encode(trained.model, trained.tokenizer, examples, trained.settings, silent).rows
+    return examples, encode_rows(trained.model, trained.tokenizer, examples, trained.settings, silent).rows
 
 
 def served(bundled: Path, folder: Path, manifest: dict[str, Any], trained: Loaded) -> Tensor:

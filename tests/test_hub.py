@@ -25,10 +25,12 @@ import varlora
 from varlora.config import settings_from
 from varlora.demo.run import one_thread as on_one_thread
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.evaluation import calibrate, evaluate
 from varlora.hub import FILES, READ, from_pretrained, push_to_hub
+from varlora.loading import load
 from varlora.params import copied
 from varlora.run import checksums, file_digest, load_tensors, read_json, save_tensors, write_json
-from varlora.workflow import calibrate, evaluate, load, train
+from varlora.training import train
 
 HfApi, snapshot_download = huggingface_hub.HfApi, huggingface_hub.snapshot_download
 NAME, BASE = "me/my-adapter", "someone/tiny-base"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_workflow import silent
+from test_main_job import silent
 
 from varlora.cli import main
 from varlora.config import load_settings
@@ -291,7 +291,7 @@ def test_a_full_disk_leaves_finished_runs_whole_and_the_grid_resumable(world, tm
 
     plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"]})
     with monkeypatch.context() as patched:
-        patched.setattr("varlora.workflow.save_predictions", full)
+        patched.setattr("varlora.evaluation.save_predictions", full)
         ended = reproduce(plan, Here(), silent)
     assert [run.name for run in ended.runs] == ["seed3"]
     assert "No space left on device" in ended.failed[0].reason

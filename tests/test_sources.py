@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_workflow import silent
+from test_main_job import silent
 
 from varlora import metrics
 from varlora.cli import main
 from varlora.config import load_settings, settings_from, settings_of
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.evaluation import evaluate
+from varlora.loading import load
 from varlora.methods import METHODS
 from varlora.posterior import Mixture, Tempered
 from varlora.predictions import load_predictions
 from varlora.report import build_report
 from varlora.sources import recipe_from
 from varlora.temperature import fit_temperature
-from varlora.workflow import evaluate, load, train
+from varlora.training import train
 
 CONCLUDED = ["mc_dropout", "laplace_diag", "laplace_kfac", "tfb", "temperature"]
 SPREAD = {"rank": 2, "samples": 3}
@@ -197,7 +199,7 @@ def nothing_loads(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("varlora.workflow.load_model", refuse)
+    monkeypatch.setattr("varlora.loading.load_model", refuse)
 
 
 def refusal(method: str, sources: list[Path], run_dir: Path, **settings) -> str:
@@ -402,7 +404,7 @@ def test_the_held_out_rows_are_predicted_once(runs, tmp_path, monkeypatch):
 
     from varlora.predict import predict
 
-    monkeypatch.setattr("varlora.workflow.predict", counted)
+    monkeypatch.setattr("varlora.evaluation.predict", counted)
     evaluate(run_dir, samples=2, say=silent)
     assert len(seen) == 1
     evaluate(run_dir, samples=3, say=silent)  # other draws

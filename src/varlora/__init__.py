@@ -13,12 +13,14 @@ from varlora.posterior import DiagonalGaussian, Mixture, Point, Posterior
 
 if TYPE_CHECKING:
     from varlora.config import Settings
+    from varlora.evaluation import evaluate
     from varlora.hub import from_pretrained, push_to_hub
+    from varlora.loading import load
     from varlora.methods import METHODS
     from varlora.model import LoRA, class_logits, load_model
     from varlora.report import build_report
     from varlora.tasks import TASKS, get_task, load_rows
-    from varlora.workflow import evaluate, load, train
+    from varlora.training import train
 
 __version__ = "0.1.0"
 
@@ -46,12 +48,14 @@ __all__ = [
 
 _HOMES = {
     "config": ("Settings",),
+    "evaluation": ("evaluate",),
     "hub": ("from_pretrained", "push_to_hub"),
+    "loading": ("load",),
     "methods": ("METHODS",),
     "model": ("LoRA", "class_logits", "load_model"),
     "report": ("build_report",),
     "tasks": ("TASKS", "get_task", "load_rows"),
-    "workflow": ("evaluate", "load", "train"),
+    "training": ("train",),
 }
 
 

@@ -85,7 +85,7 @@ def _speaker(console: Console) -> Callable[[str], None]:
 
 def _train(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.progress import TrainingProgress
-    from varlora.workflow import check_run_dir, train
+    from varlora.training import check_run_dir, train
 
     say = _speaker(console)
     runs = _settings(arguments, seeds=arguments.seed, run_dir=arguments.run_dir, resume=arguments.resume)
@@ -128,7 +128,7 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import recipe_of
     from varlora.diagram import scale_diagram
     from varlora.run import write_bytes, write_text
-    from varlora.workflow import tune
+    from varlora.training import tune
 
     say = _speaker(console)
     settings = _settings(arguments)[0]
@@ -162,7 +162,7 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
-    from varlora.workflow import calibrate
+    from varlora.evaluation import calibrate
 
     say = _speaker(console)
     for run_dir in arguments.runs:
@@ -195,9 +195,9 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
+    from varlora.evaluation import evaluate
     from varlora.progress import rows_progress
     from varlora.report import TEMPERED
-    from varlora.workflow import evaluate
 
     say = _speaker(console)
     table = Table("run", "split", "rows", "draws", "ACC %", "ECE x100", "NLL", "Brier")
@@ -251,9 +251,10 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
 
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
+    from varlora.evaluation import answer_rows
+    from varlora.loading import load
     from varlora.run import write_text
     from varlora.tasks import get_task, make_examples, parse_rows
-    from varlora.workflow import answer_rows, load
 
     say = _speaker(console)
     source = "standard input" if arguments.input == "-" else arguments.input
@@ -387,7 +388,7 @@ def _list_runs() -> list[str]:
 
 
 def _validate(arguments: argparse.Namespace, console: Console) -> None:
-    from varlora.workflow import validate
+    from varlora.training import validate
 
     say = _speaker(console)
     for line in validate(_settings(arguments)[0]):

@@ -22,6 +22,7 @@ from varlora.config import Settings
 from varlora.drawing import Draw
 from varlora.draws import distinct, holds, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.loading import Loaded, load, rows_of_split
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior
 from varlora.posterior.base import check_draws
@@ -30,7 +31,6 @@ from varlora.prompt import PROMPT_VERSION, answer_tokens
 from varlora.run import MANIFEST, atomic_folder, checksums, origin, read_json, write_json, write_text
 from varlora.tasks import get_task
 from varlora.templating import environment
-from varlora.workflow import Loaded, load, rows_of_split
 
 __all__ = ["export"]
 

@@ -27,11 +27,12 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
+from varlora.evaluation import evaluate
 from varlora.predictions import meta_of
 from varlora.quiet import quiet_libraries
 from varlora.tasks import get_task
 from varlora.trainer import left_to_parent
-from varlora.workflow import evaluate, train
+from varlora.training import train
 
 __all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "run_cells"]
 

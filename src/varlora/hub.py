@@ -38,6 +38,7 @@ from varlora.calibration import load_calibration
 from varlora.card import PICTURE, model_card
 from varlora.config import TASK_FILE, Settings, settings_from, settings_of
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
+from varlora.loading import Loaded, load_parts
 from varlora.run import (
     MANIFEST,
     atomic_folder,
@@ -51,7 +52,6 @@ from varlora.run import (
     write_text,
 )  # fmt: skip
 from varlora.tasks import TASKS, get_task, is_task_file
-from varlora.workflow import Loaded, load_parts
 
 __all__ = ["FILES", "from_pretrained", "push_to_hub"]
 

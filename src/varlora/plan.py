@@ -16,10 +16,11 @@ from urllib.parse import quote
 
 from varlora.config import Settings, assign_all, convert_all, read_recipe, settings_from
 from varlora.errors import ConfigError, VarloraError, did_you_mean
+from varlora.loading import rows_of_split, training_rows
 from varlora.methods import ANY, METHODS
 from varlora.sources import check_taken_over, recipe_on
 from varlora.tasks import get_task
-from varlora.workflow import check_unchanged, rows_of_split, training_rows
+from varlora.training import check_unchanged
 
 __all__ = [
     "PAPER_METHODS",

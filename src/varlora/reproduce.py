@@ -31,8 +31,8 @@ from varlora.run import origin, read_json, write_json, write_text
 from varlora.table import ResultTable
 from varlora.tables import table3
 from varlora.tasks import get_task
+from varlora.training import training_costs
 from varlora.typeset import to_html, to_json, to_latex, to_markdown
-from varlora.workflow import training_costs
 
 __all__ = ["Made", "Reproduced", "overhead_of", "reproduce", "tables_of"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from varlora import workflow
+from varlora import loading
 from varlora.checkpoint import load_posterior
 from varlora.config import settings_from
 from varlora.data import collate
@@ -316,7 +316,7 @@ def test_a_loaded_run_gives_the_same_bits(row, model, tmp_path):
         }
     )
     write_json(tmp_path / "config.json", {"settings": settings.to_dict()})
-    again, loaded = workflow.load(tmp_path, device="cpu")
+    again, loaded = loading.load(tmp_path, device="cpu")
     after = helpers.run_predict(again, loaded)
     assert torch.equal(after.probs, before.probs)
     assert torch.equal(after.probs_mean, before.probs_mean)

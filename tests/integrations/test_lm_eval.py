@@ -17,12 +17,14 @@ from helpers import bits, same
 import varlora
 from varlora.config import settings_from, settings_of
 from varlora.errors import VarloraError
+from varlora.evaluation import calibrate
 from varlora.integrations import lm_eval as ours
 from varlora.integrations.lm_eval_calibration import calibration_of, choices_of
+from varlora.loading import Loaded, load
 from varlora.posterior import Linearised, Mixture, Point
 from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
-from varlora.workflow import Loaded, calibrate, load, train
+from varlora.training import train
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install varlora[lm-eval]")
 datasets = pytest.importorskip("datasets")

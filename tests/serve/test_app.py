@@ -19,13 +19,13 @@ from serve_helpers import Held, live, loaded, numbered, silent, task_rows, train
 from varlora.calibration import Calibration
 from varlora.cli import main
 from varlora.drawing import PLAIN, Drawing
+from varlora.evaluation import answer_rows, evaluate
 from varlora.predict import Predictor
 from varlora.predictions import load_predictions
 from varlora.serve import Limits, app, make_service
 from varlora.serve.abstain import of_held_out
 from varlora.serve.asking import Ask, Asker
 from varlora.tasks import get_task
-from varlora.workflow import answer_rows, evaluate
 
 ASK = {"question": "What is the tool of Narfan?", "answers": ["ladder", "basket", "candle", "mirror"]}
 

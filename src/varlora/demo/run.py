@@ -22,6 +22,7 @@ from varlora.config import Settings, settings_from
 from varlora.data import encode_all
 from varlora.demo.base import BUNDLED, TASKS, load
 from varlora.errors import VarloraError, did_you_mean
+from varlora.evaluation import evaluate
 from varlora.params import trainable
 from varlora.posterior import Point
 from varlora.predict import predict
@@ -30,7 +31,7 @@ from varlora.report import Report, build_report
 from varlora.results import Row
 from varlora.run import read_json, write_json
 from varlora.tasks import Example, get_task, load_rows
-from varlora.workflow import evaluate, train
+from varlora.training import train
 
 __all__ = ["METHOD_SETTINGS", "SETTINGS", "one_thread", "run_demo", "train_and_evaluate", "zero_shot"]
 

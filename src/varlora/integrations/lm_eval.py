@@ -39,9 +39,9 @@ from varlora import __version__
 from varlora.drawing import Draw
 from varlora.draws import distinct, holds, means
 from varlora.errors import VarloraError, did_you_mean
+from varlora.loading import Loaded, load
 from varlora.params import swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior, Tempered
-from varlora.workflow import Loaded, load
 
 try:
     from lm_eval.api.registry import model_registry

@@ -23,13 +23,14 @@ from torch import Tensor
 from varlora.data import collate
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.evaluation import held_out_predictions
+from varlora.loading import Loaded, load, longest_prompt, pad_of
 from varlora.posterior.base import check_draws, check_tau
 from varlora.predict import Predictor
 from varlora.prompt import Encoded
 from varlora.serve.base import Limits, Use
 from varlora.tasks import Task, get_task
 from varlora.templating import environment
-from varlora.workflow import Loaded, held_out_predictions, load, longest_prompt, pad_of
 
 __all__ = ["Limits", "Service", "make_service", "serve"]
 

@@ -17,9 +17,11 @@ from varlora.calibration import Calibration
 from varlora.config import Settings, settings_from, settings_of
 from varlora.drawing import PLAIN
 from varlora.errors import ConfigError, DamagedFileError, TaskError, VarloraError
+from varlora.evaluation import answer_rows, evaluate
+from varlora.loading import load, rows_of_split
 from varlora.predictions import load_predictions
 from varlora.tasks import get_task, load_rows
-from varlora.workflow import answer_rows, check_run_dir, evaluate, load, rows_of_split, train, validate
+from varlora.training import check_run_dir, train, validate
 
 ASSETS = Path(__file__).parent / "assets"
 

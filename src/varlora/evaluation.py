@@ -1,0 +1,320 @@
+"""From a trained run to predictions: evaluate, calibrate, answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from varlora import metrics
+from varlora.calibration import Search, save_calibration
+from varlora.calibration import calibrate as search_calibration
+from varlora.config import settings_of
+from varlora.drawing import LATIN, PLAIN, Drawing
+from varlora.errors import DamagedFileError, VarloraError
+from varlora.loading import (
+    Loaded,
+    Progress,
+    Say,
+    check_same,
+    checksum_of,
+    encode_rows,
+    load,
+    no_progress,
+    pad_of,
+    rows_of_split,
+    say_unsliced,
+)
+from varlora.posterior import Posterior, Tempered
+from varlora.posterior.base import check_draws
+from varlora.predict import predict
+from varlora.predictions import Predictions, load_predictions, made_unlike, save_predictions
+from varlora.prompt import Encoded
+from varlora.run import origin, read_json, write_json
+from varlora.tasks import Task, get_task
+from varlora.tasks.base import Example
+from varlora.temperature import fit_temperature
+
+__all__ = [
+    "answer_rows",
+    "calibrate",
+    "evaluate",
+    "held_out_predictions",
+]
+
+CALIBRATION = "-calibration"
+"""End of the names of the held-out rows' files: to choose on; a report never reads them."""
+CALIBRATED = "-calibrated"
+"""End of the name of the predictions by the calibrated posterior."""
+
+
+def evaluate(
+    run_dir: str | Path,
+    *,
+    split: str | None = None,
+    samples: int = 10,
+    tau: float = 1.0,
+    seed: int = 0,
+    token_budget: int = 4096,
+    how: Drawing = PLAIN,
+    data_dir: str | None = None,
+    model: str | None = None,
+    temperature: bool = True,
+    taus: Sequence[float] = (),
+    ood: Sequence[str] = (),
+    calibrated: bool = False,
+    say: Say = print,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Predict a split's rows, and write `predictions.safetensors` and `metrics.json` to the run directory.
+
+    For the calibration split both names end in `-calibration`, so that no report shows them as results. Predictions at
+    further factors of the variance, and of other tasks' rows, are written beside them: `predictions-tau-<tau>` and
+    `predictions-ood-<task>`; so are those of the calibrated posterior, where there is one: `predictions-calibrated`.
+
+    Args:
+        run_dir: a trained run.
+        split: the split to report on; left out: the task's own (dev, as in the paper).
+        samples: draws; 0: only the mean.
+        tau: factor of the posterior variance.
+        seed: seed of the draws.
+        token_budget: tokens a batch, padding included.
+        how: how the draws are made and run.
+        data_dir: where the data lie now, if not where they were.
+        model: where the base lies now, if not where it was.
+        temperature: fit a temperature on the held-out rows as well, if there are any.
+        taus: further factors of the posterior variance to predict the same rows at.
+        ood: other tasks, by name or task file, to whose rows the model is shown as well: out of distribution.
+        calibrated: call `calibrate` first, if that was not done and rows were held out.
+        say: told in words what a user should know.
+        progress: given the number of rows, a context that gives a function to call with the rows done.
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    run_dir = Path(run_dir)
+    settings = settings_of(run_dir)
+    task = get_task(settings.task)
+    split = split or task.evaluation
+    if data_dir is not None:
+        settings = dataclasses.replace(settings, data_dir=data_dir)
+    trained_with = read_json(run_dir / "config.json").get("task_version")
+    if trained_with != task.version:
+        say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
+    loaded = load(run_dir, model=model)
+    check_draws(samples, what="samples")
+    for factor in (tau, *taus):
+        loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
+
+    def predicted(
+        split: str, task: Task = task, tau: float = tau, loaded: Loaded = loaded, **draws: Any
+    ) -> Predictions:
+        """Predict a split."""
+        examples = rows_of_split(task, split, settings, say)
+        say_unsliced(task, examples, say)
+        encoded = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say)
+        if split == "calibration":  # other data may hold out rows that were trained on
+            check_same(run_dir, "held_out", checksum_of(encoded.rows), f"the held-out rows of {task.name}")
+        with (progress or no_progress)(len(encoded.rows)) as advance:
+            draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, "how": how, **draws}
+            found = _predict(loaded, encoded.rows, **draws, progress=advance)
+        origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
+        slices = tuple(example.slice for example in examples)
+        return dataclasses.replace(
+            found,
+            slices=slices if any(slices) else (),
+            prompts=tuple(example.prompt for example in examples),
+            answers=tuple(tuple(example.answers) for example in examples),
+            meta={**found.meta, **origin_of_rows},
+        )
+
+    def written(found: Predictions, suffix: str = "", **more: Any) -> dict[str, Any]:
+        save_predictions(found, run_dir / f"predictions{suffix}.safetensors")
+        results = _results(found) | more
+        write_json(run_dir / f"metrics{suffix}.json", results | origin())
+        return results
+
+    if split == "calibration":
+        return written(predicted(split), CALIBRATION)
+    others = [get_task(name) for name in ood]
+    beside = run_dir / f"predictions{CALIBRATED}.safetensors"
+    (run_dir / "metrics.json").unlink(missing_ok=True)  # it is written last: where it is, all is there
+    beside.unlink(missing_ok=True)  # of other rows or draws, it may be
+    predictions = predicted(split)
+    save_predictions(predictions, run_dir / "predictions.safetensors")
+    for other in others:
+        save_predictions(predicted(other.evaluation, other), run_dir / f"predictions-ood-{other.name}.safetensors")
+    for factor in taus:
+        save_predictions(predicted(split, tau=factor), run_dir / f"predictions-tau-{factor:g}.safetensors")
+    more: dict[str, Any] = {}
+    if calibrated and loaded.calibration is None and settings.calibration_fraction:
+        search = calibrate(run_dir, seed=seed, token_budget=token_budget, data_dir=data_dir, model=model, say=say)
+        loaded = dataclasses.replace(loaded, calibration=search.chosen)
+    if (chosen := loaded.calibration) is not None:
+        used = dataclasses.replace(loaded, posterior=loaded.calibrated)
+        tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=how.over(chosen.how))
+        facts = {name: str(value) for name, value in dataclasses.asdict(chosen).items() if value is not None}
+        save_predictions(dataclasses.replace(tuned, meta={**tuned.meta, **facts}), beside)
+        known = tuned.labels >= 0
+        more = {"calibration": dataclasses.asdict(chosen)}
+        if known.any():
+            more["calibrated"] = metrics.evaluate(tuned.probs[known], tuned.labels[known])
+    if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
+        try:
+            try:
+                held_out = held_out_predictions(run_dir, predictions.meta)
+            except DamagedFileError:
+                held_out = None  # they are made anew
+            if held_out is None:
+                held_out = predicted("calibration")
+                written(held_out, CALIBRATION)
+            fitted = {
+                "temperature": repr(fit_temperature(held_out.logits, held_out.labels, say)),
+                "temperature_mean": repr(fit_temperature(held_out.logits_mean[None], held_out.labels, say)),
+            }
+        except VarloraError as error:
+            say(f"No temperature was fitted on the held-out rows: {error}")
+        else:
+            predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
+    return written(predictions, **more)
+
+
+def calibrate(
+    run_dir: str | Path,
+    *,
+    samples: int = 16,
+    how: Drawing = LATIN,
+    seed: int = 0,
+    token_budget: int = 4096,
+    data_dir: str | None = None,
+    model: str | None = None,
+    say: Say = print,
+) -> Search:
+    """Choose how a run's posterior is best used, on the rows that it held out, and store that with the adapter.
+
+    Args:
+        run_dir: a trained run.
+        samples: draws at the most; 0: only the mean and its temperature.
+        how: how the draws are made, now and later: their noise, and of how many layers.
+        seed: seed of the draws.
+        token_budget: tokens a batch, padding included.
+        data_dir: where the data lie now, if not where they were.
+        model: where the base lies now, if not where it was.
+        say: told in words what a user should know.
+
+    Returns:
+        What was chosen, and among what; `adapter/calibration.json` holds it, and `answer_rows` uses it.
+
+    Raises:
+        VarloraError: the run held no rows out, or see `load`.
+    """
+    run_dir = Path(run_dir)
+    settings = settings_of(run_dir)
+    if data_dir is not None:
+        settings = dataclasses.replace(settings, data_dir=data_dir)
+    task = get_task(settings.task)
+    examples = rows_of_split(task, "calibration", settings, say)
+    loaded = load(run_dir, model=model)
+    rows = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say).rows
+    check_same(run_dir, "held_out", checksum_of(rows), f"the held-out rows of {task.name}")
+
+    def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
+        one = dataclasses.replace(loaded, posterior=posterior)
+        found = _predict(one, rows, samples=n, seed=seed, token_budget=token_budget, how=how)
+        return found.logits, found.labels
+
+    search = search_calibration(loaded.posterior, draw, samples, how)
+    for doubt in search.doubts():
+        say(doubt)
+    (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of what was chosen before
+    save_calibration(search, run_dir / "adapter")
+    return search
+
+
+def held_out_predictions(run_dir: Path, meta: Mapping[str, str]) -> Predictions | None:
+    """Return a run's predictions of its held-out rows, if it has them and they were made like others.
+
+    Args:
+        run_dir: a trained run.
+        meta: how the others were made: the `meta` of predictions, or that of a `Predictor` with `task` and
+            `task_version`.
+
+    Raises:
+        DamagedFileError: there is a file, and it cannot be read.
+    """
+    path = run_dir / f"predictions{CALIBRATION}.safetensors"
+    if not path.is_file():
+        return None
+    found = load_predictions(path)
+    return None if made_unlike(found.meta, meta, "task", "task_version") else found
+
+
+def _results(predictions: Predictions) -> dict[str, Any]:
+    """Return what `metrics.json` holds."""
+    known = predictions.labels >= 0
+    drawn = predictions.meta["samples"] != "0"
+    results: dict[str, Any] = {
+        "task": predictions.meta["task"],
+        "split": predictions.meta["split"],
+        "samples": len(predictions.logits) if drawn else 0,
+        "tau": float(predictions.meta["tau"]),
+        "rows": int(known.sum()),
+        "cut": int(predictions.meta["cut"]),
+        "bins": "10 equal-width bins (lo, hi]",
+    }
+
+    def evaluated(probs: Tensor) -> dict[str, float]:
+        return metrics.evaluate(probs[known], predictions.labels[known])
+
+    if known.any():
+        results["mean"] = evaluated(predictions.probs_mean)
+        results["draws"] = evaluated(predictions.probs) if drawn else None
+        if predictions.temperatures:
+            results["temperature"] = predictions.temperatures._asdict()
+            results["mean_tempered"] = evaluated(predictions.tempered(drawn=False))
+            results["draws_tempered"] = evaluated(predictions.tempered(drawn=True)) if drawn else None
+    return results
+
+
+def answer_rows(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    *,
+    samples: int | None = None,
+    tau: float | None = None,
+    seed: int = 0,
+    how: Drawing = PLAIN,
+    say: Say = print,
+) -> Iterable[dict[str, Any]]:
+    """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
+
+    Args:
+        loaded: what `load` returned; it is used as `calibrate` chose, if it did.
+        examples: the rows.
+        samples: draws; 0: only the mean; left out: what was chosen, else 10.
+        tau: factor of the posterior's variance, of what was trained and without the rest of what was chosen; left out:
+            what was chosen, else 1.
+        seed: seed of the draws.
+        how: how the draws are made and run.
+        say: told in words what a user should know.
+    """
+    encoded = encode_rows(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
+    posterior, samples, _, as_chosen = loaded.used(samples, tau)
+    used = dataclasses.replace(loaded, posterior=posterior)
+    predictions = _predict(used, encoded.rows, samples=samples, seed=seed, how=how.over(as_chosen))
+    parts = predictions.uncertainty._asdict()
+    for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
+        probabilities = dict(zip(example.answers, probs))
+        yield {
+            "id": example.id,
+            "answer": max(probabilities, key=lambda answer: probabilities[answer]),
+            "probabilities": probabilities,
+            "uncertainty": {name: values[i].item() for name, values in parts.items()},
+        }
+
+
+def _predict(loaded: Loaded, rows: Sequence[Encoded], **settings: Any) -> Predictions:
+    return predict(loaded.model, loaded.posterior, rows, pad_token_id=pad_of(loaded.tokenizer), **settings)
