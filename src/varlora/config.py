@@ -255,11 +255,11 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = (), *, st
     else:
         known["method"] = name
         method_class: Any = METHODS[name]
-        known["method_settings"] = convert_all(method_class, method_values, "method.", found)
+        known["method_settings"] = convert_all(method_class, method_values, "method.", found, of=f" of {name}")
         inner: Any = METHODS.get(known["method_settings"].get("of", getattr(method_class, "of", "")))
         if inner is not None:  # of a method that works on another one
             inner_values = known["method_settings"].get("settings", {})
-            converted = convert_all(inner, inner_values, "method.settings.", found)
+            converted = convert_all(inner, inner_values, "method.settings.", found, of=f" of {inner.name}")
             known["method_settings"]["settings"] = _try(lambda: dataclasses.asdict(inner(**converted)), found) or {}
     if lora is not None:
         if isinstance(lora, LoRA):
@@ -404,14 +404,14 @@ def _assign(values: dict[str, Any], key: str, value: Any, problems: list[str]) -
     here[last] = value
 
 
-def convert_all(cls: Any, values: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+def convert_all(cls: Any, values: Mapping[str, Any], prefix: str, problems: list[str], of: str = "") -> dict[str, Any]:
     """Convert values to the types of a dataclass's fields; unknown names and wrong types become problems."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     converted = {}
     for name, value in values.items():
         if name not in names:
-            problems.append(f"Unknown setting `{prefix}{name}`. {did_you_mean(str(name), names)}")
+            problems.append(f"Unknown setting `{prefix}{name}`{of}. {did_you_mean(str(name), names)}")
             continue
         try:
             converted[name] = _convert(value, hints[name])

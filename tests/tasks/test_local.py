@@ -202,6 +202,13 @@ def test_problem_of_a_task_file(tmp_path, changes, message):
     assert "toy.yaml" in caught.value.problems[0]
 
 
+def test_labels_that_are_the_same_as_text_are_refused(tmp_path):
+    path = task_file(tmp_path)
+    path.write_text(path.read_text().replace('["no", "yes"]', '{1: "no", "1": "yes"}'))
+    with pytest.raises(ConfigError, match="to differ as text, as they are compared so, but got 1, '1'"):
+        get_task(path)
+
+
 def test_all_problems_are_reported_together(tmp_path):
     path = task_file(tmp_path, promt="x", answers=["a", "a"], limit={"dev": -1}, cut="nothing", evaluation=4)
     with pytest.raises(ConfigError) as caught:

@@ -275,7 +275,13 @@ def _answers(
         problems.append(f"Expected `answers` to differ, but got {', '.join(answers)}.")
         return (), {}
     if isinstance(given, dict):
-        return tuple(answers), {str(_key(key)): index for index, key in enumerate(given)}
+        labels = [str(_key(key)) for key in given]
+        if len(set(labels)) < len(labels):
+            problems.append(
+                "Expected the labels that `answers` maps to differ as text, as they are compared so, but got "
+                f"{', '.join(map(repr, given))}."
+            )
+        return tuple(answers), {label: index for index, label in enumerate(labels)}
     meant = _meant(_names(answers), label_as)
     problems += [
         f"Expected each label to name one of `answers`, but {_ambiguous(name)}"
