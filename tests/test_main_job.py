@@ -375,6 +375,19 @@ def test_a_task_of_another_version_is_said(run_dir, tmp_path):
     assert any("was of 0" in text for text in said)
 
 
+def test_a_task_file_that_was_changed_is_said(base, bundled, tmp_path):
+    text = (bundled.parent / "tasks" / "four_choices.yaml").read_text()
+    (tmp_path / "task.yaml").write_text(text)
+    there = {"task": str(tmp_path / "task.yaml"), "data_dir": str(bundled.parent / "tasks")}
+    run = train(settings_from({**base, **there, "run_dir": str(tmp_path / "run")}), say=silent)
+    said: list[str] = []
+    evaluate(run, samples=0, say=said.append)
+    assert not any("changed" in line for line in said)
+    (tmp_path / "task.yaml").write_text(text + "# another\n")
+    evaluate(run, samples=0, say=said.append)
+    assert any(f"{tmp_path / 'task.yaml'} was changed since {run} was trained" in line for line in said)
+
+
 def test_a_slice_that_no_row_has_is_said(base, bundled, tmp_path):
     text = (bundled.parent / "tasks" / "four_choices.yaml").read_text().replace("slice: fact", "slice: fcat")
     (tmp_path / "task.yaml").write_text(text)

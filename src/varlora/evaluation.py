@@ -12,7 +12,7 @@ from torch import Tensor
 from varlora import metrics
 from varlora.calibration import Search, save_calibration
 from varlora.calibration import calibrate as search_calibration
-from varlora.config import settings_of
+from varlora.config import TASK_FILE, settings_of
 from varlora.drawing import LATIN, PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.loading import (
@@ -34,7 +34,7 @@ from varlora.predict import predict
 from varlora.predictions import Predictions, load_predictions, made_unlike, save_predictions
 from varlora.prompt import Encoded
 from varlora.run import origin, read_json, write_json
-from varlora.tasks import Task, get_task
+from varlora.tasks import Task, get_task, is_task_file
 from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
 
@@ -104,6 +104,11 @@ def evaluate(
     trained_with = read_json(run_dir / "config.json").get("task_version")
     if trained_with != task.version:
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
+    elif _task_file_changed(settings.task, run_dir / TASK_FILE):
+        say(
+            f"{settings.task} was changed since {run_dir} was trained, and is read as it is now. "
+            f"{run_dir / TASK_FILE} is what it was."
+        )
     loaded = load(run_dir, model=model)
     check_draws(samples, what="samples")
     for factor in (tau, *taus):
@@ -180,6 +185,12 @@ def evaluate(
         else:
             predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
     return written(predictions, **more)
+
+
+def _task_file_changed(task: str, kept: Path) -> bool:
+    """Whether a run's task is a file that is no longer what the run kept of it."""
+    path = Path(task)
+    return is_task_file(task) and path.is_file() and kept.is_file() and path.read_bytes() != kept.read_bytes()
 
 
 def calibrate(
