@@ -13,11 +13,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from varlora import metrics
 from varlora.data import collate
 from varlora.model import class_logits, load_model
 from varlora.overhead import Cost, Overhead
+from varlora.predictions import Predictions, save_predictions
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+META = {"task": "toy", "split": "dev", "samples": "1", "tau": "1.0", "seed": "0", "cut": "0"}
 QUALITY = "--seeds 21 42 --adamw-lr 1e-4 5e-4 --ivon-lr 0.3 1.0 --sigma0 0.03 --steps 2"
 QUALITY += " --train-rows 24 --calibration-rows 24 --dev-rows 12"
 
@@ -40,6 +43,7 @@ def load(monkeypatch):
             "inference",
             "draws",
             "beginnings",
+            "temperatures",
         ):
             del sys.modules[name]
 
@@ -379,8 +383,33 @@ def trained_run(folder):
     return train(settings, say=lambda text: None)
 
 
-@pytest.mark.parametrize("name", ["inference", "beginnings", "draws"])
-def test_the_document_on_inference_is_made_from_the_results(load, name):
+def test_the_benchmark_of_temperatures_finds_what_is_right(load, out, tmp_path):
+    """Logits that are too large by one factor on the held-out rows, and by another one on those reported."""
+    temperatures = load("temperatures")
+    generator = torch.Generator().manual_seed(0)
+    right = 2 * torch.randn(4000, 4, generator=generator)
+    labels = torch.multinomial(right.softmax(-1), 1, generator=generator).squeeze(1)
+    for end, factor in ("", 3.0), ("-calibration", 2.0):
+        found = Predictions(factor * right[None], factor * right, labels, tuple(map(str, range(4000))), meta=META)
+        save_predictions(found, tmp_path / f"predictions{end}.safetensors")
+    temperatures.main([str(tmp_path), "--out", str(out)])
+    written = json.loads(out.read_text())
+    check_origin(written)
+    (run,) = written["runs"].values()
+    held_out, reported, *_, by_entropy = run["ways"].values()
+    assert (held_out["temperature"], reported["temperature"]) == pytest.approx((2.0, 3.0), rel=0.05)
+    assert reported["ece"] < 1.5 * reported["ece_if_calibrated"] < held_out["ece"]
+    assert by_entropy["slope"] == pytest.approx(0, abs=0.41)  # of steps of 0.2
+    bent = temperatures.tempered(right, 0.5, -1.0)
+    temperature, slope = temperatures.chosen(bent, labels, by_entropy=True)
+    probs = temperatures.tempered(bent, temperature, slope).double().softmax(-1)
+    assert slope > 0.5
+    assert metrics.nll(probs, labels) == pytest.approx(metrics.nll(right.double().softmax(-1), labels), abs=0.01)
+    assert "| held-out rows |" in temperatures.documented("<!-- temperatures -->\n<!-- end -->", written)
+
+
+@pytest.mark.parametrize("name", ["inference", "beginnings", "draws", "temperatures"])
+def test_a_document_is_made_from_the_results(load, name):
     script = load(name)
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text(encoding="utf-8"))
     text = script.DOCUMENT.read_text(encoding="utf-8")
