@@ -142,6 +142,7 @@ class Bucket:
         self.like: dict[str, Any] = {"device": parameters[0].device, "dtype": dtype}
         self.mean, self.momentum = torch.zeros(2, ends[-1], **self.like)
         self.hess = torch.full((ends[-1],), group["hess_init"], **self.like)
+        self.delta: float = group["weight_decay"]  # as it was when h + δ was last known to be above 0
         flats = {"mean": self.mean, "momentum": self.momentum, "hess": self.hess}
         # Whether gradients are looked at as they arrive, before they are added up, averaged over ranks or clipped.
         self.watches = group["mc_samples"] > 1 or group["noise_per_rank"]
@@ -340,6 +341,15 @@ class Bucket:
                     mean.copy_(p)
                 self.versions[i] = version
 
+    @plain()
+    def follow_weight_decay(self) -> None:
+        """Where δ was lowered, keep h + δ above 0: where h is below 0, it falls to its half at the most, as in a step."""
+        delta = self.group["weight_decay"]
+        if delta < self.delta:
+            least = (self.hess + self.delta) / 2 - delta
+            self.hess.copy_(torch.where(self.hess > 0, self.hess, torch.maximum(self.hess, least)))
+        self.delta = delta
+
     def _precision(self, lo: int, hi: int, out: Tensor) -> Tensor:
         """1/σ² = λ(h + δ)."""
         h, ess, delta = self.hess[lo:hi], self.group["ess"], self.group["weight_decay"]
@@ -523,6 +533,19 @@ class Bucket:
         """Turn ĝ, in place, into what one draw adds to the curvature estimate, before its factor: ĝε or ĝ²."""
         return ghat.mul_(self.noise_of(self.train_key)[at] if self.group["hess_approx"] == "price" else ghat)
 
+    def _change(self, ghat: Tensor, before: Tensor, run: _Run) -> Tensor:
+        """Return, in the place of what a run's gradients were when they arrived, by what they were multiplied since.
+
+        By one number for each parameter of 16 bits: where micro-batches cancel, an entry of their sum is of rounding.
+        """
+        if self.parameters[0].dtype != self.mean.dtype:
+            for i in run.indices:
+                lo, hi = (end - run.lo for end in self.spans[i])
+                before[lo:hi] = ghat[lo:hi].norm() / before[lo:hi].norm()
+        else:
+            torch.div(ghat, before, out=before)
+        return before.nan_to_num_(nan=1.0, posinf=1.0, neginf=1.0)
+
     # --- Algorithm 1 ---
 
     @plain()
@@ -602,8 +625,7 @@ class Bucket:
             hhat = torch.mul(ghat, self.noise_of(self.train_key)[at] if price else ghat, out=a)
         else:
             # The gradients of each draw and rank are gone; what clipping or unscaling did to their sum, it did to each.
-            change = torch.div(self.grad_sum[at], draws, out=b)
-            change = torch.div(ghat, change, out=b).nan_to_num_(nan=1.0, posinf=1.0, neginf=1.0)
+            change = self._change(ghat, torch.div(self.grad_sum[at], draws, out=b), run)
             hhat = torch.div(self.hess_sum[at], draws, out=a).mul_(change if price else change.square_())
         hhat.mul_(self._precision(run.lo, run.hi, b).sqrt_() if price else group["batch_size"])
 

@@ -585,6 +585,8 @@ class IVON(torch.optim.Optimizer):
         elif adopt and not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
+        for bucket in self._buckets:
+            bucket.follow_weight_decay()
         return self._buckets
 
     def _release(self) -> None:
