@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import random
@@ -521,6 +522,9 @@ def test_rows_must_exist_and_have_labels(tmp_path):
     fit = varlora.fit.fit
     with pytest.raises(VarloraError, match="`rows`"):
         fit(helpers.tiny_model(), METHODS[0], [], tmp_path, pad_token_id=0, steps=1)
+    short = [dataclasses.replace(row, label_tokens=row.label_tokens[:1], label=0) for row in helpers.make_rows(2)]
+    with pytest.raises(VarloraError, match="two answers or more in each training row, but 2 of 5 have less"):
+        fit(helpers.tiny_model(), METHODS[0], helpers.make_rows(3) + short, tmp_path, pad_token_id=0, steps=1)
     rows = helpers.make_rows(3) + helpers.make_rows(2, labelled=False)
     with pytest.raises(VarloraError, match="2 of 5 have none"):
         fit(helpers.tiny_model(), METHODS[0], rows, tmp_path, pad_token_id=0, steps=1)

@@ -136,6 +136,11 @@ def fit(
     """
     rows = list(rows)
     _check_rows(rows, calibration)
+    if len(rows) > 1 and not _chance(rows):
+        warn(
+            f"All {len(rows)} training rows have the same answer, number {rows[0].label}: to give it always is all "
+            "that can be learned. Check the labels; where each row lists its right answer first, shuffle the answers."
+        )
     plan = Plan(steps, accumulation, max(dropout_rates(model).values(), default=0.0), bool(calibration))
     arguments_problems = check_training_arguments(training_arguments or {})
     if problems := arguments_problems + check_method(method, plan, training_arguments or {}):
@@ -415,6 +420,8 @@ def _check_rows(rows: Sequence[Encoded], calibration: Sequence[Encoded]) -> None
     if not rows:
         raise VarloraError("Expected `rows` to hold training rows, but got none. Check the task's files and filters.")
     for what, of in (("training", rows), ("held-out", calibration)):
+        if few := sum(len(row.label_tokens) < 2 for row in of):
+            raise VarloraError(f"Expected two answers or more in each {what} row, but {few} of {len(of)} have less.")
         if unlabelled := sum(row.label is None for row in of):
             raise VarloraError(f"Expected a label in each {what} row, but {unlabelled} of {len(of)} have none.")
 

@@ -177,7 +177,8 @@ def walk(steps: int, beta1: float) -> float:
     """
     lags = torch.arange(1, 10_000, dtype=torch.float64)
     together = 1 + 2 * (2 / math.pi * (beta1**lags).asin()).sum().item()
-    return math.sqrt(together * sum((1 - step / steps) ** 2 for step in range(steps)))
+    wandered = math.sqrt(together * sum((1 - step / steps) ** 2 for step in range(steps)))
+    return min(wandered, (steps + 1) / 2)  # which is the straight path
 
 
 def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
@@ -250,5 +251,5 @@ def first_hessian(gradient: float, sigma: float, steps: int, beta2: float, growt
         beta2: decay of the Hessian's average.
         growth: share of training over which the noise grows.
     """
-    noise = math.sqrt(sum(ramp(step / steps, growth) ** -2 for step in range(steps))) / sigma
+    noise = math.sqrt(sum(ramp(step / steps, growth) ** -2 for step in range(1, steps + 1))) / sigma
     return STEADY * (1 - beta2) * gradient * noise

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from varlora import scale
+from varlora.errors import VarloraError
 from varlora.methods.base import Comparison, Method, Plan, Prepared, Start, Trained
 from varlora.optim.ivon import IVON
 from varlora.params import copied, trainable
@@ -169,7 +170,7 @@ class Ivon(Method):
                 by_layer = {layer: scale.layer_share(of, gradient) for layer, of in gradients.items()}
         if "hess_init" not in given:
             given["hess_init"] = (
-                1 / (given["ess"] * sigma**2)
+                _hessian_of(sigma, given["ess"], delta)
                 if "ess" in given
                 else start.batch_size * start.accumulation * gradient**2
                 if self.hess_approx == "gradsq"
@@ -223,7 +224,7 @@ class Ivon(Method):
         assert isinstance(optimizer, IVON)
         growth = 0.0 if self.noise_warmup == "auto" else self.noise_warmup
         if self.ess != "auto" and (growth or self.compare_every(total_steps)):
-            share = scale.ramp((step - 1) / total_steps, growth)
+            share = scale.ramp(step / total_steps, growth)
             for group in optimizer.param_groups:
                 group["ess"] = self.ess / (share * state.get("held_back", 1.0)) ** 2
         if self.hess_average == "run":
@@ -248,15 +249,20 @@ class Ivon(Method):
         while the gain is small, a rise that is half of it hides as much. A rise counts as too much if it is so by a
         standard error.
         """
+        if not comparison.chance:  # all rows have the same answer, so there is nothing to gain
+            return None
         count = state["comparisons"] = state.get("comparisons", 0) + 1
         weight = max(1 / count, 1 / MEMORY)
+        # The variance of the average over that of one comparison: the sum of the squares of their weights.
+        share = state["share"] = state.get("share", 0.0) * (1 - weight) ** 2 + weight**2
         state["chance"] = comparison.chance
         seen = {"at_mean": comparison.at_mean, "under_noise": comparison.under_noise}
         seen["square"] = (comparison.under_noise - comparison.at_mean) ** 2
         for name, value in seen.items():
             state[name] = state.get(name, 0.0) * (1 - weight) + value * weight
         rise = state["under_noise"] - state["at_mean"]
-        error = math.sqrt(max(state["square"] - rise**2, 0.0) * weight / (2 - weight))  # of an average that forgets
+        spread = max(state["square"] - rise**2, 0.0)
+        error = math.sqrt(spread * share / (1 - share)) if count > 1 else math.inf
         gain = max(comparison.chance - state["at_mean"], 0.0)
         progress = min(gain / (PROGRESS * comparison.chance), 1.0)
         borne = max(BEARABLE * progress * gain, SLIGHT * comparison.chance)
@@ -311,6 +317,18 @@ class Ivon(Method):
         losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
         logged |= {name: state[key] for key, name in losses.items() if key in state}
         return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
+
+
+def _hessian_of(sigma: float, ess: float, delta: float) -> float:
+    """Return the h₀ with which σ = 1/√(λ(h₀ + δ))."""
+    precision = 1 / (ess * sigma**2)
+    if precision <= delta:
+        raise VarloraError(
+            f"Expected `weight_decay` below {precision:.3g}, as with `ess` {ess:.3g} more leaves less noise than a "
+            f"look at the rows found best (sigma {sigma:.3g}), but got {delta:.3g}. Lower it or `ess`, or give "
+            "`hess_init`."
+        )
+    return precision - delta
 
 
 def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:

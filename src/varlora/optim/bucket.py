@@ -343,7 +343,7 @@ class Bucket:
 
     @plain()
     def follow_weight_decay(self) -> None:
-        """Where δ was lowered, keep h + δ above 0: where h is below 0, it falls to its half at the most, as in a step."""
+        """Where δ was lowered and h is below 0, let h + δ fall to its half at the most, as in a step, and not to 0."""
         delta = self.group["weight_decay"]
         if delta < self.delta:
             least = (self.hess + self.delta) / 2 - delta
