@@ -248,9 +248,24 @@ def test_the_ece_of_perfect_calibration_is_that_of_labels_drawn_from_the_probabi
 def test_in_large_bins_the_ece_of_perfect_calibration_is_that_of_a_gaussian(monkeypatch):
     probs, _ = random_rows(9, n=1500, c=2)
     exact = ece_if_calibrated(probs, 2)
-    monkeypatch.setattr("varlora.metrics.EXACT", 100)
+    monkeypatch.setattr("varlora.metrics.NORMAL", 100.0)
     assert ece_if_calibrated(probs, 2) == pytest.approx(exact, rel=1e-3)
     assert ece_if_calibrated(probs, 2) != exact
+
+
+def test_in_large_bins_of_sure_rows_it_is_not():
+    """Of 5000 rows that are wrong with a chance of 1e-4 each, half a row is wrong on average: a binomial number."""
+    n, wrong = 5000, 1e-4
+    chances = scipy.stats.binom(n, wrong).pmf(range(50))
+    expected = sum(chance * abs(k - n * wrong) for k, chance in enumerate(chances)) / n
+    probs = torch.tensor([[1 - wrong, wrong]], dtype=torch.float64).repeat(n, 1)
+    assert ece_if_calibrated(probs) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_ece_of_perfect_calibration_has_the_bins_of_the_ece():
+    """A float32 0.6 is on the border of two bins, and a little above it as a float64."""
+    probs = torch.tensor([[0.6, 0.4]] * 3 + [[0.65, 0.35]] * 3)
+    assert ece_if_calibrated(probs) == pytest.approx(ece_if_calibrated(probs.double().round(decimals=2)))
 
 
 def test_evaluate_all_adds_to_evaluate():

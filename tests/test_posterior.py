@@ -379,6 +379,13 @@ def test_prune_knows_weights_without_variance() -> None:
     pruned = DiagonalGaussian({"w": mean}, {"w": std}).prune(0.5)
     assert pruned.mean["w"].tolist() == pytest.approx([0.0, 5.0, 0.0, 0.2])
     assert torch.equal(pruned.prune(0.5).mean["w"], pruned.mean["w"])  # once more is the same
+    for by in ("snr", "magnitude", "random"):  # of weights that are 0 anyway, too
+        once = DiagonalGaussian({"w": torch.zeros(1000)}, {"w": torch.ones(1000)}).prune(0.5, "random", seeded(1))
+        assert torch.equal(once.prune(0.5, by, seeded(2)).keep["w"], once.keep["w"])
+        assert torch.equal(once.prune(0.2, by, seeded(2)).keep["w"], once.keep["w"])
+        more = once.prune(0.7, by, seeded(2)).keep["w"]
+        assert more.sum() == 300
+        assert not (more & ~once.keep["w"]).any()
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
@@ -541,6 +548,16 @@ def test_no_dropout_is_the_mean() -> None:
 
 
 # --- Linearised ---
+
+
+def test_logits_of_a_model_that_overflows_are_not_numbers() -> None:
+    """As those of draws of weights are, which `predict` then says; the other rows have theirs."""
+    covariance = torch.eye(3).repeat(2, 1, 1)
+    covariance[1, 0, 0] = math.inf
+    drawn = varlora.posterior.linearised.gaussian_logits(torch.zeros(2, 3), covariance, 4, seeded())
+    assert drawn[:, 0].isfinite().all()
+    assert drawn[:, 1].isnan().all()
+
 
 WEIGHTS = {
     "diagonal": lambda: DiagonalGaussian(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varlora.errors import VarloraError, did_you_mean
 
@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 Rule = Literal["right", "left", "adaptive"]
-EXACT = 2000
-"""Rows of a bin of which the ECE of perfect calibration is computed exactly; it takes their square of operations."""
+NORMAL = 500.0
+"""Variance from which on the number of a bin's right rows is taken to be normal; 2000 rows have that at the most."""
 
 
 class MetricError(VarloraError):
@@ -291,23 +291,30 @@ def ece_if_calibrated(probs: Tensor, bins: int = 10, rule: Rule = "right") -> fl
         Bröcker and Smith, Increasing the reliability of reliability diagrams, 2007 (consistency resampling; here its
         expectation, exactly).
     """
-    confidence = by_row(probs, torch.zeros(len(probs), dtype=torch.long, device=probs.device)).confidence.double()
+    confidence = by_row(probs, torch.zeros(len(probs), dtype=torch.long, device=probs.device)).confidence
     index = bin_of(confidence, bins, rule)
-    return sum(_deviation(confidence[index == one]) for one in range(bins)) / len(probs)
+    return sum(_deviation(confidence[index == one].double()) for one in range(bins)) / len(probs)
 
 
 def _deviation(chances: Tensor) -> float:
     """Return the mean absolute deviation of the number of successes in trials of given chances, (n,).
 
-    Of many trials it is that of a Gaussian, to a few in 10,000.
+    Of a variance above `NORMAL` it is that of a Gaussian, to a few in 10,000.
     """
-    if len(chances) > EXACT:
-        return math.sqrt(2 / math.pi * (chances * (1 - chances)).sum().item())
-    share = torch.zeros(len(chances) + 1, dtype=torch.float64)
-    share[0] = 1.0  # of k successes so far
-    for chance in chances.tolist():
-        share = share * (1 - chance) + chance * share.roll(1)  # the last entry is 0 until the last trial
-    return (share * (torch.arange(len(share)) - chances.sum().item()).abs()).sum().item()
+    variance = (chances * (1 - chances)).sum().item()
+    if variance > NORMAL:
+        return math.sqrt(2 / math.pi * variance)
+    # The distribution of that number has the coefficients of the product of 1 − c + c x, taken by pairs.
+    chances = chances[(chances > 0) & (chances < 1)]  # the others deviate by nothing
+    share = torch.stack([1 - chances, chances], 1) if len(chances) else torch.ones(1, 1, dtype=torch.float64)
+    while len(share) > 1:
+        if len(share) % 2:
+            one = nn.functional.pad(torch.ones(1, 1).to(share), (0, share.shape[1] - 1))
+            share = torch.cat([share, one])
+        size = 2 * share.shape[1] - 1
+        parts = torch.fft.rfft(share, size)
+        share = torch.fft.irfft(parts[::2] * parts[1::2], size)
+    return (share[0] * (torch.arange(share.shape[1]).to(share) - chances.sum()).abs()).sum().item()
 
 
 def auroc(scores: Tensor, positives: Tensor) -> float:

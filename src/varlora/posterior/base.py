@@ -206,7 +206,11 @@ class Gaussian(Posterior, Protocol):
 
 
 def kept_by(
-    posterior: WeightPosterior, fraction: float, by: str, generator: torch.Generator | None
+    posterior: WeightPosterior,
+    fraction: float,
+    by: str,
+    generator: torch.Generator | None,
+    before: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return which weights stay when a share of all is pruned, the lowest first.
 
@@ -215,6 +219,7 @@ def kept_by(
         fraction: share of all weights, 0 to 1.
         by: `snr`, the signal-to-noise ratio |m|/√v; `magnitude`, |m|; `random`.
         generator: source of the order at random.
+        before: which weights were kept when it was pruned before, if it was; the others count, and stay pruned.
 
     Raises:
         VarloraError: `fraction` or `by` is none, or the posterior has no variances and `by` needs them.
@@ -234,6 +239,10 @@ def kept_by(
             noise = torch.cat([std[name].flatten() for name in sorted(sizes)])
             signal = (signal / noise).nan_to_num(nan=0.0, posinf=math.inf)  # 0/0: certainly zero, and goes first
         order = signal.argsort(stable=True)
+    if before is not None:  # those that are pruned already go first
+        stay = torch.cat([before[name].flatten() for name in sorted(sizes)]).to(order.device)
+        order = order[stay[order].int().argsort(stable=True)]
+        fraction = max(fraction, 1 - stay.double().mean().item())
     kept = torch.ones(len(order), dtype=torch.bool, device=order.device)
     kept[order[: round(fraction * len(order))]] = False
     parts = kept.split([sizes[name] for name in sorted(sizes)])

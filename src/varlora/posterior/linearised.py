@@ -137,9 +137,12 @@ def gaussian_logits(logits: Tensor, covariance: Tensor, n: int, generator: torch
         n: draws.
         generator: source of the noise.
     """
-    values, vectors = torch.linalg.eigh(covariance.double())
+    covariance = covariance.double()
+    finite = covariance.isfinite().all(-1).all(-1)  # (B,): of a model that overflows there are no roots
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], covariance, 0.0))
     # the symmetric root: unlike a Cholesky factor it needs no damping where an answer has no variance
     root = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT  # (B, C, C)
+    root[~finite] = torch.nan
     # class by class, so that a class's noise does not depend on how many answers the batch's other rows have
     half = torch.stack([normal(values, generator, (n + 1) // 2) for _ in range(logits.shape[1])], -1)
     noise = torch.cat([half, -half])  # (S, C)

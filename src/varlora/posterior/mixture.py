@@ -26,9 +26,9 @@ T = TypeVar("T")
 class Mixture:
     """Equal shares of several posteriors of the same base: an ensemble, MultiSWAG, several IVON runs.
 
-    Draws take the members in turn, so that S draws hold each member S/K times, and once at the least. It has no single
-    mean: at the mean, the logarithm of the members' average probability is returned as logits, so that their softmax is
-    that average.
+    Draws take the members in turn, so that S draws hold each of K members S/K times, and once at the least; where K
+    does not divide S, the first ones once more than the others. It has no single mean: at the mean, the logarithm of
+    the members' average probability is returned as logits, so that their softmax is that average.
 
     Example:
         >>> from varlora.posterior import Point

@@ -68,8 +68,7 @@ class Pruned(WeightPosterior):
 
     def prune(self, fraction: float, by: str = "snr", generator: torch.Generator | None = None) -> Pruned:
         """Prune more; what is pruned already counts, and stays so."""
-        kept = kept_by(self, fraction, by, generator)
-        return Pruned(self.inner, {name: kept[name] & keep for name, keep in self.keep.items()})
+        return Pruned(self.inner, kept_by(self, fraction, by, generator, before=self.keep))
 
     def quadratic(self, name: str, gradients: Tensor) -> Tensor:
         """Return the covariance that one parameter gives to linear functions of it, (B, C, C) float64."""
