@@ -27,6 +27,7 @@ from varlora.data import encode_all
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluation import answer_rows, evaluate
+from varlora.evaluation import calibrate as calibrate_run
 from varlora.loading import load
 from varlora.metrics import average_probs, nll
 from varlora.posterior import DiagonalGaussian, Point, Posterior, Tempered
@@ -385,6 +386,11 @@ def test_a_damaged_calibration_is_refused_by_name(copy: Path, change: Mapping[st
     with pytest.raises(DamagedFileError, match=said) as error:
         load(copy)
     assert str(path) in str(error.value)
-    path.write_text("[]")
-    with pytest.raises(DamagedFileError, match="missing or wrong"):
-        load(copy)
+    for broken in ("[]", "{"):
+        path.write_text(broken)
+        with pytest.raises(DamagedFileError, match="Run `varlora calibrate` again") as error:
+            load(copy)
+        assert str(error.value).count("again") == 1
+    assert load(copy, calibrated=False).calibration is None
+    calibrate_run(copy, samples=2, say=lambda text: None)  # the cure that is named
+    assert load(copy).calibration is not None

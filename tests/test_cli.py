@@ -331,13 +331,19 @@ def test_a_prompt_longer_than_the_context(varlora_, options, tmp_path):
         (["--samples", "-1"], "number of draws >= 0, but got -1"),
         (["--tau", "-1"], "factor >= 0 of the posterior variance, but got -1"),
         (["--tau", "nan"], "factor >= 0 of the posterior variance, but got nan"),
-        (["--token-budget", "0"], "tokens >= 1, but got 0"),
         (["--data-dir", "nowhere"], "nowhere/boolq/dev.jsonl"),
         (["--model", "nowhere/at/all"], "nowhere/at/all does not exist"),
     ],
 )
 def test_evaluate_refuses(varlora_, trained, arguments, text):
     assert text in error_of(varlora_("evaluate", trained, *arguments))
+
+
+def test_a_batch_has_a_token_at_least(varlora_, trained):
+    for verb in ("evaluate", "calibrate"):
+        result = varlora_(verb, trained, "--token-budget", "0")
+        assert result.code == 2
+        assert "argument --token-budget: expected a whole number >= 1, but got 0" in result.err
 
 
 def test_a_posterior_of_another_model(varlora_, trained, shared):
@@ -359,14 +365,22 @@ def test_what_is_no_run(varlora_, tmp_path):
     assert "none" in error_of(varlora_("report", tmp_path / "none", "--out", tmp_path / "report"))
 
 
+def test_later_runs_are_looked_at_before_the_first_is_worked_on(varlora_, run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for verb in ("evaluate", "calibrate"):
+        assert "There is no run directory" in error_of(varlora_(verb, run, tmp_path / "typo"))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_a_place_that_cannot_be_written_to(varlora_, options, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in error_of(varlora_("train", *options, "--run-dir", tmp_path / "file" / "run"))
 
 
-def test_too_little_memory(varlora_, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_too_little_memory(error, varlora_, options, tmp_path, monkeypatch):
     def full(*arguments, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("varlora.training.fit", full)
     message = error_of(varlora_("train", *options, "--run-dir", tmp_path / "run"))

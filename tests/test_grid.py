@@ -28,7 +28,8 @@ STEPS = 200  # long enough to be killed in
 
 
 def cell(folder: Path, name: str, *after: str, **evaluation) -> Cell:
-    return Cell({"run_dir": str(folder / name), "sources": [str(folder / one) for one in after]}, evaluation)
+    settings = {"task": "boolq", "run_dir": str(folder / name), "sources": [str(folder / one) for one in after]}
+    return Cell(settings, evaluation)
 
 
 class Fake:
@@ -90,11 +91,17 @@ def test_a_dead_worker_costs_one_more_attempt(tmp_path):
 
 
 def test_what_is_done_is_not_repeated(tmp_path):
-    """Done is: adapter, metrics and every further prediction that is asked for."""
+    """Done is: adapter, metrics and every further prediction that is asked for, made as it is asked for."""
     (tmp_path / "done" / "adapter").mkdir(parents=True)
     (tmp_path / "done" / "metrics.json").touch()
-    for name in ("predictions", "predictions-tau-0.5"):
-        save_tensors(tmp_path / "done" / f"{name}.safetensors", {"x": torch.zeros(1)}, {"samples": "10"})
+    made = {"samples": "10", "tau": "1.0", "seed": "0", "task": "boolq", "split": "dev"}
+
+    def evaluated(name: str, **changes: str) -> None:
+        path = tmp_path / "done" / f"{name}.safetensors"
+        save_tensors(path, {"x": torch.zeros(1)}, {**made, **changes})
+
+    evaluated("predictions")
+    evaluated("predictions-tau-0.5", tau="0.5")
     assert not cell(tmp_path, "done").missing()
     assert not cell(tmp_path, "done", samples=10, taus=[0.5]).missing()
     assert cell(tmp_path, "done", samples=10, taus=[0.5, 1.5]).missing()
@@ -102,6 +109,10 @@ def test_what_is_done_is_not_repeated(tmp_path):
     assert cell(tmp_path, "done", samples=10, ood=["boolq"]).missing()
     assert cell(tmp_path, "done", samples=10, split="calibration").missing()
     assert ended([cell(tmp_path, "done", samples=10)], None) == {}  # nothing is launched
+    by_hand = ({"tau": "8.0"}, {"seed": "9"}, {"split": "train"}, {"task": "obqa"}, {"noise": "latin"})
+    for changes in ({"last_layers": "2"}, *by_hand):
+        evaluated("predictions", **changes)
+        assert cell(tmp_path, "done", samples=10).missing()
 
 
 @pytest.fixture(scope="module")

@@ -388,6 +388,18 @@ def test_a_task_file_that_was_changed_is_said(base, bundled, tmp_path):
     assert any(f"{tmp_path / 'task.yaml'} was changed since {run} was trained" in line for line in said)
 
 
+def test_an_evaluation_that_fails_leaves_the_one_before(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    evaluate(run, samples=2, say=silent)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for wrong in ({"split": "tset"}, {"token_budget": 0}, {"data_dir": str(tmp_path)}, {"ood": ["arc_easy", "nope"]}):
+        with pytest.raises(VarloraError):
+            evaluate(run, **{"samples": 3, "say": silent, **wrong})
+    with pytest.raises(VarloraError, match="neither `ood` nor `taus` nor `calibrated`"):
+        evaluate(run, split="calibration", taus=[0.5], say=silent)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 def test_a_slice_that_no_row_has_is_said(base, bundled, tmp_path):
     text = (bundled.parent / "tasks" / "four_choices.yaml").read_text().replace("slice: fact", "slice: fcat")
     (tmp_path / "task.yaml").write_text(text)

@@ -14,6 +14,7 @@ from varlora.cli import main
 from varlora.config import load_settings
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
+from varlora.evaluation import calibrate, evaluate
 from varlora.grid import Cell, Outcome, run_cell
 from varlora.methods import METHODS
 from varlora.plan import candidates_of, plan_from, run_settings
@@ -216,6 +217,29 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
         ({"search": {"adamw": {"lr": 0.001}}}, "Expected `search.adamw` to be lists of values by setting"),
         ({"search": {"adamw": {"lr": []}}}, "Expected `search.adamw` to be lists of values by setting"),
         ({"search": {"adamw": None}}, "Expected `search.adamw` to be lists of values by setting"),
+        (
+            {"search": {"ensemble": {"size": ["two"]}}, "methods": ["ensemble"]},
+            "`methods.ensemble.size` to be a number",
+        ),
+        ({"search": {1: 2}}, "Unknown method `1`"),
+        ({"seeds": [0, 1000], "methods": ["ensemble"]}, "Expected `seeds` whose runs of ensemble share no members"),
+        ({"seeds": []}, "Expected `seeds`, but it is missing"),
+        ({"tasks": 5}, "Expected `tasks` to map names to settings or to list names, but got 5"),
+        ({"methods": 5}, "Expected `methods` to map names to settings or to list names, but got 5"),
+        (
+            {"tasks": {"boolq": {"methods": ["ivon"]}}},
+            "Expected `tasks.boolq.methods` to map names to settings, but got",
+        ),
+        ({"tasks": {"boolq": {"methods": {"ivon": 3}}}}, "Expected `tasks.boolq.methods.ivon` to be a mapping"),
+        (
+            {"tasks": {"boolq": {"methods": {"ensemble": {"size": "abc"}}}}, "methods": ["ensemble"]},
+            "`methods.ensemble.size` to be a number of members >= 2, but got 'abc'",
+        ),
+        ({"tasks": {"boolq": {"methods": {"ivno": {"lr": 1}}}}}, "Unknown method `ivno`. Did you mean `ivon`?"),
+        ({"methods": {"pruned": {"of": ["a"]}}}, "Expected `methods.pruned.of` to be a method that trains by itself"),
+        ({"taus": [float("inf")]}, "Expected `taus` to be 0 or more, but got inf."),
+        ({"ood": {"boolq": ["arc_easy"]}}, "Expected `ood.boolq` to be one task, by name or task file, but got ['arc"),
+        ({"ood": {"boolq": None}}, "Expected `ood.boolq` to be one task, by name or task file, but got None"),
     ],
 )
 def test_a_plan_of_the_wrong_shape(values, problem, world, tmp_path):
@@ -223,6 +247,24 @@ def test_a_plan_of_the_wrong_shape(values, problem, world, tmp_path):
     with pytest.raises(ConfigError) as error:
         reproduce(plan_from(recipe(tmp_path, **values), tmp_path / "runs", options), Here(), silent)
     assert any(problem in found for found in error.value.problems)
+
+
+def test_what_is_assigned_has_the_right_shape_too(world, tmp_path):
+    for given in ("methods.ivon=3", "methods.ivon=[lr]", f"tasks={{{world['tasks'][0]}: 3}}"):
+        with pytest.raises(ConfigError, match=r"to be a mapping of settings, but got"):
+            plan_from(None, tmp_path / "runs", {**world, "methods": ["ivon"]}, [given])
+
+
+def test_runs_do_not_go_where_a_file_is(world, tmp_path):
+    (tmp_path / "runs").write_text("x")
+    with pytest.raises(ConfigError, match="`--out` to be a folder"):
+        reproduce(plan_from(None, tmp_path / "runs", {**world, "methods": ["ivon"]}), Here(), silent)
+
+
+def test_nothing_said_of_a_task_is_nothing(world, tmp_path):
+    (task,) = world["tasks"]
+    plan = plan_from(recipe(tmp_path, tasks={task: {"methods": None}}), tmp_path / "runs", {**world, "tasks": None})
+    assert plan.tasks == {task: {"methods": {}}}
 
 
 def test_a_single_name_is_a_list_of_one(world, tmp_path):
@@ -265,6 +307,45 @@ def test_runs_that_were_made_with_other_settings(world, tmp_path):
     reproduce(plan, Here(), silent)
     with pytest.raises(ConfigError, match="`steps` is 7 and was 6"):
         reproduce(plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"], "steps": 7}), Here(), silent)
+
+
+def test_a_run_that_is_only_built_upon_was_made_with_other_settings(world, tmp_path):
+    """AdamW is in neither plan, and is there from the first when the second would build on it."""
+    reproduce(plan_from(None, tmp_path / "runs", {**world, "methods": ["mc_dropout"]}), Here(), silent)
+    begun = Here()
+    with pytest.raises(ConfigError, match=r"temperature: .*`steps` is 12 and was 6"):
+        reproduce(plan_from(None, tmp_path / "runs", {**world, "steps": 12, "methods": ["temperature"]}), begun, silent)
+    assert begun.begun == []
+
+
+def test_an_evaluation_by_hand_is_not_taken_for_the_plans(world, tmp_path):
+    """Not at another variance, with another seed or of another split; and what it lacks is made."""
+    plan = plan_from(None, tmp_path / "runs", {**world, "seeds": [3], "methods": ["ivon"], "calibrate": True})
+    (run,) = reproduce(plan, Here(), silent).runs
+    before = {name: json.loads((run / name).read_text()) for name in ("metrics.json", "metrics-calibration.json")}
+    for changes in ({"tau": 8.0}, {"seed": 9}, {"split": "train"}, {"split": "calibration", "tau": 2.0}):
+        evaluate(run, **{"samples": 2, **changes}, say=silent)
+        begun = Here()
+        reproduce(plan, begun, silent)
+        assert len(begun.begun) == (changes.get("split") != "calibration")
+    calibrate(run, say=silent)  # which takes the predictions away that were made as was chosen before
+    begun = Here()
+    reproduce(plan, begun, silent)
+    assert len(begun.begun) == 1
+    for name in before:
+        now = json.loads((run / name).read_text())
+        assert (now["tau"], now["split"]) == (before[name]["tau"], before[name]["split"])
+    begun = Here()
+    reproduce(plan, begun, silent)
+    assert begun.begun == []
+
+
+def test_where_nothing_is_held_out_calibrated_runs_are_not_repeated(world, tmp_path):
+    options = {**world, "seeds": [3], "methods": ["ivon"], "calibrate": True, "calibration_fraction": 0.0}
+    plan, begun = plan_from(None, tmp_path / "runs", options), Here()
+    reproduce(plan, begun, silent)
+    reproduce(plan, begun, silent)
+    assert len(begun.begun) == 1
 
 
 @pytest.mark.parametrize("task", list(TITLES))

@@ -173,7 +173,7 @@ def command_line() -> argparse.ArgumentParser:
     _noise_arguments(calibrate, "latin", "now and later; default: latin")
     calibrate.set_defaults(tolerance=None)
     calibrate.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
-    calibrate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
+    calibrate.add_argument("--token-budget", type=_at_least_one, default=4096, help="tokens a batch (default: 4096)")
     calibrate.add_argument("--data-dir", help="where the data lie now, if not where they were")
     calibrate.add_argument("--model", help="where the base lies now, if not where it was")
 
@@ -194,7 +194,7 @@ def command_line() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--ood", nargs="+", default=(), metavar="TASK", help="predict other tasks' rows too: out of distribution"
     )
-    evaluate.add_argument("--token-budget", type=int, default=4096, help="tokens a batch (default: 4096)")
+    evaluate.add_argument("--token-budget", type=_at_least_one, default=4096, help="tokens a batch (default: 4096)")
     evaluate.add_argument("--data-dir", help="where the data lie now, if not where they were")
 
     predict = verb("predict", "Answer questions: JSON lines with probabilities.", PREDICT_EXAMPLES)

@@ -262,11 +262,13 @@ def load_calibration(adapter: Path) -> Calibration | None:
     path = adapter / FILE
     if not path.is_file():
         return None
-    stored: Any = read_json(path)
     again = "Run `varlora calibrate` again, or delete it."
     try:
-        if stored["adapter"] != file_digest(adapter / MANIFEST):
-            raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
+        stored: Any = read_json(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error} {again}") from error
+    try:
+        of = stored["adapter"]
         factors = [float(stored[name]) for name in ("tau", "pruned", "temperature", "temperature_mean")]
         layers = stored.get("last_layers")  # not in files of older versions
         layers = None if layers is None else int(layers)
@@ -274,6 +276,8 @@ def load_calibration(adapter: Path) -> Calibration | None:
         chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]), layers, noise)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"Expected a calibration in {path}, but {error} is missing or wrong. {again}") from error
+    if of != file_digest(adapter / MANIFEST):
+        raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
     within = (
         math.isfinite(chosen.tau) and chosen.tau >= 0,
         0 <= chosen.pruned <= 1,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -64,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # no space, no permission: the message names the file
         return _complain(f"error: {error}")
-    except torch.OutOfMemoryError:
-        cure = "Lower batch_size (and raise accumulation), token_budget or max_length, or set quantization."
+    except (RuntimeError, MemoryError) as error:
+        from varlora.stack import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        cure = "Lower batch_size (and raise accumulation), token_budget, max_length or samples, or set quantization."
         return _complain(f"error: The device has too little memory. {cure}")
     return 0
 
@@ -163,8 +166,11 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
 
 def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import calibrate
+    from varlora.loading import trained_settings
 
     say = _speaker(console)
+    for run_dir in arguments.runs:  # before the work on the first one
+        trained_settings(run_dir)
     for run_dir in arguments.runs:
         search = calibrate(
             run_dir,
@@ -196,11 +202,14 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import evaluate
+    from varlora.loading import trained_settings
     from varlora.progress import rows_progress
     from varlora.report import TEMPERED
 
     say = _speaker(console)
     table = Table("run", "split", "rows", "draws", "ACC %", "ECE x100", "NLL", "Brier")
+    for run_dir in arguments.runs:  # before the work on the first one
+        trained_settings(run_dir)
     for run_dir in arguments.runs:
         results = evaluate(
             run_dir,
@@ -271,7 +280,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     rows = make_examples(task, parse_rows(lines, suffix), source, labelled=False, skip_bad_rows=arguments.skip_bad_rows)
     if rows.skipped:
         say(f"{rows.skipped} malformed rows were left out; the first: {rows.problems[0]}")
-    loaded = load(arguments.run_dir, model=arguments.model)
+    loaded = load(arguments.run_dir, model=arguments.model, calibrated=arguments.tau is None)
     answers = answer_rows(
         loaded,
         rows.examples,

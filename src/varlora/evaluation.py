@@ -39,6 +39,8 @@ from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
 
 __all__ = [
+    "CALIBRATED",
+    "CALIBRATION",
     "answer_rows",
     "calibrate",
     "evaluate",
@@ -109,8 +111,13 @@ def evaluate(
             f"{settings.task} was changed since {run_dir} was trained, and is read as it is now. "
             f"{run_dir / TASK_FILE} is what it was."
         )
-    loaded = load(run_dir, model=model)
+    if split == "calibration" and (ood or taus or calibrated):
+        raise VarloraError(
+            "Expected neither `ood` nor `taus` nor `calibrated` with the split `calibration`, which is there to choose "
+            "on and is not reported. Leave them out, or the split."
+        )
     check_draws(samples, what="samples")
+    loaded = load(run_dir, model=model)
     for factor in (tau, *taus):
         loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
 
@@ -144,16 +151,11 @@ def evaluate(
 
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
-    others = [get_task(name) for name in ood]
-    beside = run_dir / f"predictions{CALIBRATED}.safetensors"
-    (run_dir / "metrics.json").unlink(missing_ok=True)  # it is written last: where it is, all is there
-    beside.unlink(missing_ok=True)  # of other rows or draws, it may be
-    predictions = predicted(split)
-    save_predictions(predictions, run_dir / "predictions.safetensors")
-    for other in others:
-        save_predictions(predicted(other.evaluation, other), run_dir / f"predictions-ood-{other.name}.safetensors")
+    found = {"": predicted(split)}
+    for other in map(get_task, ood):
+        found[f"-ood-{other.name}"] = predicted(other.evaluation, other)
     for factor in taus:
-        save_predictions(predicted(split, tau=factor), run_dir / f"predictions-tau-{factor:g}.safetensors")
+        found[f"-tau-{factor:g}"] = predicted(split, tau=factor)
     more: dict[str, Any] = {}
     if calibrated and loaded.calibration is None and settings.calibration_fraction:
         search = calibrate(run_dir, seed=seed, token_budget=token_budget, data_dir=data_dir, model=model, say=say)
@@ -162,7 +164,7 @@ def evaluate(
         used = dataclasses.replace(loaded, posterior=loaded.calibrated)
         tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=how.over(chosen.how))
         facts = {name: str(value) for name, value in dataclasses.asdict(chosen).items() if value is not None}
-        save_predictions(dataclasses.replace(tuned, meta={**tuned.meta, **facts}), beside)
+        found[CALIBRATED] = dataclasses.replace(tuned, meta={**tuned.meta, **facts})
         known = tuned.labels >= 0
         more = {"calibration": dataclasses.asdict(chosen)}
         if known.any():
@@ -170,7 +172,7 @@ def evaluate(
     if temperature and settings.calibration_fraction and loaded.posterior.kind != Tempered.kind:
         try:
             try:
-                held_out = held_out_predictions(run_dir, predictions.meta)
+                held_out = held_out_predictions(run_dir, found[""].meta)
             except DamagedFileError:
                 held_out = None  # they are made anew
             if held_out is None:
@@ -183,8 +185,13 @@ def evaluate(
         except VarloraError as error:
             say(f"No temperature was fitted on the held-out rows: {error}")
         else:
-            predictions = dataclasses.replace(predictions, meta={**predictions.meta, **fitted})
-    return written(predictions, **more)
+            found[""] = dataclasses.replace(found[""], meta={**found[""].meta, **fitted})
+    # Only now that all is there does it take the place of what was; metrics.json is written last.
+    (run_dir / "metrics.json").unlink(missing_ok=True)
+    (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of other rows or draws, it may be
+    for suffix, predictions in found.items():
+        save_predictions(predictions, run_dir / f"predictions{suffix}.safetensors")
+    return written(found[""], **more)
 
 
 def _task_file_changed(task: str, kept: Path) -> bool:
@@ -228,7 +235,7 @@ def calibrate(
         settings = dataclasses.replace(settings, data_dir=data_dir)
     task = get_task(settings.task)
     examples = rows_of_split(task, "calibration", settings, say)
-    loaded = load(run_dir, model=model)
+    loaded = load(run_dir, model=model, calibrated=False)
     rows = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say).rows
     check_same(run_dir, "held_out", checksum_of(rows), f"the held-out rows of {task.name}")
 

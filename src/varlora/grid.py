@@ -27,8 +27,8 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
-from varlora.evaluation import evaluate
-from varlora.predictions import meta_of
+from varlora.evaluation import CALIBRATED, CALIBRATION, evaluate
+from varlora.predictions import made_unlike, meta_of
 from varlora.quiet import quiet_libraries
 from varlora.tasks import get_task
 from varlora.trainer import left_to_parent
@@ -36,6 +36,8 @@ from varlora.training import train
 
 __all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "run_cells"]
 
+DEFAULTS = {"samples": 10, "tau": 1.0, "seed": 0}
+"""How `evaluate` makes its draws where it is not told."""
 ATTEMPTS = 2
 """How often a cell is begun whose worker dies."""
 
@@ -65,15 +67,22 @@ class Cell:
             return True
         if not self.evaluation:
             return False
-        suffix = "-calibration" if self.evaluation.get("split") == "calibration" else ""
-        names = [f"metrics{suffix}.json", f"predictions{suffix}.safetensors"]
-        names += [f"predictions-tau-{tau:g}.safetensors" for tau in self.evaluation.get("taus", ())]
-        names += [f"predictions-ood-{get_task(task).name}.safetensors" for task in self.evaluation.get("ood", ())]
-        if not all((self.run_dir / name).is_file() for name in names):
-            return True
-        if self.evaluation.get("calibrated") and not (self.run_dir / "adapter" / "calibration.json").is_file():
-            return True
-        return any(meta_of(self.run_dir / name).get("samples") != str(self.evaluation["samples"]) for name in names[1:])
+        folder, task = self.run_dir, get_task(self.settings["task"])
+        split = self.evaluation.get("split", task.evaluation)
+        suffix = CALIBRATION if split == "calibration" else ""
+        made = {name: str(self.evaluation.get(name, value)) for name, value in DEFAULTS.items()}
+        made |= {"task": task.name, "split": split}
+        wanted = {suffix: made}
+        wanted |= {f"-tau-{tau:g}": {**made, "tau": str(float(tau))} for tau in self.evaluation.get("taus", ())}
+        for other in map(get_task, self.evaluation.get("ood", ())):
+            wanted[f"-ood-{other.name}"] = {**made, "task": other.name, "split": other.evaluation}
+        files = [folder / f"metrics{suffix}.json"]
+        if self.evaluation.get("calibrated") and self.settings.get("calibration_fraction"):
+            files += [folder / f"predictions{CALIBRATED}.safetensors", folder / "adapter" / "calibration.json"]
+        return not all(file.is_file() for file in files) or any(
+            made_unlike(meta_of(folder / f"predictions{end}.safetensors"), how, "task", "split")
+            for end, how in wanted.items()
+        )
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ __all__ = [
     "pad_of",
     "rows_of_split",
     "say_unsliced",
+    "trained_settings",
     "training_rows",
 ]
 
@@ -91,26 +92,41 @@ class Loaded:
         return iter((self.model, self.posterior))
 
 
-def load(run_dir: str | Path, *, model: str | None = None, device: str | None = None) -> Loaded:
+def trained_settings(run_dir: Path) -> Settings:
+    """Return the settings of a run that is trained.
+
+    Raises:
+        VarloraError: there is no such run, or its training is not finished.
+        DamagedFileError: its config.json is.
+    """
+    settings = settings_of(run_dir)
+    if not (run_dir / "adapter").is_dir():
+        raise VarloraError(
+            f"{run_dir} has no adapter yet: training is not finished. Go on with `varlora train --resume`."
+        )
+    return settings
+
+
+def load(
+    run_dir: str | Path, *, model: str | None = None, device: str | None = None, calibrated: bool = True
+) -> Loaded:
     """Load a trained run: `model, posterior = varlora.load(run_dir)`, bit for bit what was saved.
 
     Args:
         run_dir: a run directory.
         model: the base, if it is no longer where it was.
         device: where to load it to; left out: the current GPU, else the CPU.
+        calibrated: whether to read what `calibrate` chose; it may be damaged, or about to be chosen anew.
 
     Raises:
         DamagedFileError: a file is absent, altered or of another model.
         VarloraError: the run is not finished, or its base cannot be loaded.
     """
     run_dir = Path(run_dir)
-    settings = settings_of(run_dir)
-    if not (run_dir / "adapter").is_dir():
-        raise VarloraError(
-            f"{run_dir} has no adapter yet: training is not finished. Go on with `varlora train --resume`."
-        )
+    settings = trained_settings(run_dir)
     trained_on = read_json(run_dir / "config.json").get("base")
-    return load_parts(settings, run_dir / "adapter", trained_on, name=str(run_dir), model=model, device=device)
+    where: dict[str, Any] = {"name": str(run_dir), "model": model, "device": device, "calibrated": calibrated}
+    return load_parts(settings, run_dir / "adapter", trained_on, **where)
 
 
 def load_parts(
@@ -121,6 +137,7 @@ def load_parts(
     name: str,
     model: str | None = None,
     device: str | None = None,
+    calibrated: bool = True,
 ) -> Loaded:
     """Load a base, and an adapter with its posterior and calibration on it.
 
@@ -131,6 +148,7 @@ def load_parts(
         name: what messages call it.
         model: the base, if it is no longer where it was.
         device: where to load it to; left out: the current GPU, else the CPU.
+        calibrated: whether to read what `calibrate` chose.
 
     Raises:
         DamagedFileError: a file is absent, altered or of another model.
@@ -141,7 +159,7 @@ def load_parts(
     if trained_on not in (None, base_fingerprint(loaded)):
         raise _other(f"the base model {model or settings.model}", name)
     load_adapter(loaded, adapter)
-    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(adapter))
+    return Loaded(loaded, posterior, tokenizer, settings, load_calibration(adapter) if calibrated else None)
 
 
 def load_base(settings: Settings, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:

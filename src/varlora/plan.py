@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,11 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
             values[name] = {key: values[name].get(key, {}) for key in _by_name(name, options[name], problems)}
     values |= {name: value for name, value in options.items() if value is not None and name not in ("tasks", "methods")}
     assign_all(values, assignments, problems)
+    for name in ("tasks", "methods"):  # whatever was assigned there
+        values[name] = _by_name(name, values[name], problems)
+    for task, settings in values["tasks"].items():
+        if "methods" in settings:
+            settings["methods"] = _by_name(f"tasks.{task}.methods", settings["methods"] or {}, problems, listed=False)
     problems += [f"`{name}` is set by the plan: {PLANNED[name]}. Leave it out." for name in values if name in PLANNED]
     own = {field.name for field in dataclasses.fields(Plan)} - {"out", "common"}
     fields = convert_all(Plan, {name: values.pop(name) for name in own & values.keys()}, "", problems)
@@ -142,7 +148,7 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
             problems.append(f"Expected `{name}`, but it is missing. Pass `--{name}` or put it into the recipe.")
     if not 1 <= fields.get("search_seeds", 1) <= len(fields.get("seeds", (0, 1, 2))):
         problems.append(
-            f"Expected `search_seeds` to be from 1 to the number of seeds, but got {fields['search_seeds']}."
+            f"Expected `search_seeds` to be from 1 to the number of seeds, but got {fields.get('search_seeds', 1)}."
         )
     problems += [
         f"Expected `{name}` to be {least} or more, but got {value}."
@@ -151,13 +157,18 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
             ("token_budget", 1, fields.get("token_budget", 4096)),
             *(("taus", 0, tau) for tau in fields.get("taus", ())),
         )
-        if value < least
+        if not least <= value < math.inf
     ]
     known_tasks = known["tasks"] | {*fields.get("tasks", {})}  # `--tasks` may leave out what `ood` has rows for
     problems += [
-        f"Expected `ood` to name tasks of the plan, but got `{name}`. {did_you_mean(name, known_tasks)}"
+        f"Expected `ood` to name tasks of the plan, but got `{name}`. {did_you_mean(str(name), known_tasks)}"
         for name in fields.get("ood", {})
         if name not in known_tasks
+    ]
+    problems += [
+        f"Expected `ood.{name}` to be one task, by name or task file, but got {other!r}."
+        for name, other in fields.get("ood", {}).items()
+        if not (isinstance(other, str) and other)
     ]
     if len(set(seeds := fields.get("seeds", ()))) < len(seeds):
         problems.append(f"Expected different `seeds`, but got {', '.join(map(str, seeds))}. Name each once.")
@@ -166,14 +177,17 @@ def plan_from(recipe: Path | None, out: Path, options: Mapping[str, Any], assign
     return Plan(out=out.resolve(), common=values, **fields)
 
 
-def _by_name(what: str, value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Return a list of names, or a mapping from names to settings, as a mapping."""
+def _by_name(what: str, value: Any, problems: list[str], listed: bool = True) -> dict[str, dict[str, Any]]:
+    """Return a list of names, if it may be `listed`, or a mapping from names to settings, as a mapping."""
     if isinstance(value, Mapping):
         wrong = [name for name, settings in value.items() if not isinstance(settings or {}, Mapping)]
         problems += [
             f"Expected `{what}.{name}` to be a mapping of settings, but got {value[name]!r}." for name in wrong
         ]
         return {str(name): dict(settings or {}) for name, settings in value.items() if name not in wrong}
+    if not (listed and isinstance(value, (str, list, tuple, type(None)))):
+        problems.append(f"Expected `{what}` to map names to settings{' or to list names' * listed}, but got {value!r}.")
+        return {}
     names = [value] if isinstance(value, str) else [str(name) for name in value or ()]
     problems += [f"`{name}` is named twice under `{what}`." for name in dict.fromkeys(names) if names.count(name) > 1]
     return {name: {} for name in names}
@@ -201,8 +215,9 @@ def check(plan: Plan) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    unknown = [name for name in (*plan.methods, *plan.search) if name not in METHODS]
-    problems = [f"Unknown method `{name}`. {did_you_mean(name, METHODS)}" for name in unknown]
+    by_task = [name for settings in plan.tasks.values() for name in settings.get("methods", {})]
+    unknown = [name for name in (*plan.methods, *plan.search, *by_task) if name not in METHODS]
+    problems = [f"Unknown method `{name}`. {did_you_mean(str(name), METHODS)}" for name in unknown]
     for method, space in plan.search.items():
         good = isinstance(space, Mapping) and all(isinstance(values, list) and values for values in space.values())
         if not good:
@@ -210,11 +225,12 @@ def check(plan: Plan) -> None:
     for method, settings in plan.methods.items():
         if method not in unknown and METHODS[method].concludes_from == ANY:
             of = settings.get("of", METHODS[method].of)
-            if of not in METHODS or METHODS[of].concludes_from == ANY:
+            if not isinstance(of, str) or of not in METHODS or METHODS[of].concludes_from == ANY:
                 problems.append(f"Expected `methods.{method}.of` to be a method that trains by itself, but got `{of}`.")
-            size = settings.get("size", 2)
-            if METHODS[method].several_sources and not (isinstance(size, int) and size >= 2):
-                problems.append(f"Expected `methods.{method}.size` to be a number of members >= 2, but got {size!r}.")
+            if METHODS[method].several_sources:
+                problems += _member_problems(plan, method)
+    if plan.out.exists() and not plan.out.is_dir():
+        problems.append(f"Expected `--out` to be a folder, but {plan.out} is a file. Choose another name.")
     names: dict[str, str] = {}
     for task in [*plan.tasks, *plan.ood.values()]:
         try:
@@ -231,9 +247,8 @@ def check(plan: Plan) -> None:
         for method in plan.methods:
             for candidate in candidates_of(plan, task, method):
                 try:
-                    made = [run_settings(plan, candidate, seed) for seed in plan.seeds]
-                    first = first or made[0]
-                    for settings in made:
+                    first = first or run_settings(plan, candidate, plan.seeds[0])
+                    for settings in itertools.chain(*(_runs(plan, candidate, seed) for seed in plan.seeds)):
                         if (settings.folder / "config.json").is_file():
                             check_unchanged(settings)
                 except VarloraError as error:
@@ -242,6 +257,23 @@ def check(plan: Plan) -> None:
             problems += _row_problems(task, first, plan.ood.get(task), bool(plan.search))
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+
+
+def _member_problems(plan: Plan, method: str) -> Iterable[str]:
+    """Yield what is wrong with the members of a method that has several."""
+    space = plan.search.get(method)
+    tried = space.get("size") if isinstance(space, Mapping) else None
+    sizes = [_own(plan, task, method).get("size", METHODS[method].size) for task in plan.tasks]
+    for size in [*sizes, *(tried if isinstance(tried, list) else [])]:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+            yield f"Expected `methods.{method}.size` to be a number of members >= 2, but got {size!r}."
+            continue
+        members = [seed + MEMBER * member for seed in plan.seeds for member in range(size)]
+        if len(set(members)) < len(members):
+            yield (
+                f"Expected `seeds` whose runs of {method} share no members, which are {MEMBER} seeds apart, but got "
+                f"{', '.join(map(str, plan.seeds))}."
+            )
 
 
 def _problems(error: VarloraError) -> Sequence[str]:
@@ -292,6 +324,27 @@ def candidates_of(plan: Plan, task: str, method: str) -> list[Candidate]:
     ]
 
 
+def _own(plan: Plan, task: str, method: str) -> dict[str, Any]:
+    """Return what the plan says of a method on a task."""
+    return {**plan.methods.get(method, {}), **plan.tasks[task].get("methods", {}).get(method, {})}
+
+
+def _base_seeds(plan: Plan, candidate: Candidate, seed: int) -> Iterable[int]:
+    """Return the seeds of the runs that a candidate's run builds on."""
+    several = METHODS[candidate.method].several_sources
+    own = {**_own(plan, candidate.task, candidate.method), **candidate.own}
+    size = own.get("size", METHODS[candidate.method].size) if several else 1
+    return range(seed, seed + MEMBER * size, MEMBER)
+
+
+def _runs(plan: Plan, candidate: Candidate, seed: int) -> Iterable[Settings]:
+    """Yield the settings of a candidate's run with a seed, and of all that it builds on."""
+    yield run_settings(plan, candidate, seed)
+    if candidate.base is not None:
+        for other in _base_seeds(plan, candidate, seed):
+            yield from _runs(plan, candidate.base, other)
+
+
 def run_settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
     """Return the settings of a candidate's run with a seed.
 
@@ -299,16 +352,15 @@ def run_settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
         ConfigError: with every problem found.
     """
     method = candidate.method
-    here = dict(plan.tasks[candidate.task])
-    own = {**plan.methods.get(method, {}), **here.pop("methods", {}).get(method, {}), **candidate.own}
+    here = {name: value for name, value in plan.tasks[candidate.task].items() if name != "methods"}
+    own = {**_own(plan, candidate.task, method), **candidate.own}
     ours = {field.name for field in dataclasses.fields(METHODS[method])}
     run = {name: own.pop(name) for name in [*own] if name in RUN and name not in ours}
     folder = plan.out / get_task(candidate.task).name / method / candidate.variant / f"seed{seed}"
     if candidate.base is None:
         values = {**plan.common, **here, **run, "task": candidate.task, "model": plan.model, "seed": seed}
         return settings_from({**values, "run_dir": str(folder), "method": {"name": method, **own}})
-    size = int(own.get("size", METHODS[method].size)) if METHODS[method].several_sources else 1
-    bases = [run_settings(plan, candidate.base, seed + MEMBER * member) for member in range(size)]
+    bases = [run_settings(plan, candidate.base, other) for other in _base_seeds(plan, candidate, seed)]
     recipe = recipe_on(bases, method)
     method_settings = {**recipe.pop("method_settings"), **own}
     values = {**recipe, **run, "run_dir": str(folder), "method": {"name": method, **method_settings}}
