@@ -12,6 +12,7 @@ import torch
 from varlora import run
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.run import (
+    alone,
     atomic_folder,
     load_tensors,
     origin,
@@ -59,6 +60,7 @@ def test_prepare_resumes_without_touching(tmp_path):
 
 def test_prepare_puts_back_what_a_kill_left_half_replaced(tmp_path):
     """Killed between the two renames, the folder is there under its other name alone; killed after, under both."""
+    make_run(tmp_path)
     for where in (tmp_path, tmp_path / "member-1"):
         write_text(where / ".adapter.old" / "x.txt", "whole")
         write_text(where / ".report.old" / "x.txt", "old")
@@ -80,7 +82,26 @@ def test_prepare_overwrites_a_run(tmp_path):
     assert entries(run_dir) == []
 
 
-def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
+def test_what_a_kill_left_before_there_was_a_run_is_no_run_in_the_way(tmp_path):
+    write_text(tmp_path / ".config.json.x.tmp", "{")
+    prepare_run_dir(tmp_path)
+    assert entries(tmp_path) == []
+
+
+def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path, monkeypatch):
+    with alone(tmp_path / "run"):
+        with pytest.raises(VarloraError, match=r"Another process is training in .*run"), alone(tmp_path / "run"):
+            pytest.fail("there were two")
+        monkeypatch.setenv("RANK", "1")
+        with alone(tmp_path / "run"):  # of the same training
+            pass
+    monkeypatch.undo()
+    with alone(tmp_path / "run"):
+        pass
+    assert entries(tmp_path / "run") == []
+
+
+def test_what_is_no_run_is_neither_deleted_nor_gone_on_with(tmp_path):
     (tmp_path / "thesis").mkdir()
     write_text(tmp_path / "thesis" / "chapter1.txt", "It was")
     (tmp_path / "model").mkdir()
@@ -90,10 +111,13 @@ def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "list").mkdir()
     write_text(tmp_path / "list" / "config.json", "[]")
     for name in ("thesis", "model", "broken", "list"):
+        write_text(tmp_path / name / ".draft.tmp", "a draft")
+        write_text(tmp_path / name / ".notes.old", "notes")
         before = entries(tmp_path / name)
-        with pytest.raises(VarloraError, match="not a run directory"):
-            prepare_run_dir(tmp_path / name, overwrite=True)
-        assert entries(tmp_path / name) == before
+        for how in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(VarloraError, match="not a run directory"):
+                prepare_run_dir(tmp_path / name, **how)
+            assert entries(tmp_path / name) == before
 
 
 def test_prepare_refuses_a_file_and_both_options(tmp_path):

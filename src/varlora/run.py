@@ -39,8 +39,16 @@ from torch import Tensor
 
 from varlora.errors import DamagedFileError, VarloraError
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 __all__ = [
+    "alone",
     "atomic_folder",
+    "check_place",
     "checksums",
     "complete",
     "file_digest",
@@ -62,36 +70,77 @@ MANIFEST = "manifest.json"
 PACKAGES = ("varlora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
+def check_place(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a run directory that `prepare_run_dir` would refuse, and change nothing.
+
+    Raises:
+        VarloraError: it exists and neither `resume` nor `overwrite` is given, or one of them on some other folder.
+    """
+    if resume and overwrite:
+        raise VarloraError("Expected `resume` or `overwrite`, but got both. Pass one of them.")
+    if path.exists() and not path.is_dir():
+        raise VarloraError(f"Expected `run_dir` to be a folder, but {path} is a file. Choose another name.")
+    # What is left of a run that was killed before it had a config.json is as good as nothing.
+    occupied = path.exists() and any(not entry.match(".*.tmp") for entry in path.iterdir())
+    if occupied and not (resume or overwrite):
+        raise VarloraError(
+            f"The run directory {path} exists already. Pass `--resume` to go on with it, `--overwrite` to replace it, "
+            "or another `--run-dir`."
+        )
+    if occupied and not is_run(path):
+        what = "deleted" if overwrite else "gone on with"
+        raise VarloraError(
+            f"{path} is not a run directory (no config.json with settings), so it is not {what}. Choose another."
+        )
+
+
 def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Make a run directory, or refuse one that exists.
 
     Args:
         path: the directory.
         resume: go on in an existing directory.
-        overwrite: delete an existing run first; a folder that is no run of ours is never deleted.
+        overwrite: delete what is in an existing one first; a folder that is no run of ours is never touched.
 
     Raises:
-        VarloraError: it exists and neither `resume` nor `overwrite` is given, or `overwrite` on some other folder.
+        VarloraError: see `check_place`.
     """
-    if resume and overwrite:
-        raise VarloraError("Expected `resume` or `overwrite`, but got both. Pass one of them.")
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if occupied and not path.is_dir():
-        raise VarloraError(f"Expected `run_dir` to be a folder, but {path} is a file. Choose another name.")
-    if occupied and overwrite:
-        if not is_run(path):
-            raise VarloraError(
-                f"{path} is not a run directory (no config.json with settings), so it is not deleted. Choose another."
-            )
-        shutil.rmtree(path)
-    elif occupied and not resume:
-        raise VarloraError(
-            f"The run directory {path} exists already. Pass `--resume` to go on with it, `--overwrite` to replace it, "
-            "or another `--run-dir`."
-        )
+    check_place(path, resume=resume, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for entry in path.iterdir():
+            _remove(entry)
     for folder in (path, *path.glob("member-*")):
         _tidy(folder)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes that train out of a run directory, which is made if it is not there.
+
+    The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends. Of
+    several ranks the first one has it. Where the system or the file system has no such locks there is none.
+
+    Raises:
+        VarloraError: another process has it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VarloraError(
+                f"Another process is training in {path}. Wait for it or stop it, or give another run directory."
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _tidy(folder: Path) -> None:

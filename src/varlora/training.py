@@ -30,7 +30,7 @@ from varlora.model import base_fingerprint
 from varlora.overhead import Overhead, measure_overhead
 from varlora.params import trainable
 from varlora.prompt import PROMPT_VERSION
-from varlora.run import origin, prepare_run_dir, read_json, verify_manifest, write_bytes, write_json
+from varlora.run import alone, check_place, origin, prepare_run_dir, read_json, verify_manifest, write_bytes, write_json
 from varlora.sources import check_sources, identities, load_sources, trains_on
 from varlora.tasks import get_task, is_task_file
 
@@ -73,6 +73,8 @@ def train(
     settings = settings_from(dataclasses.asdict(settings))  # checked, also when made in Python
     run_dir = settings.folder
     check_run_dir(settings, resume=resume, overwrite=overwrite)
+    if resume and not run_dir.exists():
+        say(f"There is no {run_dir} to go on with: the run starts at its beginning.")
     if resume and (run_dir / "adapter").is_dir():
         try:
             verify_manifest(run_dir / "adapter")
@@ -93,42 +95,43 @@ def train(
         "held_out": checksum_of(calibration),
     }
     sources = load_sources(model, settings, checksums)
-    prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
-    if (run_dir / "config.json").is_file():
-        check_same(run_dir, "base", checksums["base"], f"the base model {settings.model}")
-        check_same(run_dir, "rows", checksums["rows"], f"the training rows of {task.name}")
-    else:
-        config = {"settings": settings.to_dict(), "concluded_from": identities(settings)}
-        versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
-        data = {**checksums, "training_rows": len(encoded.rows), "cut": encoded.cut}
-        write_json(run_dir / "config.json", config | versions | data | origin())
-    if is_task_file(settings.task) and not (run_dir / TASK_FILE).exists():
-        write_bytes(run_dir / TASK_FILE, Path(settings.task).read_bytes())
-    common: dict[str, Any] = {
-        "pad_token_id": pad_of(tokenizer),
-        "batch_size": settings.batch_size,
-        "calibration": calibration,
-        "seed": settings.seed,
-        "warn": say,
-    }
-    if sources and not trains_on(settings):
-        conclude(model, method, encoded.rows, run_dir, sources=sources, **common)
+    with alone(run_dir):
+        prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
+        if (run_dir / "config.json").is_file():
+            check_same(run_dir, "base", checksums["base"], f"the base model {settings.model}")
+            check_same(run_dir, "rows", checksums["rows"], f"the training rows of {task.name}")
+        else:
+            config = {"settings": settings.to_dict(), "concluded_from": identities(settings)}
+            versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
+            data = {**checksums, "training_rows": len(encoded.rows), "cut": encoded.cut}
+            write_json(run_dir / "config.json", config | versions | data | origin())
+        if is_task_file(settings.task) and not (run_dir / TASK_FILE).exists():
+            write_bytes(run_dir / TASK_FILE, Path(settings.task).read_bytes())
+        common: dict[str, Any] = {
+            "pad_token_id": pad_of(tokenizer),
+            "batch_size": settings.batch_size,
+            "calibration": calibration,
+            "seed": settings.seed,
+            "warn": say,
+        }
+        if sources and not trains_on(settings):
+            conclude(model, method, encoded.rows, run_dir, sources=sources, **common)
+            return run_dir
+        fit(
+            model,
+            method,
+            encoded.rows,
+            run_dir,
+            steps=settings.steps,
+            accumulation=settings.accumulation,
+            checkpoint_every=settings.checkpoint_every,
+            max_not_finite=settings.max_not_finite,
+            training_arguments=settings.training_arguments,
+            resume=resume,
+            callbacks=callbacks,
+            **common,
+        )
         return run_dir
-    fit(
-        model,
-        method,
-        encoded.rows,
-        run_dir,
-        steps=settings.steps,
-        accumulation=settings.accumulation,
-        checkpoint_every=settings.checkpoint_every,
-        max_not_finite=settings.max_not_finite,
-        training_arguments=settings.training_arguments,
-        resume=resume,
-        callbacks=callbacks,
-        **common,
-    )
-    return run_dir
 
 
 def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -142,8 +145,7 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
     finished = resume and (run_dir / "adapter").is_dir()  # its sources may be gone
     if not finished:
         check_sources(settings)
-    if not overwrite and run_dir.exists():
-        prepare_run_dir(run_dir, resume=resume)
+    check_place(run_dir, resume=resume, overwrite=overwrite)
     if resume and (run_dir / "config.json").is_file():
         check_unchanged(settings)
         begun = [source["adapter"] for source in read_json(run_dir / "config.json").get("concluded_from") or []]
