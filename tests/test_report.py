@@ -26,6 +26,7 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.report import build_report, to_table
 from varlora.results import Skipped, read_run
+from varlora.run import load_tensors, save_tensors
 from varlora.typeset import to_markdown
 
 
@@ -44,13 +45,18 @@ def write_run(
     **settings: object,
 ) -> Path:
     """Write a run directory; the draws of adamw are its mean. The last answer of every third row is masked."""
-    generator = torch.Generator().manual_seed(
-        int(hashlib.sha256(f"{task}{method}{seed}".encode()).hexdigest(), 16) % 2**31
-    )
+
+    def seeded(text: str) -> torch.Generator:
+        return torch.Generator().manual_seed(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 2**31)
+
+    generator = seeded(f"{task}{method}{seed}")
     mask = torch.ones(n, c, dtype=torch.bool)
     mask[::3, -1] = c <= 2
     mean = (2 * torch.randn(n, c, generator=generator)).masked_fill(~mask, -math.inf)
-    labels = torch.multinomial(mean.softmax(1), 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(mean.softmax(1), 1, generator=generator)[:, 0]
+    labels = torch.randint(max(c - 1, 2), (n,), generator=seeded(task))  # of the task, so of all its runs
+    for row, one, other in zip(mean, drawn.tolist(), labels.tolist()):
+        row[[one, other]] = row[[other, one]]
     labels[:unknown] = -1
     logits = mean.expand(max(samples, 1), n, c).clone()
     if method != "adamw" and samples:
@@ -258,6 +264,58 @@ def test_seeds_evaluated_on_different_rows_are_noted(tmp_path):
     assert report.notes == ("arc_easy, ivon: the seeds were evaluated on different rows.",)
 
 
+def test_rows_that_have_other_labels_are_different(tmp_path):
+    """Where ids are the numbers of rows, a file that was replaced has the same."""
+    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]
+    tensors, meta = load_tensors(runs[1] / "predictions.safetensors")
+    save_tensors(runs[1] / "predictions.safetensors", {**tensors, "labels": (tensors["labels"] + 1) % 3}, meta)
+    assert "the seeds were evaluated on different rows" in build_report(runs, tmp_path / "out").notes[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"versions": "x"},
+        {"concluded_from": [{}]},
+        {"concluded_from": "abc"},
+        {"settings": {"model": None}},
+        {"settings": {"method_settings": [1]}},
+    ],
+)
+def test_a_config_of_wrong_types_is_left_out_beside_good_ones(changes, runs, tmp_path):
+    bad = write_run(tmp_path / "bad", seed=99)
+    config = json.loads((bad / "config.json").read_text())
+    changes = {**changes, "settings": {**config["settings"], **changes.get("settings", {})}}
+    (bad / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(DamagedFileError, match="to be of a run, but its"):
+        build_report([bad], tmp_path / "out")
+    assert [skip.run for skip in build_report([*runs, bad], tmp_path / "out").skipped] == [str(bad)]
+
+
+def test_runs_of_other_data_are_lines_of_their_own(tmp_path):
+    """By the number of their training rows; of as many, the second one of a seed is left out, and why is said."""
+    few, many = (write_run(tmp_path / name, data_dir=name) for name in ("few", "many"))
+    for run, rows, checksum in ((few, 100, "a"), (many, 1000, "b")):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, "training_rows": rows, "rows": checksum}))
+    report = build_report([few, many], tmp_path / "out")
+    assert {row.differs for row in report.rows} == {"training_rows=100", "training_rows=1000"}
+    (few / "config.json").write_text((few / "config.json").read_text().replace("100,", "1000,"))
+    (skip,) = build_report([few, many], tmp_path / "out").skipped
+    assert "as many training rows, though other ones" in skip.reason
+
+
+def test_a_seed_without_a_temperature_is_noted(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    tensors, meta = load_tensors(runs[0] / "predictions.safetensors")
+    fitted = {"temperature": "2.0", "temperature_mean": "1.5"}
+    save_tensors(runs[0] / "predictions.safetensors", tensors, {**meta, **fitted})
+    shutil.copy(runs[0] / "predictions.safetensors", runs[0] / "predictions-calibrated.safetensors")
+    temperature, calibrated = build_report(runs, tmp_path / "out").notes
+    assert f"not shown with a temperature, as {runs[1]} was not evaluated with one" in temperature
+    assert "not shown with a calibrated posterior" in calibrated
+
+
 def test_what_is_not_defined_is_marked(tmp_path):
     for seed in (1, 2):
 
@@ -385,6 +443,9 @@ def test_a_run_without_predictions_says_what_to_run(runs, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(runs[0] / "config.json", run)
+    with pytest.raises(VarloraError, match=f"not trained yet: go on with `varlora train --resume --run-dir {run}`"):
+        build_report([run], tmp_path / "out")
+    (run / "adapter").mkdir()
     with pytest.raises(VarloraError, match=f"run `varlora evaluate {run}` first"):
         build_report([run], tmp_path / "out")
     assert not (tmp_path / "out").exists()

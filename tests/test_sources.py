@@ -277,7 +277,7 @@ def test_a_source_of_other_rows(task, runs, tmp_path):
         ({"name": "laplace_kfac", "curvature": "hessian"}, {}, "Expected `method.curvature` to be one of ggn, fisher"),
         ({"name": "ensemble", "size": 1}, {}, "number of members >= 2, but got 1"),
         ({"name": "ensemble", "of": "ivonn"}, {}, "Did you mean `ivon`?"),
-        ({"name": "ensemble", "of": "ivon", "settings": {"esss": 3}}, {}, "`method.settings.esss` of ivon. Did you mean `ess`"),
+        ({"name": "ensemble", "of": "ivon", "settings": {"esss": 3}}, {}, "settings.esss` of ivon. Did you mean `ess`"),
         ({"name": "ensemble", "of": "temperature"}, {}, "Train that first"),
         ({"name": "swa", "every": 1}, {"training_arguments": {"warmup_steps": 3}}, "`training_arguments.warmup_steps`"),
         ({"name": "tfb", "bound": 0}, {}, "`bound` to be a relative rise > 0"),

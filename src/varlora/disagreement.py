@@ -11,9 +11,13 @@ from torch.nn.functional import pad
 
 from varlora.curves import Series
 from varlora.metrics import uncertainty
+from varlora.predictions import Predictions
 from varlora.results import EvaluatedRun, Row
 
 __all__ = ["Answered", "Disagreement", "disagreement"]
+
+Key = tuple[str, str]
+"""A row's id and what it asks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +64,22 @@ def disagreement(series: Sequence[Series], limit: int) -> Disagreement:
     """
     runs = [run for one in series for run in one.shown.runs]
     width = max(run.predictions.logits_mean.shape[1] for run in runs)
-    tables = [_mean_probs(one.shown, width) for one in series]
-    ids = [id for id in tables[0] if all(id in table for table in tables)]
-    if not ids:
+    told = all(run.predictions.prompts for run in runs)
+    tables = [_mean_probs(one.shown, width, told) for one in series]
+    keys = [key for key in tables[0] if all(key in table for table in tables)]
+    if not keys:
         return Disagreement((), 0)
-    probs = torch.stack([torch.stack([table[id] for id in ids]) for table in tables])  # (M, N, C)
+    probs = torch.stack([torch.stack([table[key] for key in keys]) for table in tables])  # (M, N, C)
     parts = uncertainty(probs.log())  # of methods in place of draws; log 0 is an answer that a row does not have
     scores = parts.epistemic if len(series) > 1 else parts.total
-    texts = _texts(runs)
-    order = sorted(range(len(ids)), key=lambda i: (-round(scores[i].item(), 9), i))[:limit]
+    texts = _texts(runs, told)
+    order = sorted(range(len(keys)), key=lambda i: (-round(scores[i].item(), 9), i))[:limit]
     rows = []
     for i in order:
-        prompt, answers, label, count = texts[ids[i]]
+        prompt, answers, label, count = texts[keys[i]]
         rows.append(
             Answered(
-                id=ids[i],
+                id=keys[i][0],
                 prompt=prompt,
                 answers=answers or tuple(str(k + 1) for k in range(count)),
                 label=label,
@@ -82,26 +87,31 @@ def disagreement(series: Sequence[Series], limit: int) -> Disagreement:
                 score=max(0.0, scores[i].item()),
             )
         )
-    return Disagreement(tuple(rows), len(ids))
+    return Disagreement(tuple(rows), len(keys))
 
 
-def _mean_probs(row: Row, width: int) -> dict[str, Tensor]:
-    """Return each row's probabilities (width,) by its id, averaged over the seeds that were evaluated on it."""
-    found: dict[str, list[Tensor]] = {}
+def _keys(predictions: Predictions, told: bool) -> list[Key]:
+    """Return by what rows are known: the id and, where all predictions tell, what is asked; ids may be row numbers."""
+    return list(zip(predictions.ids, predictions.prompts if told else ("",) * len(predictions.ids)))
+
+
+def _mean_probs(row: Row, width: int, told: bool) -> dict[Key, Tensor]:
+    """Return each row's probabilities (width,) by its key, averaged over the seeds that were evaluated on it."""
+    found: dict[Key, list[Tensor]] = {}
     for run in row.runs:
         probs = run.probs(row.draws > 0)
-        for id, p in zip(run.predictions.ids, pad(probs, (0, width - probs.shape[1]))):
-            found.setdefault(id, []).append(p)
-    return {id: torch.stack(probs).mean(dim=0) for id, probs in found.items()}
+        for key, p in zip(_keys(run.predictions, told), pad(probs, (0, width - probs.shape[1]))):
+            found.setdefault(key, []).append(p)
+    return {key: torch.stack(probs).mean(dim=0) for key, probs in found.items()}
 
 
-def _texts(runs: Sequence[EvaluatedRun]) -> dict[str, tuple[str, tuple[str, ...], int, int]]:
+def _texts(runs: Sequence[EvaluatedRun], told: bool) -> dict[Key, tuple[str, tuple[str, ...], int, int]]:
     """Return (prompt, answers, label, number of answers) of each row, from a run that stores texts where one does."""
-    found: dict[str, tuple[str, tuple[str, ...], int, int]] = {}
+    found: dict[Key, tuple[str, tuple[str, ...], int, int]] = {}
     for predictions in sorted((run.predictions for run in runs), key=lambda p: not p.prompts):
         counts = predictions.logits_mean.isfinite().sum(dim=1).tolist()
         prompts = predictions.prompts or ("",) * len(counts)
         answers = predictions.answers or ((),) * len(counts)
-        for id, *texts in zip(predictions.ids, prompts, answers, predictions.labels.tolist(), counts):
-            found.setdefault(id, (texts[0], texts[1], texts[2], texts[3]))
+        for key, *texts in zip(_keys(predictions, told), prompts, answers, predictions.labels.tolist(), counts):
+            found.setdefault(key, (texts[0], texts[1], texts[2], texts[3]))
     return found

@@ -336,6 +336,13 @@ def read_run(run_dir: Path) -> EvaluatedRun:
             f"Expected {run_dir / 'config.json'} to have settings {', '.join(missing)}: it is damaged, or of an older "
             "version than this report reads. Train the run again."
         )
+    if wrong := _wrong_types(config):
+        raise DamagedFileError(
+            f"Expected {run_dir / 'config.json'} to be of a run, but its {', '.join(wrong)} cannot be: it is damaged. "
+            "Train the run again."
+        )
+    if not (run_dir / "adapter").is_dir() and not (run_dir / "predictions.safetensors").is_file():
+        raise VarloraError(f"{run_dir} is not trained yet: go on with `varlora train --resume --run-dir {run_dir}`.")
     path = run_dir / "predictions.safetensors"
     if not path.is_file():
         raise VarloraError(f"{run_dir} has no predictions: run `varlora evaluate {run_dir}` first.")
@@ -355,6 +362,20 @@ def read_run(run_dir: Path) -> EvaluatedRun:
     return EvaluatedRun(run_dir, config, predictions)
 
 
+def _wrong_types(config: Mapping[str, Any]) -> list[str]:
+    """Return what of a config.json is of a type that it never has."""
+    settings, members = config["settings"], config.get("concluded_from") or []
+    right = {
+        **{f"settings.{name}": isinstance(settings[name], str) for name in ("task", "model", "method")},
+        "settings.seed": isinstance(settings["seed"], int),
+        "settings.method_settings": isinstance(settings.get("method_settings") or {}, Mapping),
+        "versions": isinstance(config.get("versions") or {}, Mapping),
+        "concluded_from": isinstance(members, list)
+        and all(isinstance(member, Mapping) and {"method", "method_settings"} <= member.keys() for member in members),
+    }
+    return [name for name, is_right in right.items() if not is_right]
+
+
 # --- grouping
 
 
@@ -371,6 +392,8 @@ def _traits(run: EvaluatedRun) -> dict[str, str]:
                 yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
     origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version")}
+    if "training_rows" in run.config:  # of the same for all seeds; data may lie elsewhere, not differ
+        origin["training_rows"] = str(run.config["training_rows"])
     if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble
         origin["members"] = "+".join(member["method"] for member in members)
         origin["members' settings"] = json.dumps([member["method_settings"] for member in members])
@@ -387,7 +410,10 @@ def _groups(runs: Iterable[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], lis
         seed = json.dumps(run.settings["seed"])
         first = groups.setdefault(key, {}).setdefault(seed, run)
         if first is not run:  # counted twice it would make the standard error too small
-            repeated.append(Skipped(str(run.run), f"repeats {first.run}: same settings, same seed {seed}"))
+            same = f"same settings, same seed {seed}"
+            if run.config.get("rows") != first.config.get("rows"):
+                same += " and as many training rows, though other ones; report on them apart"
+            repeated.append(Skipped(str(run.run), f"repeats {first.run}: {same}"))
     ordered = [groups[key] for key in sorted(groups)]
     return [[group[seed] for seed in sorted(group, key=lambda s: (len(s), s))] for group in ordered], repeated
 
@@ -485,6 +511,13 @@ def _is_point(run_dir: Path) -> bool:
         return False
 
 
+def _asked(run: EvaluatedRun) -> frozenset[tuple[str, int, str]]:
+    """Return the rows that a run was evaluated on: id, label and, where they are stored, what is asked."""
+    predictions = run.predictions
+    prompts = predictions.prompts or ("",) * len(predictions.ids)
+    return frozenset(zip(predictions.ids, predictions.labels.tolist(), prompts))
+
+
 def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
     notes = []
     for group in groups:
@@ -492,9 +525,17 @@ def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
             unknown = int((~run.known).sum())
             if unknown:
                 notes.append(f"{run.run}: {unknown} of {len(run.known)} rows have no label and are left out.")
-        if len({frozenset(run.predictions.ids) for run in group}) > 1:
-            name = f"{group[0].meta['task']}, {group[0].settings['method']}"
+        name = f"{group[0].meta['task']}, {group[0].settings['method']}"
+        if len(set(map(_asked, group))) > 1:
             notes.append(f"{name}: the seeds were evaluated on different rows.")
+        for what, there in (
+            ("temperature", [run.predictions.temperatures is not None for run in group]),
+            ("calibrated posterior", [run.calibrated() is not None for run in group]),
+        ):
+            lacking = [str(run.run) for run, has in zip(group, there) if not has]
+            if 0 < len(lacking) < len(group):
+                without = f"{name}: not shown with a {what}, as {', '.join(lacking)} was not evaluated with one."
+                notes.append(f"{without} Run `varlora evaluate --calibrate` on it.")
         slices = len(_slice_names(group))
         if slices > MAX_SLICES:
             task = group[0].meta["task"]
