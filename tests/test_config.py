@@ -246,6 +246,12 @@ def test_assignments_that_cannot_be_made():
     assert "Expected `key=value`" in problems_of(assignments=["=3"])[0]
 
 
+def test_a_task_file_in_the_place_of_a_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{name: t, prompt: '{x}', label: y, answers: [a, b], files: {dev: d.csv}}")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is a task file\. Pass it by `--task "):
+        read_recipe(tmp_path / "mine.yaml")
+
+
 def test_a_recipe_that_is_absent_or_wrong(tmp_path):
     (tmp_path / "ivon.yaml").write_text("- a list")
     with pytest.raises(ConfigError, match=r"Did you mean `ivon.yaml`\?"):

@@ -101,6 +101,23 @@ def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path, monkeypatch):
     assert entries(tmp_path / "run") == []
 
 
+def test_a_folder_takes_the_place_of_what_a_link_leads_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for text in ("one", "two"):
+        with atomic_folder(tmp_path / "link") as folder:
+            write_text(folder / "x.txt", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "x.txt").read_text() == text
+    assert entries(tmp_path) == ["link", "real"]
+
+
+def test_a_manifest_of_nothing_is_none(tmp_path):
+    write_json(tmp_path / "manifest.json", {})
+    with pytest.raises(DamagedFileError, match="checksums"):
+        verify_manifest(tmp_path)
+
+
 def test_what_is_no_run_is_neither_deleted_nor_gone_on_with(tmp_path):
     (tmp_path / "thesis").mkdir()
     write_text(tmp_path / "thesis" / "chapter1.txt", "It was")

@@ -11,7 +11,7 @@ pruned while that helps beyond a standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -267,8 +267,9 @@ def load_calibration(adapter: Path) -> Calibration | None:
         stored: Any = read_json(path)
     except DamagedFileError as error:
         raise DamagedFileError(f"{error} {again}") from error
+    if isinstance(stored, Mapping) and stored.get("adapter") != file_digest(adapter / MANIFEST):
+        raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
     try:
-        of = stored["adapter"]
         factors = [float(stored[name]) for name in ("tau", "pruned", "temperature", "temperature_mean")]
         layers = stored.get("last_layers")  # not in files of older versions
         layers = None if layers is None else int(layers)
@@ -276,8 +277,6 @@ def load_calibration(adapter: Path) -> Calibration | None:
         chosen = Calibration(factors[0], factors[1], factors[2], factors[3], int(stored["samples"]), layers, noise)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedFileError(f"Expected a calibration in {path}, but {error} is missing or wrong. {again}") from error
-    if of != file_digest(adapter / MANIFEST):
-        raise DamagedFileError(f"{path} is of another adapter than the one beside it. {again}")
     within = (
         math.isfinite(chosen.tau) and chosen.tau >= 0,
         0 <= chosen.pruned <= 1,

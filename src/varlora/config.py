@@ -156,6 +156,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path} cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(recipe, dict):
         raise ConfigError([f"Expected a mapping of settings in {path}, but got {type(recipe).__name__}."])
+    if {"prompt", "label", "files"} <= recipe.keys():
+        raise ConfigError([f"Expected a recipe, but {path} is a task file. Pass it by `--task {path}`."])
     return recipe
 
 

@@ -48,6 +48,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         'Known: adamw, ivon.'
     """
     names = sorted(known)
+    if not names:
+        return ""
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return "Did you mean " + " or ".join(f"`{match}`" for match in near) + "?"

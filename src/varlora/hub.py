@@ -170,7 +170,10 @@ def _lay_out(run_dir: Path, name: str, settings: Settings, folder: Path) -> None
     plain["training_arguments"] = {key: value for key, value in arguments if isinstance(value, (bool, int, float))}
     if is_task_file(settings.task):
         text = yaml.safe_load(Path(settings.task).read_text(encoding="utf-8"))
-        text["files"] = {split: Path(file).name for split, file in text["files"].items()}
+        names = {split: Path(file).name for split, file in text["files"].items()}
+        if len(set(names.values())) < len(names):  # in different folders
+            names = {split: f"{split}{Path(file).suffix}" for split, file in text["files"].items()}
+        text["files"] = names
         write_text(folder / TASK_FILE, yaml.safe_dump(text, sort_keys=False, allow_unicode=True))
         plain["task"] = TASK_FILE
     facts = {"settings": plain, **{key: config[key] for key in KEPT if key in config}}

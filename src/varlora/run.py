@@ -261,7 +261,7 @@ def verify_manifest(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         raise DamagedFileError(f"{folder} has no {MANIFEST}: writing it was interrupted, so it is not used.")
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, Mapping):
+    if not isinstance(manifest, Mapping) or not manifest:
         raise DamagedFileError(f"Expected file names and checksums in {folder / MANIFEST}, but there are none.")
     for name, digest in manifest.items():
         if not (folder / name).is_file():
@@ -285,8 +285,9 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Give an empty folder to write to; on success `manifest` writes its manifest and it takes the place of `path`.
 
-    `then` is what a user is to do once it can be written.
+    Of a link, it takes the place of what that leads to. `then` is what a user is to do once it can be written.
     """
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

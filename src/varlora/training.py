@@ -240,8 +240,8 @@ def tune(settings: Settings, *, say: Say = print) -> tuple[Settings, Prepared]:
     prepared = method.prepare(start)
     if prepared is None:
         raise VarloraError(
-            f"Nothing is left to `{settings.method}` to find: all its settings are given. "
-            "Leave out `lr`, `ess` or `hess_init` of ivon, or set them to auto."
+            f"Nothing is left to `{settings.method}` to find. It is ivon that finds `lr`, `ess` and `hess_init`, where "
+            "they are left out or auto."
         )
     return dataclasses.replace(settings, method_settings={**settings.method_settings, **prepared.settings}), prepared
 

@@ -56,7 +56,8 @@ def test_rows_of_different_lengths():
 )
 def test_the_right_choice_is_found(row, right, tmp_path):
     assert choices_of([row])[1].tolist() == [right]
-    (tmp_path / "samples.jsonl").write_text(json.dumps(written(row)) + "\n")
+    told = {**written(row), "text": "one line\u2028to JSON\x85"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
     if row["target"] != 1 or row["arguments"][0][1] != " 1":  # in a file, the index 1 and the text 1 are the same
         assert choices_of(tmp_path / "samples.jsonl")[1].tolist() == [right]
 

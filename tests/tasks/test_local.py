@@ -185,6 +185,7 @@ PROBLEMS = [
     ({"answers": {0: "no", 1: "yes"}, "label_as": "index"}, "Expected no `label_as`, as the mapping of `answers`"),
     ({"choices": "options"}, "Expected either `answers` or `choices`"),
     ({"files": {}}, "Expected `files` to name a file for each split"),
+    ({"files": {"dev": "dev.csv", "calibration": "c.csv"}}, "Expected no split `calibration`, which is what is held"),
     ({"files": {"dev": "dev.parquet"}}, "Expected the file of split `dev` to end in .jsonl, .csv, .tsv"),
     ({"evaluation": "devel"}, "Expected `evaluation` to be a split of `files`, but got 'devel'. Did you mean `dev`?"),
     ({"limit": {"den": 5}}, "Unknown split `den` in `limit`. Did you mean `dev`?"),

@@ -66,7 +66,8 @@ def choices_of(samples: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Tenso
 
 def _read(path: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")  # and not where a text has a separator of its own
+        return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise VarloraError(
             f"Expected the harness's samples in {path}, but cannot read it: {error}. "

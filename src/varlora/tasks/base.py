@@ -267,10 +267,10 @@ def _json_row(text: str) -> Row | TaskError:
 
 
 def _table_rows(texts: Iterator[str], suffix: str) -> Iterator[tuple[int, Row | TaskError]]:
+    csv.field_size_limit(LONGEST_FIELD)
     if suffix == ".tsv":
         reader = csv.reader(texts, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        csv.field_size_limit(LONGEST_FIELD)
         reader = csv.reader(texts, strict=True)
     names: list[str] | None = None
     while True:

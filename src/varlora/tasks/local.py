@@ -297,6 +297,8 @@ def _files(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
         problems.append(f"Expected `files` to name a file for each split, such as {{dev: dev.tsv}}, but got {files!r}.")
         return {}
     for split, file in files.items():
+        if split == "calibration":
+            problems.append("Expected no split `calibration`, which is what is held out of `train`. Name it otherwise.")
         if not isinstance(file, str) or Path(file).suffix.lower() not in SUFFIXES:
             problems.append(f"Expected the file of split `{split}` to end in {', '.join(SUFFIXES)}, but got {file!r}.")
     return {str(split): str(file) for split, file in files.items()}
