@@ -518,6 +518,13 @@ def test_values_that_the_trainer_refuses_are_problems_of_the_configuration(tmp_p
         helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments=arguments)
 
 
+def test_the_adapter_has_the_name_that_it_is_written_under(tmp_path):
+    model = helpers.tiny_model()
+    model.add_adapter("other", model.peft_config["default"])
+    with pytest.raises(VarloraError, match="but got 'default', 'other'"):
+        helpers.run_fit(model, METHODS[0], tmp_path)
+
+
 def test_rows_must_exist_and_have_labels(tmp_path):
     fit = varlora.fit.fit
     with pytest.raises(VarloraError, match="`rows`"):

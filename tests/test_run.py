@@ -112,6 +112,18 @@ def test_a_folder_takes_the_place_of_what_a_link_leads_to(tmp_path):
     assert entries(tmp_path) == ["link", "real"]
 
 
+def test_who_may_read_files_is_as_the_umask_says(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_text(tmp_path / "x.txt", "x")
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+        with atomic_folder(tmp_path / "folder") as folder:
+            write_text(folder / "x.txt", "x")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o077 for path in tmp_path.rglob("*")} == {0}
+
+
 def test_a_manifest_of_nothing_is_none(tmp_path):
     write_json(tmp_path / "manifest.json", {})
     with pytest.raises(DamagedFileError, match="checksums"):

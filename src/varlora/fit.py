@@ -135,6 +135,7 @@ def fit(
         VarloraError: there are no rows, or a row has no label.
     """
     rows = list(rows)
+    _check_adapter(model)
     _check_rows(rows, calibration)
     if len(rows) > 1 and not _chance(rows):
         warn(
@@ -414,6 +415,16 @@ def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, An
         for name in SCHEDULE
         if name in training_arguments
     ]
+
+
+def _check_adapter(model: Any) -> None:
+    """Refuse, before the hours of training, what could not be written down after them."""
+    adapters = list(getattr(model, "peft_config", {"default": None}))
+    if adapters != ["default"]:
+        raise VarloraError(
+            "Expected a peft model with one adapter, named `default`, as `load_model` makes it, but got "
+            f"{', '.join(map(repr, adapters))}. Leave `adapter_name` out."
+        )
 
 
 def _check_rows(rows: Sequence[Encoded], calibration: Sequence[Encoded]) -> None:
