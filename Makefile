@@ -26,9 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt src/varlora/optim/native.c sr
 demo: $(VENV)/.installed
 	$(BIN)/varlora demo
 
-# Two processes with one thread each: models this small gain nothing from threads, and wait for each other's.
+# Two processes with one thread each: models this small gain nothing from threads, and wait for each other's. Each takes
+# its half in order, so that what a file's tests share is made once, and from the other's when it is done.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
