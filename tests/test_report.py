@@ -293,16 +293,28 @@ def test_a_config_of_wrong_types_is_left_out_beside_good_ones(changes, runs, tmp
 
 
 def test_runs_of_other_data_are_lines_of_their_own(tmp_path):
-    """By the number of their training rows; of as many, the second one of a seed is left out, and why is said."""
-    few, many = (write_run(tmp_path / name, data_dir=name) for name in ("few", "many"))
-    for run, rows, checksum in ((few, 100, "a"), (many, 1000, "b")):
+    """By the number of their rows; of as many, the second one of a seed is left out, and why is said.
+
+    How many of them are held out differs between seeds.
+    """
+    few, many, seed = (write_run(tmp_path / name, data_dir=name) for name in ("few", "many", "seed"))
+
+    def of(run: Path, rows: int, held_out: int, **changes: object) -> None:
         config = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps({**config, "training_rows": rows, "rows": checksum}))
-    report = build_report([few, many], tmp_path / "out")
-    assert {row.differs for row in report.rows} == {"training_rows=100", "training_rows=1000"}
-    (few / "config.json").write_text((few / "config.json").read_text().replace("100,", "1000,"))
+        config["settings"] |= changes
+        (run / "config.json").write_text(
+            json.dumps({**config, "training_rows": rows - held_out, "held_out_rows": held_out, "rows": run.name})
+        )
+
+    of(few, 100, 10)
+    of(many, 1000, 90)
+    of(seed, 1000, 110, seed=99)
+    report = build_report([few, many, seed], tmp_path / "out")
+    lines = {row.differs: len(row.runs) for row in report.rows}
+    assert lines == {"training and held-out rows=100": 1, "training and held-out rows=1000": 2}
+    of(few, 1000, 90)
     (skip,) = build_report([few, many], tmp_path / "out").skipped
-    assert "as many training rows, though other ones" in skip.reason
+    assert "as many rows, though other ones" in skip.reason
 
 
 def test_a_seed_without_a_temperature_is_noted(tmp_path):

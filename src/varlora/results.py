@@ -33,6 +33,8 @@ NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_e
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 EVALUATED = ("split", "tau", "samples", *(of.name for of in dataclasses.fields(Drawing)))
 """What predictions say of how they were made; runs of one group are alike in it."""
+COUNTS = ("training_rows", "held_out_rows")
+"""How many rows a run had, in its config.json; the second is not in files of older versions."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
 SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
 SLICE_METRICS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))  # name, factor, decimals
@@ -370,6 +372,7 @@ def _wrong_types(config: Mapping[str, Any]) -> list[str]:
         "settings.seed": isinstance(settings["seed"], int),
         "settings.method_settings": isinstance(settings.get("method_settings") or {}, Mapping),
         "versions": isinstance(config.get("versions") or {}, Mapping),
+        **{name: isinstance(config.get(name, 0), int) for name in COUNTS},
         "concluded_from": isinstance(members, list)
         and all(isinstance(member, Mapping) and {"method", "method_settings"} <= member.keys() for member in members),
     }
@@ -392,8 +395,8 @@ def _traits(run: EvaluatedRun) -> dict[str, str]:
                 yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
     origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version")}
-    if "training_rows" in run.config:  # of the same for all seeds; data may lie elsewhere, not differ
-        origin["training_rows"] = str(run.config["training_rows"])
+    if run.config.keys() >= {*COUNTS}:  # how many are held out depends on the seed, their sum on the data alone
+        origin["training and held-out rows"] = str(sum(run.config[name] for name in COUNTS))
     if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble
         origin["members"] = "+".join(member["method"] for member in members)
         origin["members' settings"] = json.dumps([member["method_settings"] for member in members])
@@ -412,7 +415,7 @@ def _groups(runs: Iterable[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], lis
         if first is not run:  # counted twice it would make the standard error too small
             same = f"same settings, same seed {seed}"
             if run.config.get("rows") != first.config.get("rows"):
-                same += " and as many training rows, though other ones; report on them apart"
+                same += " and as many rows, though other ones; report on them apart"
             repeated.append(Skipped(str(run.run), f"repeats {first.run}: {same}"))
     ordered = [groups[key] for key in sorted(groups)]
     return [[group[seed] for seed in sorted(group, key=lambda s: (len(s), s))] for group in ordered], repeated

@@ -103,8 +103,8 @@ def train(
         else:
             config = {"settings": settings.to_dict(), "concluded_from": identities(settings)}
             versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
-            data = {**checksums, "training_rows": len(encoded.rows), "cut": encoded.cut}
-            write_json(run_dir / "config.json", config | versions | data | origin())
+            counts = {"training_rows": len(encoded.rows), "held_out_rows": len(calibration), "cut": encoded.cut}
+            write_json(run_dir / "config.json", config | versions | checksums | counts | origin())
         if is_task_file(settings.task) and not (run_dir / TASK_FILE).exists():
             write_bytes(run_dir / TASK_FILE, Path(settings.task).read_bytes())
         common: dict[str, Any] = {
