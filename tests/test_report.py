@@ -312,6 +312,10 @@ def test_runs_of_other_data_are_lines_of_their_own(tmp_path):
     report = build_report([few, many, seed], tmp_path / "out")
     lines = {row.differs: len(row.runs) for row in report.rows}
     assert lines == {"training and held-out rows=100": 1, "training and held-out rows=1000": 2}
+    older = json.loads((seed / "config.json").read_text())
+    del older["held_out_rows"]
+    (seed / "config.json").write_text(json.dumps(older))
+    assert {row.differs for row in build_report([many, seed], tmp_path / "out").rows} == {""}
     of(few, 1000, 90)
     (skip,) = build_report([few, many], tmp_path / "out").skipped
     assert "as many rows, though other ones" in skip.reason

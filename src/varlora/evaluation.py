@@ -144,6 +144,7 @@ def evaluate(
         )
 
     def written(found: Predictions, suffix: str = "", **more: Any) -> dict[str, Any]:
+        (run_dir / f"metrics{suffix}.json").unlink(missing_ok=True)  # it is written last: where it is, all is there
         save_predictions(found, run_dir / f"predictions{suffix}.safetensors")
         results = _results(found) | more
         write_json(run_dir / f"metrics{suffix}.json", results | origin())
@@ -151,8 +152,11 @@ def evaluate(
 
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
+    others = [get_task(name) for name in ood]
+    for other in others:
+        rows_of_split(other, other.evaluation, settings, lambda text: None)  # raises before the work on the others
     found = {"": predicted(split)}
-    for other in map(get_task, ood):
+    for other in others:
         found[f"-ood-{other.name}"] = predicted(other.evaluation, other)
     for factor in taus:
         found[f"-tau-{factor:g}"] = predicted(split, tau=factor)
@@ -186,12 +190,13 @@ def evaluate(
             say(f"No temperature was fitted on the held-out rows: {error}")
         else:
             found[""] = dataclasses.replace(found[""], meta={**found[""].meta, **fitted})
-    # Only now that all is there does it take the place of what was; metrics.json is written last.
+    # Only now that all is there does it take the place of what was, but for what was chosen and predicted to choose on.
     (run_dir / "metrics.json").unlink(missing_ok=True)
     (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of other rows or draws, it may be
-    for suffix, predictions in found.items():
-        save_predictions(predictions, run_dir / f"predictions{suffix}.safetensors")
-    return written(found[""], **more)
+    predictions = found.pop("")
+    for suffix, of_others in found.items():
+        save_predictions(of_others, run_dir / f"predictions{suffix}.safetensors")
+    return written(predictions, **more)
 
 
 def _task_file_changed(task: str, kept: Path) -> bool:

@@ -68,9 +68,9 @@ class Cell:
         if not self.evaluation:
             return False
         folder, task = self.run_dir, get_task(self.settings["task"])
-        split = self.evaluation.get("split", task.evaluation)
+        split = self.evaluation.get("split") or task.evaluation
         suffix = CALIBRATION if split == "calibration" else ""
-        made = {name: str(self.evaluation.get(name, value)) for name, value in DEFAULTS.items()}
+        made = {name: str(type(value)(self.evaluation.get(name, value))) for name, value in DEFAULTS.items()}
         made |= {"task": task.name, "split": split}
         wanted = {suffix: made}
         wanted |= {f"-tau-{tau:g}": {**made, "tau": str(float(tau))} for tau in self.evaluation.get("taus", ())}

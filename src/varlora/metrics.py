@@ -306,7 +306,7 @@ def _deviation(chances: Tensor) -> float:
         return math.sqrt(2 / math.pi * variance)
     # The distribution of that number has the coefficients of the product of 1 − c + c x, taken by pairs.
     chances = chances[(chances > 0) & (chances < 1)]  # the others deviate by nothing
-    share = torch.stack([1 - chances, chances], 1) if len(chances) else torch.ones(1, 1, dtype=torch.float64)
+    share = torch.stack([1 - chances, chances], 1) if len(chances) else chances.new_ones(1, 1)
     while len(share) > 1:
         if len(share) % 2:
             one = nn.functional.pad(torch.ones(1, 1).to(share), (0, share.shape[1] - 1))

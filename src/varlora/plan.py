@@ -241,7 +241,7 @@ def check(plan: Plan) -> None:
         if other != task:
             problems.append(f"{task} and {other} have the same `name`. Give each task file another one.")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(dict.fromkeys(problems))
     for task in plan.tasks:
         first = None
         for method in plan.methods:
@@ -264,7 +264,7 @@ def _member_problems(plan: Plan, method: str) -> Iterable[str]:
     space = plan.search.get(method)
     tried = space.get("size") if isinstance(space, Mapping) else None
     sizes = [_own(plan, task, method).get("size", METHODS[method].size) for task in plan.tasks]
-    for size in [*sizes, *(tried if isinstance(tried, list) else [])]:
+    for size in tried if isinstance(tried, list) else sizes:
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
             yield f"Expected `methods.{method}.size` to be a number of members >= 2, but got {size!r}."
             continue

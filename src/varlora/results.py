@@ -33,6 +33,7 @@ NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_e
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 EVALUATED = ("split", "tau", "samples", *(of.name for of in dataclasses.fields(Drawing)))
 """What predictions say of how they were made; runs of one group are alike in it."""
+CALIBRATED = "predictions-calibrated.safetensors"
 COUNTS = ("training_rows", "held_out_rows")
 """How many rows a run had, in its config.json; the second is not in files of older versions."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
@@ -85,7 +86,7 @@ class EvaluatedRun:
         Raises:
             DamagedFileError: the file is cut short or altered.
         """
-        path = self.run / "predictions-calibrated.safetensors"
+        path = self.run / CALIBRATED
         return dataclasses.replace(self, predictions=load_predictions(path)) if path.is_file() else None
 
     def probs(self, drawn: bool, tempered: bool = False) -> Tensor:
@@ -382,7 +383,12 @@ def _wrong_types(config: Mapping[str, Any]) -> list[str]:
 # --- grouping
 
 
-def _traits(run: EvaluatedRun) -> dict[str, str]:
+def _counted(runs: Iterable[EvaluatedRun]) -> bool:
+    """Whether all runs say how many rows they had; where one is of an older version, these tell none apart."""
+    return all(run.config.keys() >= {*COUNTS} for run in runs)
+
+
+def _traits(run: EvaluatedRun, counted: bool) -> dict[str, str]:
     """Return all by which a run is told from others, apart from its seed; nested settings by dotted name."""
 
     def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -395,7 +401,7 @@ def _traits(run: EvaluatedRun) -> dict[str, str]:
                 yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
     origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version")}
-    if run.config.keys() >= {*COUNTS}:  # how many are held out depends on the seed, their sum on the data alone
+    if counted:  # how many are held out depends on the seed, their sum on the data alone
         origin["training and held-out rows"] = str(sum(run.config[name] for name in COUNTS))
     if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble
         origin["members"] = "+".join(member["method"] for member in members)
@@ -404,12 +410,12 @@ def _traits(run: EvaluatedRun) -> dict[str, str]:
     return {**dict(flat(run.settings)), "task evaluated": run.meta["task"], **evaluated, **origin}
 
 
-def _groups(runs: Iterable[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
+def _groups(runs: Sequence[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
     """Return the runs by what they have in common, each group ordered by seed, and the repetitions left out."""
     groups: dict[tuple[str, ...], dict[str, EvaluatedRun]] = {}
-    repeated = []
+    repeated, counted = [], _counted(runs)
     for run in runs:
-        key = (run.meta["task"], str(run.settings["method"]), json.dumps(_traits(run), sort_keys=True))
+        key = (run.meta["task"], str(run.settings["method"]), json.dumps(_traits(run, counted), sort_keys=True))
         seed = json.dumps(run.settings["seed"])
         first = groups.setdefault(key, {}).setdefault(seed, run)
         if first is not run:  # counted twice it would make the standard error too small
@@ -423,7 +429,8 @@ def _groups(runs: Iterable[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], lis
 
 def _differences(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
     """Return for each group the traits that tell it from others: of its task and method, or (model, split) its task."""
-    traits = [_traits(group[0]) for group in groups]
+    counted = _counted(run for group in groups for run in group)
+    traits = [_traits(group[0], counted) for group in groups]
     found = []
     for mine, group in zip(traits, groups):
         rivals = [(t, g[0]) for t, g in zip(traits, groups) if g[0].meta["task"] == group[0].meta["task"]]
@@ -533,7 +540,7 @@ def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
             notes.append(f"{name}: the seeds were evaluated on different rows.")
         for what, there in (
             ("temperature", [run.predictions.temperatures is not None for run in group]),
-            ("calibrated posterior", [run.calibrated() is not None for run in group]),
+            ("calibrated posterior", [(run.run / CALIBRATED).is_file() for run in group]),
         ):
             lacking = [str(run.run) for run, has in zip(group, there) if not has]
             if 0 < len(lacking) < len(group):

@@ -26,7 +26,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,7 +81,7 @@ def check_place(path: Path, *, resume: bool = False, overwrite: bool = False) ->
     if path.exists() and not path.is_dir():
         raise VarloraError(f"Expected `run_dir` to be a folder, but {path} is a file. Choose another name.")
     # What is left of a run that was killed before it had a config.json is as good as nothing.
-    occupied = path.exists() and any(not entry.match(".*.tmp") for entry in path.iterdir())
+    occupied = path.exists() and any(not entry.match(".config.json.*.tmp") for entry in path.iterdir())
     if occupied and not (resume or overwrite):
         raise VarloraError(
             f"The run directory {path} exists already. Pass `--resume` to go on with it, `--overwrite` to replace it, "
@@ -108,7 +108,7 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
     check_place(path, resume=resume, overwrite=overwrite)
     path.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        for entry in path.iterdir():
+        for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "config.json"):  # by which it is a run
             _remove(entry)
     for folder in (path, *path.glob("member-*")):
         _tidy(folder)
@@ -118,8 +118,9 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
 def alone(path: Path) -> Iterator[None]:
     """Keep other processes that train out of a run directory, which is made if it is not there.
 
-    The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends. Of
-    several ranks the first one has it. Where the system or the file system has no such locks there is none.
+    The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends (after
+    a SIGKILL, with the children that it forked). Of several ranks the first one has it. Where the system or the file
+    system has no such locks there is none.
 
     Raises:
         VarloraError: another process has it.
@@ -140,6 +141,8 @@ def alone(path: Path) -> Iterator[None]:
             pass
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # or children that were forked would keep it
         os.close(handle)
 
 

@@ -577,6 +577,8 @@ class IVON(torch.optim.Optimizer):
                     "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
                     "Make one step before the capture."
                 )
+            for bucket in self._buckets:
+                bucket.follow_weight_decay()
             self._release()
             self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
             if perturbed or self._eval_key is not None:
