@@ -118,9 +118,9 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
 def alone(path: Path) -> Iterator[None]:
     """Keep other processes that train out of a run directory, which is made if it is not there.
 
-    The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends (after
-    a SIGKILL, with the children that it forked). Of several ranks the first one has it. Where the system or the file
-    system has no such locks there is none.
+    The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends
+    (after a SIGKILL, with the children that it forked). Of several ranks the first one has it. Where the system or the
+    file system has no such locks there is none.
 
     Raises:
         VarloraError: another process has it.
