@@ -283,6 +283,13 @@ def test_nothing_but_an_export_is_replaced_and_that_only_if_asked(
     with pytest.raises(VarloraError, match="number of draws"):
         export(run_dir, tmp_path / "new", samples=-1, say=silent)
 
+    (tmp_path / "link").symlink_to(out)
+    for _ in range(2):
+        export(run_dir, tmp_path / "link", overwrite=True, say=silent)
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "link").unlink()
+    before = (out / "manifest.json").read_text()
+
     def stopped(*arguments: Any) -> str:
         raise KeyboardInterrupt
 

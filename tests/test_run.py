@@ -101,15 +101,18 @@ def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path, monkeypatch):
     assert entries(tmp_path / "run") == []
 
 
-def test_a_folder_takes_the_place_of_what_a_link_leads_to(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    """In a stranger's run directory a checkpoint may be a link to anywhere."""
+    write_text(tmp_path / "mine" / "thesis.txt", "all of it")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-5").symlink_to(tmp_path / "mine")
     for text in ("one", "two"):
-        with atomic_folder(tmp_path / "link") as folder:
+        with atomic_folder(tmp_path / "run" / "checkpoint-5") as folder:
             write_text(folder / "x.txt", text)
-        assert (tmp_path / "link").is_symlink()
-        assert (tmp_path / "real" / "x.txt").read_text() == text
-    assert entries(tmp_path) == ["link", "real"]
+        assert not (tmp_path / "run" / "checkpoint-5").is_symlink()
+        assert (tmp_path / "run" / "checkpoint-5" / "x.txt").read_text() == text
+    assert entries(tmp_path / "run") == ["checkpoint-5"]
+    assert entries(tmp_path / "mine") == ["thesis.txt"]
 
 
 def test_who_may_read_files_is_as_the_umask_says(tmp_path):

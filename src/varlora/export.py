@@ -80,7 +80,7 @@ def export(
     Raises:
         VarloraError: `to` is taken, `samples` or `tau` is out of its range, or the answers are not known; see `load`.
     """
-    run_dir, to = Path(run_dir), Path(to).absolute()  # `.` has no name
+    run_dir, to = Path(run_dir), Path(to).resolve()  # `.` has no name, and what a link leads to is meant
     if samples is not None:
         check_draws(samples, what="samples")
     _check_free(to, overwrite)

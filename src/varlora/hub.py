@@ -113,7 +113,7 @@ def push_to_hub(
     if not (run_dir / "predictions.safetensors").is_file():
         say(f"{run_dir} is not evaluated, so its card has no metrics. `varlora evaluate {run_dir}` gives them.")
     if folder is not None:
-        folder = Path(folder).absolute()  # `.` has no name
+        folder = Path(folder).resolve()  # `.` has no name, and what a link leads to is meant
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise VarloraError(f"Expected `folder` to be new or empty, but {folder} is not. Choose another name.")
         with atomic_folder(folder, lambda made: None, then="try again") as temporary:

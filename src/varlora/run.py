@@ -155,6 +155,13 @@ def _tidy(folder: Path) -> None:
         _remove(leftover)
 
 
+def _discard(path: Path) -> None:
+    """Remove what is not needed any more, if it is there and as far as that goes."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -292,9 +299,8 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Give an empty folder to write to; on success `manifest` writes its manifest and it takes the place of `path`.
 
-    Of a link, it takes the place of what that leads to. `then` is what a user is to do once it can be written.
+    A link is replaced and not followed: it may be a stranger's. `then` is what a user is to do once it can be written.
     """
-    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -312,17 +318,17 @@ def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] | Non
     for folder in (temporary, *(found for found in temporary.rglob("*") if found.is_dir())):
         _flush(folder)
     old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    _discard(old)
+    if path.exists() or path.is_symlink():
         path.rename(old)
     try:
         temporary.rename(path)
     except BaseException:
-        if old.exists():
+        if old.exists() or old.is_symlink():
             old.rename(path)
         raise
     _flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
 
 
 @contextmanager
