@@ -36,9 +36,9 @@ from safetensors import SafetensorError, safe_open
 from varlora.calibration import FILE as CALIBRATION
 from varlora.calibration import load_calibration
 from varlora.card import PICTURE, model_card
-from varlora.config import TASK_FILE, Settings, settings_from, settings_of
+from varlora.config import TASK_FILE, Settings, settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
-from varlora.loading import Loaded, load_parts
+from varlora.loading import Loaded, load_parts, trained_settings
 from varlora.run import (
     MANIFEST,
     atomic_folder,
@@ -100,9 +100,7 @@ def push_to_hub(
     """
     run_dir = Path(run_dir)
     _check_name("name", name, "me/my-adapter")
-    settings = settings_of(run_dir)
-    if not (run_dir / "adapter").is_dir():
-        raise VarloraError(f"{run_dir} has no adapter yet. Finish it by `varlora train --resume`, and push it then.")
+    settings = trained_settings(run_dir)
     if base_model is None and (Path(settings.model).is_dir() or not BASE.fullmatch(settings.model)):
         raise VarloraError(
             f"The base {settings.model} is a folder here, which says nothing to others. Pass `--base-model` with its "
