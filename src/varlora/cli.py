@@ -203,6 +203,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import evaluate
     from varlora.loading import trained_settings
+    from varlora.predictions import CALIBRATION
     from varlora.progress import rows_progress
     from varlora.report import TEMPERED
 
@@ -246,7 +247,7 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             at_mean, of_draws = temperatures["mean"], temperatures["draws"]
             say(f"{run_dir}: temperature {at_mean:.2f} at the mean, {of_draws:.2f} of the draws")
     console.print(table)
-    runs, suffix = " ".join(map(str, arguments.runs)), "-calibration" if arguments.split == "calibration" else ""
+    runs, suffix = " ".join(map(str, arguments.runs)), CALIBRATION if arguments.split == "calibration" else ""
     say(f"Written: predictions{suffix}.safetensors and metrics{suffix}.json in {runs}")
     say("No report shows them: these rows are there to choose on." if suffix else f"Next: varlora report {runs}")
 

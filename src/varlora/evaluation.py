@@ -31,7 +31,14 @@ from varlora.loading import (
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import check_draws
 from varlora.predict import predict
-from varlora.predictions import Predictions, load_predictions, made_unlike, save_predictions
+from varlora.predictions import (
+    CALIBRATED,
+    CALIBRATION,
+    Predictions,
+    load_predictions,
+    made_unlike,
+    save_predictions,
+)
 from varlora.prompt import Encoded
 from varlora.run import origin, read_json, write_json
 from varlora.tasks import Task, get_task, is_task_file
@@ -39,18 +46,11 @@ from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
 
 __all__ = [
-    "CALIBRATED",
-    "CALIBRATION",
     "answer_rows",
     "calibrate",
     "evaluate",
     "held_out_predictions",
 ]
-
-CALIBRATION = "-calibration"
-"""End of the names of the held-out rows' files: to choose on; a report never reads them."""
-CALIBRATED = "-calibrated"
-"""End of the name of the predictions by the calibrated posterior."""
 
 
 def evaluate(

@@ -27,8 +27,8 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
-from varlora.evaluation import CALIBRATED, CALIBRATION, evaluate
-from varlora.predictions import made_unlike, meta_of
+from varlora.evaluation import evaluate
+from varlora.predictions import CALIBRATED, CALIBRATION, made_unlike, meta_of
 from varlora.quiet import quiet_libraries
 from varlora.tasks import get_task
 from varlora.trainer import left_to_parent

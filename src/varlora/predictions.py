@@ -17,8 +17,21 @@ from varlora.errors import DamagedFileError
 from varlora.metrics import Uncertainty, average_probs, uncertainty
 from varlora.run import load_tensors, save_tensors
 
-__all__ = ["Predictions", "Temperatures", "load_predictions", "made_unlike", "meta_of", "save_predictions"]
+__all__ = [
+    "CALIBRATED",
+    "CALIBRATION",
+    "Predictions",
+    "Temperatures",
+    "load_predictions",
+    "made_unlike",
+    "meta_of",
+    "save_predictions",
+]
 
+CALIBRATION = "-calibration"
+"""End of the names of the held-out rows' files: to choose on; a report never reads them."""
+CALIBRATED = "-calibrated"
+"""End of the name of the predictions by the calibrated posterior."""
 MADE = ("samples", "tau", "seed", *(of.name for of in fields(Drawing)))
 """What of the meta data says how the draws were made."""
 

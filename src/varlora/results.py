@@ -23,7 +23,7 @@ from varlora import metrics
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.methods import METHODS
-from varlora.predictions import Predictions, load_predictions
+from varlora.predictions import CALIBRATED, Predictions, load_predictions
 from varlora.run import read_json
 from varlora.tasks import get_task
 
@@ -33,7 +33,6 @@ NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_e
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 EVALUATED = ("split", "tau", "samples", *(of.name for of in dataclasses.fields(Drawing)))
 """What predictions say of how they were made; runs of one group are alike in it."""
-CALIBRATED = "predictions-calibrated.safetensors"
 COUNTS = ("training_rows", "held_out_rows")
 """How many rows a run had, in its config.json; the second is not in files of older versions."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
@@ -80,14 +79,24 @@ class EvaluatedRun:
         paths = sorted(self.run.glob(f"{start}*.safetensors"))
         return {path.stem.removeprefix(start): load_predictions(path) for path in paths}
 
+    @property
+    def _calibrated(self) -> Path:
+        return self.run / f"predictions{CALIBRATED}.safetensors"
+
+    @property
+    def has_calibrated(self) -> bool:
+        """Whether the run has predictions of its calibrated posterior."""
+        return self._calibrated.is_file()
+
     def calibrated(self) -> EvaluatedRun | None:
         """Return the run with the predictions of its calibrated posterior in place of its own, if it has them.
 
         Raises:
             DamagedFileError: the file is cut short or altered.
         """
-        path = self.run / CALIBRATED
-        return dataclasses.replace(self, predictions=load_predictions(path)) if path.is_file() else None
+        if not self.has_calibrated:
+            return None
+        return dataclasses.replace(self, predictions=load_predictions(self._calibrated))
 
     def probs(self, drawn: bool, tempered: bool = False) -> Tensor:
         """(N, C) probabilities averaged over the draws, or at the mean; with the fitted temperature, or without."""
@@ -540,7 +549,7 @@ def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
             notes.append(f"{name}: the seeds were evaluated on different rows.")
         for what, there in (
             ("temperature", [run.predictions.temperatures is not None for run in group]),
-            ("calibrated posterior", [(run.run / CALIBRATED).is_file() for run in group]),
+            ("calibrated posterior", [run.has_calibrated for run in group]),
         ):
             lacking = [str(run.run) for run, has in zip(group, there) if not has]
             if 0 < len(lacking) < len(group):
