@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ from varlora.training import train
 
 __all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "run_cells"]
 
-DEFAULTS = {"samples": 10, "tau": 1.0, "seed": 0}
+DEFAULTS = {name: signature(evaluate).parameters[name].default for name in ("samples", "tau", "seed")}
 """How `evaluate` makes its draws where it is not told."""
 ATTEMPTS = 2
 """How often a cell is begun whose worker dies."""
