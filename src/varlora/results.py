@@ -274,8 +274,10 @@ def rows_of_runs(runs: Sequence[EvaluatedRun], bins: int = 10) -> tuple[list[Row
     Rows at the mean of what builds on another method are left out, and noted, where they repeat another row: the mean
     of MC dropout is AdamW, that of SWAG is SWA, and an ensemble of points has no other mean than its average.
     """
-    groups, repeated = _groups(runs)
-    rows = [row for group, differs in zip(groups, _differences(groups)) for row in _rows(group, differs, bins)]
+    counted = all(run.config.keys() >= {*COUNTS} for run in runs)  # else those of older versions would stand apart
+    groups, repeated = _groups(runs, counted)
+    texts = _differences(groups, counted)
+    rows = [row for group, differs in zip(groups, texts) for row in _rows(group, differs, bins)]
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.label, row.differs), []).append(row)
@@ -392,11 +394,6 @@ def _wrong_types(config: Mapping[str, Any]) -> list[str]:
 # --- grouping
 
 
-def _counted(runs: Iterable[EvaluatedRun]) -> bool:
-    """Whether all runs say how many rows they had; where one is of an older version, these tell none apart."""
-    return all(run.config.keys() >= {*COUNTS} for run in runs)
-
-
 def _traits(run: EvaluatedRun, counted: bool) -> dict[str, str]:
     """Return all by which a run is told from others, apart from its seed; nested settings by dotted name."""
 
@@ -419,10 +416,10 @@ def _traits(run: EvaluatedRun, counted: bool) -> dict[str, str]:
     return {**dict(flat(run.settings)), "task evaluated": run.meta["task"], **evaluated, **origin}
 
 
-def _groups(runs: Sequence[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
+def _groups(runs: Iterable[EvaluatedRun], counted: bool) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
     """Return the runs by what they have in common, each group ordered by seed, and the repetitions left out."""
     groups: dict[tuple[str, ...], dict[str, EvaluatedRun]] = {}
-    repeated, counted = [], _counted(runs)
+    repeated = []
     for run in runs:
         key = (run.meta["task"], str(run.settings["method"]), json.dumps(_traits(run, counted), sort_keys=True))
         seed = json.dumps(run.settings["seed"])
@@ -436,9 +433,8 @@ def _groups(runs: Sequence[EvaluatedRun]) -> tuple[list[list[EvaluatedRun]], lis
     return [[group[seed] for seed in sorted(group, key=lambda s: (len(s), s))] for group in ordered], repeated
 
 
-def _differences(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
+def _differences(groups: Sequence[Sequence[EvaluatedRun]], counted: bool) -> list[str]:
     """Return for each group the traits that tell it from others: of its task and method, or (model, split) its task."""
-    counted = _counted(run for group in groups for run in group)
     traits = [_traits(group[0], counted) for group in groups]
     found = []
     for mine, group in zip(traits, groups):
