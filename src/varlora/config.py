@@ -391,9 +391,9 @@ def _method_as_mapping(values: Mapping[str, Any], problems: list[str]) -> dict[s
 def _assign(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
     """Set `a.b.c` in nested mappings; a bare `method` is its name, and `seed` and `seeds` replace each other."""
     key = "method.name" if key == "method" else key
-    if key.startswith("method.") and isinstance(values.get("method"), str):
-        values["method"] = {"name": values["method"]}
-    if key == "method.name" and values.get("method", {}).get("name", "ivon") != value:
+    if key.startswith("method.") and not isinstance(values.get("method"), Mapping):
+        values["method"] = {"name": values["method"]} if values.get("method") else {}
+    if key == "method.name" and values["method"].get("name", "ivon") != value:
         values["method"] = {}  # settings of one method mean nothing to another
     if key in ("seed", "seeds"):
         values.pop("seeds" if key == "seed" else "seed", None)
