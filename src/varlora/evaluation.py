@@ -13,6 +13,7 @@ from varlora import metrics
 from varlora.calibration import Search, save_calibration
 from varlora.calibration import calibrate as search_calibration
 from varlora.config import TASK_FILE, settings_of
+from varlora.data import EncodedSet
 from varlora.drawing import LATIN, PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.loading import (
@@ -121,15 +122,24 @@ def evaluate(
     for factor in (tau, *taus):
         loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
 
+    read: dict[tuple[int, str], tuple[list[Example], EncodedSet]] = {}
+
+    def rows_of(task: Task, split: str) -> tuple[list[Example], EncodedSet]:
+        """Return a split's rows, which are read and encoded once, however often they are predicted."""
+        if (id(task), split) not in read:
+            examples = rows_of_split(task, split, settings, say)
+            say_unsliced(task, examples, say)
+            encoded = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say)
+            if split == "calibration":  # other data may hold out rows that were trained on
+                check_same(run_dir, "held_out", checksum_of(encoded.rows), f"the held-out rows of {task.name}")
+            read[id(task), split] = examples, encoded
+        return read[id(task), split]
+
     def predicted(
         split: str, task: Task = task, tau: float = tau, loaded: Loaded = loaded, **draws: Any
     ) -> Predictions:
         """Predict a split."""
-        examples = rows_of_split(task, split, settings, say)
-        say_unsliced(task, examples, say)
-        encoded = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say)
-        if split == "calibration":  # other data may hold out rows that were trained on
-            check_same(run_dir, "held_out", checksum_of(encoded.rows), f"the held-out rows of {task.name}")
+        examples, encoded = rows_of(task, split)
         with (progress or no_progress)(len(encoded.rows)) as advance:
             draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, "how": how, **draws}
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
@@ -154,7 +164,7 @@ def evaluate(
         return written(predicted(split), CALIBRATION)
     others = [get_task(name) for name in ood]
     for other in others:
-        rows_of_split(other, other.evaluation, settings, lambda text: None)  # raises before the work on the others
+        rows_of(other, other.evaluation)  # which raises before any is worked on
     found = {"": predicted(split)}
     for other in others:
         found[f"-ood-{other.name}"] = predicted(other.evaluation, other)
