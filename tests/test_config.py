@@ -246,6 +246,15 @@ def test_assignments_that_cannot_be_made():
     assert "Expected `key=value`" in problems_of(assignments=["=3"])[0]
 
 
+def test_a_method_may_be_named_alone_or_left_empty_and_assigned_after(tmp_path):
+    for written in ("method: ivon", "method:", ""):
+        (tmp_path / "r.yaml").write_text(f"task: boolq\nmodel: m\n{written}\n")
+        (settings,) = load_settings(tmp_path / "r.yaml", {}, ["method.ess=5"])
+        assert (settings.method, settings.method_settings) == ("ivon", {"ess": 5.0})
+        (settings,) = load_settings(tmp_path / "r.yaml", {}, ["method=adamw"])
+        assert settings.method == "adamw"
+
+
 def test_a_task_file_in_the_place_of_a_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_text("{name: t, prompt: '{x}', label: y, answers: [a, b], files: {dev: d.csv}}")
     with pytest.raises(ConfigError, match=r"mine\.yaml is a task file\. Pass it by `--task "):
