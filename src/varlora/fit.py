@@ -137,11 +137,6 @@ def fit(
     rows = list(rows)
     _check_adapter(model)
     _check_rows(rows, calibration)
-    if len(rows) > 1 and not _chance(rows):
-        warn(
-            f"All {len(rows)} training rows have the same answer, number {rows[0].label}: to give it always is all "
-            "that can be learned. Check the labels; where each row lists its right answer first, shuffle the answers."
-        )
     plan = Plan(steps, accumulation, max(dropout_rates(model).values(), default=0.0), bool(calibration))
     arguments_problems = check_training_arguments(training_arguments or {})
     if problems := arguments_problems + check_method(method, plan, training_arguments or {}):
@@ -195,7 +190,13 @@ def fit(
     method = _prepared(method, begin, run_dir, resume)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
     state: dict[str, Any] = {}
-    watch = Watch(method, optimizer, params, state, max_not_finite, _chance(rows), warn)
+    chance = _chance(rows)
+    if len(rows) > 1 and not chance:
+        warn(
+            f"All {len(rows)} training rows have the same answer, number {rows[0].label}: to give it always is all "
+            "that can be learned. Check the labels; where each row lists its right answer first, shuffle the answers."
+        )
+    watch = Watch(method, optimizer, params, state, max_not_finite, chance, warn)
     collator = partial(collate, pad_token_id=pad_token_id)
     trainer = MethodTrainer(
         model=model,
