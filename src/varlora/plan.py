@@ -247,8 +247,8 @@ def check(plan: Plan) -> None:
         for method in plan.methods:
             for candidate in candidates_of(plan, task, method):
                 try:
-                    first = first or run_settings(plan, candidate, plan.seeds[0])
                     for settings in itertools.chain(*(_runs(plan, candidate, seed) for seed in plan.seeds)):
+                        first = first or settings
                         if (settings.folder / "config.json").is_file():
                             check_unchanged(settings)
                 except VarloraError as error:
