@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def shared_folder() -> Path:
 def global_seed() -> None:
     """Give every test the same global randomness, whatever ran before it in its process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The tests of a module compute on one thread, as models this small gain nothing from a second one."""
+    from varlora.demo.run import one_thread
+
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

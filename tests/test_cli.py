@@ -25,6 +25,7 @@ from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(__file__).parent / "assets"
+pytestmark = pytest.mark.usefixtures("one_thread")
 VERBS = (
     *("train", "tune", "calibrate", "evaluate", "predict", "serve", "report", "reproduce", "ls", "validate", "demo"),
     *("export", "push"),
@@ -35,15 +36,6 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A model this small gains nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from varlora.arguments import command_line
 from varlora.checkpoint import save_adapter
 from varlora.config import settings_from
 from varlora.data import collate
-from varlora.demo.run import one_thread as on_one_thread
 from varlora.drawing import Drawing
 from varlora.draws import distinct
 from varlora.errors import VarloraError
@@ -54,16 +53,11 @@ from varlora.tasks import Example, get_task, load_rows
 from varlora.training import train
 
 ASSETS = Path(__file__).parent / "assets"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def silent(text: str) -> None:
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 import varlora
 from varlora.config import settings_from
-from varlora.demo.run import one_thread as on_one_thread
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.evaluation import calibrate, evaluate
 from varlora.hub import FILES, READ, from_pretrained, push_to_hub
@@ -34,16 +32,11 @@ from varlora.training import train
 
 HfApi, snapshot_download = huggingface_hub.HfApi, huggingface_hub.snapshot_download
 NAME, BASE = "me/my-adapter", "someone/tiny-base"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def silent(text: str) -> None:
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,7 @@ from varlora.tasks import get_task, load_rows
 from varlora.training import check_run_dir, train, validate
 
 ASSETS = Path(__file__).parent / "assets"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A model this small gains nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
