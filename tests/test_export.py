@@ -48,7 +48,7 @@ from varlora.posterior import (
     Tempered,
 )
 from varlora.prompt import encode
-from varlora.run import file_digest, write_json
+from varlora.run import file_digest, read_json, write_json
 from varlora.tasks import Example, get_task, load_rows
 from varlora.training import train
 
@@ -261,6 +261,16 @@ def test_the_folder_holds_what_its_manifest_says(exported: tuple[Path, Path]) ->
         assert {path.name for path in (out / name).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+def test_a_link_that_is_named_is_followed(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir, _ = exported
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for samples in (1, 2, 3):
+        export(run_dir, tmp_path / "link", samples=samples, overwrite=True, say=silent)
+        assert (tmp_path / "link").is_symlink()
+        assert read_json(tmp_path / "real" / "manifest.json")["samples"] == samples
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_nothing_but_an_export_is_replaced_and_that_only_if_asked(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,13 +286,6 @@ def test_nothing_but_an_export_is_replaced_and_that_only_if_asked(
         export(run_dir, tmp_path / "mine" / "thesis.txt", overwrite=True, say=silent)
     with pytest.raises(VarloraError, match="number of draws"):
         export(run_dir, tmp_path / "new", samples=-1, say=silent)
-
-    (tmp_path / "link").symlink_to(out)
-    for _ in range(2):
-        export(run_dir, tmp_path / "link", overwrite=True, say=silent)
-    assert (tmp_path / "link").is_symlink()
-    (tmp_path / "link").unlink()
-    before = (out / "manifest.json").read_text()
 
     def stopped(*arguments: Any) -> str:
         raise KeyboardInterrupt
