@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from varlora.errors import VarloraError
+from varlora.params import trainable
 
 __all__ = ["dropout_rates", "lora_pairs", "reset_adapter", "seeded"]
+
+AT_RANDOM = (True, False, "gaussian", "orthogonal")
+"""What `init_lora_weights` may be that leaves the base as it is."""
 
 
 @contextmanager
@@ -29,7 +33,17 @@ def reset_adapter(model: Any, seed: int) -> None:
     Args:
         model: a `peft` model with one LoRA adapter.
         seed: of the adapter's random A.
+
+    Raises:
+        VarloraError: the adapter has more than A and B, which would stay as they are, or its start changed the base.
     """
+    lora_pairs(trainable(model))
+    for config in model.peft_config.values():
+        if config.init_lora_weights not in AT_RANDOM:
+            raise VarloraError(
+                "Expected an adapter that starts with a random A and B = 0, so that it can start anew, but got one with "
+                f"`init_lora_weights={config.init_lora_weights!r}`. Leave that out of its `LoraConfig`."
+            )
     with seeded(seed), torch.no_grad():
         for layer in model.modules():  # a layer of PEFT's
             if hasattr(layer, "lora_A"):

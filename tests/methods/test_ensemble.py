@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from varlora.data import collate
@@ -147,6 +149,23 @@ def test_an_ensemble_of_finished_runs_has_them_as_members(whole: tuple[Path, Any
     assert list(found.members) == sources
     _, again = helpers.reloaded(tmp_path)
     assert helpers.same(again.tensors(), found.tensors())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    ],
+)
+def test_an_adapter_that_cannot_start_anew_is_refused(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """Before the first member is trained: the second one would start where it ended."""
+    base = helpers.tiny_model().unload()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **settings))
+    with pytest.raises(VarloraError, match=re.escape(named)):
+        helpers.run_fit(model, ensemble("adamw"), tmp_path)
+    assert not list(tmp_path.glob("member-0/checkpoint-*"))
 
 
 # --- what both refuse ---
