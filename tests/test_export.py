@@ -284,6 +284,8 @@ def test_nothing_but_an_export_is_replaced_and_that_only_if_asked(
         export(run_dir, tmp_path / "mine", overwrite=True, say=silent)
     with pytest.raises(VarloraError, match="is a file"):
         export(run_dir, tmp_path / "mine" / "thesis.txt", overwrite=True, say=silent)
+    with pytest.raises(VarloraError, match=r"thesis.txt, where it would lie, is a file"):
+        export(run_dir, tmp_path / "mine" / "thesis.txt" / "new" / "one", say=silent)
     with pytest.raises(VarloraError, match="number of draws"):
         export(run_dir, tmp_path / "new", samples=-1, say=silent)
 

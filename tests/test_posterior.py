@@ -261,6 +261,10 @@ class TestEveryPosterior:
         with pytest.raises(VarloraError, match="Expected `n`"):
             logits(ALL[kind](), -1)
 
+    def test_refuses_more_draws_than_would_ever_end(self, kind: str) -> None:
+        with pytest.raises(VarloraError, match="at most 100,000 draws, but got 1,000,000"):
+            logits(ALL[kind](), 1_000_000)
+
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(DamagedFileError, match="`diagonal_gaussian`"):

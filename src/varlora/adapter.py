@@ -41,7 +41,7 @@ def reset_adapter(model: Any, seed: int) -> None:
     for config in model.peft_config.values():
         if config.init_lora_weights not in AT_RANDOM:
             raise VarloraError(
-                "Expected an adapter that starts with a random A and B = 0, so that it can start anew, but got one with "
+                "Expected an adapter that starts with a random A and B = 0, so that it can start anew, but got one of "
                 f"`init_lora_weights={config.init_lora_weights!r}`. Leave that out of its `LoraConfig`."
             )
     with seeded(seed), torch.no_grad():

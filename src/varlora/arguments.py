@@ -368,5 +368,5 @@ def _noise_arguments(parser: argparse.ArgumentParser, noise: str | None, when: s
         "--last-layers",
         type=int,
         metavar="K",
-        help="draw the last K adapted layers alone (default: all; of a calibrated run, what was chosen)",
+        help="draw the last K adapted layers alone, or all if there are no more (default: what was chosen, else all)",
     )

@@ -23,7 +23,7 @@ from varlora import metrics
 from varlora.drawing import NOISES, PLAIN, Drawing, Noise
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior import Posterior, Tempered
-from varlora.posterior.base import check_draws
+from varlora.posterior.base import MOST_DRAWS, check_draws
 from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
 from varlora.temperature import at_an_end, fit_temperature
 
@@ -38,8 +38,6 @@ SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Shares of weights that are tried, one after the other while it helps."""
 SEARCH_DRAWS = 8
 """Draws of each trial."""
-MOST_DRAWS = 100_000
-"""Draws that a stored calibration may ask for."""
 BEARABLE = 0.01
 """Relative rise of the NLL that fewer draws, or the mean in their place, may cost."""
 

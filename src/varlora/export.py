@@ -144,6 +144,8 @@ def export(
 def _check_free(to: Path, overwrite: bool) -> None:
     if to.exists() and not to.is_dir():
         raise VarloraError(f"Expected `to` to be a folder, but {to} is a file. Choose another name.")
+    if not (there := next(folder for folder in to.parents if folder.exists())).is_dir():
+        raise VarloraError(f"Expected `to` to be a folder, but {there}, where it would lie, is a file.")
     if not to.is_dir() or not any(to.iterdir()):
         return
     if not overwrite:

@@ -538,7 +538,10 @@ def _softmax(logits: Tensor) -> Tensor:  # (S, N, C) -> (S, N, C)
             "For a single draw pass logits[None]."
         )
     if logits.isnan().any() or logits.isposinf().any():
-        raise MetricError("Expected `logits` to be finite or -inf (no such class), but got NaN or +inf.")
+        raise MetricError(
+            "Expected `logits` to be finite or -inf (no such class), but got NaN or +inf: the model overflows. With "
+            "draws lower `tau`; else load the base in float32 or bfloat16."
+        )
     empty = logits.isneginf().all(dim=-1).nonzero()
     if len(empty):
         raise MetricError(

@@ -313,6 +313,12 @@ def test_unlabelled_rows_for_prediction(tmp_path):
     assert make_examples(get_task(task_file(tmp_path)), rows, "mine", labelled=False).examples[0].label is None
 
 
+def test_a_label_that_is_not_there_is_not_said_to_be_found(tmp_path):
+    rows = parse_rows([b'{"txt": "fine"}\n'], ".jsonl")
+    with pytest.raises(TaskError, match=r"Expected a field `text`, but found the fields txt\. Did you mean `txt`"):
+        make_examples(get_task(task_file(tmp_path)), rows, "mine", labelled=False)
+
+
 def test_sst2_all_real_rows(shared):
     task = get_task(RECIPE)
     dev = load_rows(task, "dev", shared / "data").examples

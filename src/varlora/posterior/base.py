@@ -17,6 +17,7 @@ from varlora.stack import Stack
 
 __all__ = [
     "CRITERIA",
+    "MOST_DRAWS",
     "Forward",
     "Gaussian",
     "Posterior",
@@ -285,8 +286,14 @@ def unpack(tensors: Mapping[str, Tensor]) -> list[Posterior]:
     return [posterior_from_tensors(kind, parts[index, kind]) for index, kind in sorted(parts)]
 
 
+MOST_DRAWS = 100_000
+"""More would take days, or all memory."""
+
+
 def check_draws(n: int, least: int = 0, what: str = "n") -> None:
-    """Raise if `n` is no number of draws."""
+    """Raise if `n` is no number of draws, or one that would never end."""
+    if n > MOST_DRAWS:
+        raise VarloraError(f"Expected `{what}` to be at most {MOST_DRAWS:,} draws, but got {n:,}.")
     if n < least:
         raise VarloraError(
             f"Expected `{what}` to be a number of draws >= {least}, but got {n}. "

@@ -162,7 +162,7 @@ def make_examples(
         try:
             if isinstance(row, TaskError):
                 raise row
-            example = task.example(row if labelled else {**row, task.label: None}, index)
+            example = task.example(row if labelled or task.label not in row else {**row, task.label: None}, index)
             if labelled and example.label is None:
                 if task.label not in row:
                     text_field(row, task.label)  # raises: names the fields found
