@@ -65,7 +65,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/inference.py --document
 	$(BIN)/python benchmarks/beginnings.py --document
 	$(BIN)/python benchmarks/draws.py --document $$(echo runs/auto/demo-*00/auto/*/ivon/seed0)
-	$(BIN)/python benchmarks/temperatures.py --document $$(echo runs/auto/demo-400/auto/*/ivon/seed?)
+	$(BIN)/python benchmarks/temperatures.py --document $$(echo runs/auto/demo-400/auto/*/ivon/seed? runs/auto/sst2_*-tinyllama-3m-800/auto/*/ivon/seed?)
 
 # Needs a CUDA device that holds Llama-2-7B in 16 bit.
 bench-gpu: $(VENV)/.installed

@@ -2,14 +2,16 @@
 
 On held-out rows, as `evaluate` does; on the very rows that are reported, which nobody may do, and which shows what a
 better choice could give at the best; and both with a temperature that may depend on how unsure the model is,
-T exp(w H / ln C) with H the entropy (as in Balanya et al. 2022, Adaptive temperature scaling). Next to them the ECE
-that perfect calibration would show on so many rows.
+T exp(w H / ln C) with H the entropy (as in Balanya et al. 2022, Adaptive temperature scaling), on held-out rows also
+with a prior w ~ N(0, 1), as few rows say little of w. Next to them the ECE that perfect calibration would show on so
+many rows.
 
     python benchmarks/temperatures.py RUN ...
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -30,12 +32,14 @@ from varlora.temperature import fit_temperature
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 WAYS = {
-    "held-out rows": (False, False),
-    "reported rows": (False, True),
-    "held-out rows, by entropy": (True, False),
-    "reported rows, by entropy": (True, True),
+    "held-out rows": (0.0, False),
+    "reported rows": (0.0, True),
+    "held-out rows, by entropy": (math.inf, False),
+    "held-out rows, by entropy, with a prior": (1.0, False),
+    "reported rows, by entropy": (math.inf, True),
 }
-"""What the temperature is chosen on: (whether it depends on the entropy, whether on the rows that are reported)."""
+"""(Standard deviation of the prior on w, 0 where the temperature does not depend on the entropy; whether it is chosen
+on the rows that are reported)."""
 SLOPES = torch.linspace(-3, 3, 31).tolist()
 
 
@@ -46,13 +50,15 @@ def tempered(logits: Tensor, temperature: float, slope: float) -> Tensor:
     return logits / (temperature * torch.exp(slope * entropy))[:, None]
 
 
-def chosen(logits: Tensor, labels: Tensor, by_entropy: bool) -> tuple[float, float]:
-    """Return the temperature and slope that minimise the NLL."""
+def chosen(logits: Tensor, labels: Tensor, prior: float) -> tuple[float, float]:
+    """Return the temperature and slope that minimise the NLL, and half the square of the slope over its prior's std."""
     tried = []
-    for slope in SLOPES if by_entropy else [0.0]:
+    for slope in SLOPES if prior else [0.0]:
         bent = tempered(logits, 1.0, slope)
         temperature = fit_temperature(bent[None], labels)
-        tried.append((metrics.nll((bent / temperature).double().softmax(-1), labels), temperature, slope))
+        loss = metrics.nll((bent / temperature).double().softmax(-1), labels)
+        unlikely = (slope / prior) ** 2 / 2 if prior else 0.0
+        tried.append((loss + unlikely / len(labels), temperature, slope))
     return min(tried)[1:]
 
 
@@ -60,9 +66,9 @@ def measured(run: Path) -> dict[str, Any]:
     """Return the metrics of a run's mean, each way."""
     shown, held_out = (load_predictions(run / f"predictions{end}.safetensors") for end in ("", "-calibration"))
     ways = {}
-    for name, (by_entropy, on_reported) in WAYS.items():
+    for name, (prior, on_reported) in WAYS.items():
         source = shown if on_reported else held_out
-        temperature, slope = chosen(source.logits_mean, source.labels, by_entropy)
+        temperature, slope = chosen(source.logits_mean, source.labels, prior)
         probs = tempered(shown.logits_mean, temperature, slope).double().softmax(-1)
         of = metrics.evaluate_all(probs, shown.labels)
         ways[name] = {key: of[key] for key in ("nll", "ece", "ece_if_calibrated")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -396,14 +397,15 @@ def test_the_benchmark_of_temperatures_finds_what_is_right(load, out, tmp_path):
     written = json.loads(out.read_text())
     check_origin(written)
     (run,) = written["runs"].values()
-    held_out, reported, *_, by_entropy = run["ways"].values()
+    held_out, reported, by_entropy, *_ = run["ways"].values()
     assert (held_out["temperature"], reported["temperature"]) == pytest.approx((2.0, 3.0), rel=0.05)
     assert reported["ece"] < 1.5 * reported["ece_if_calibrated"] < held_out["ece"]
     assert by_entropy["slope"] == pytest.approx(0, abs=0.41)  # of steps of 0.2
     bent = temperatures.tempered(right, 0.5, -1.0)
-    temperature, slope = temperatures.chosen(bent, labels, by_entropy=True)
+    temperature, slope = temperatures.chosen(bent, labels, prior=math.inf)
     probs = temperatures.tempered(bent, temperature, slope).double().softmax(-1)
     assert slope > 0.5
+    assert temperatures.chosen(bent, labels, prior=0.01)[1] < slope  # which hardly lets it
     assert metrics.nll(probs, labels) == pytest.approx(metrics.nll(right.double().softmax(-1), labels), abs=0.01)
     assert "| held-out rows |" in temperatures.documented("<!-- temperatures -->\n<!-- end -->", written)
 
