@@ -712,6 +712,15 @@ def test_a_mixture_takes_its_members_in_turn() -> None:
     torch.testing.assert_close(logits(Mixture(members), 7), means[[0, 1, 2, 0, 1, 2, 0]])
 
 
+def test_no_member_of_a_mixture_within_a_mixture_is_left_out() -> None:
+    """Also where it has more of them than its own share of the draws, but no more than another one's."""
+    points = [Point(weights(seed)) for seed in range(6)]
+    nested = Mixture([*points[:2], Mixture(points[2:])])
+    found = logits(nested, 10)
+    for point in points:
+        assert any(torch.allclose(one, logits(point, 0)[0], atol=1e-6) for one in found)
+
+
 def test_at_the_mean_a_mixture_averages_probabilities() -> None:
     members: list[Any] = [Point(weights(1)), gaussian(2)]
     expected = (logits(members[0], 0).softmax(-1) + logits(members[1], 0).softmax(-1)) / 2

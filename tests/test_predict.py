@@ -8,6 +8,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from varlora.checkpoint import save_adapter
@@ -16,7 +17,7 @@ from varlora.demo.run import one_thread
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.model import LoRA, load_model
-from varlora.params import swapped, trainable
+from varlora.params import copied, swapped, trainable
 from varlora.posterior import DiagonalGaussian, Mixture, Point, Tempered
 from varlora.predict import Predictor, predict
 from varlora.predictions import Predictions, load_predictions, save_predictions
@@ -141,6 +142,23 @@ def test_the_mean_goes_on_from_what_rows_begin_with(model, posterior):
             assert seen == [(1, 12), (5, longest), (1, len(ROWS[5].input_ids)), (5, longest)]
         for rows, logits in zip((one, other, one), found):
             close(logits, whole.at_mean(collate(rows, 0)))
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["within what rows begin with", "at their ends"])
+def test_an_adapter_that_tokens_turn_on_sees_them(alike):
+    """Activated LoRA looks for its tokens in all that a pass is given."""
+    base = helpers.tiny_model().unload()
+    torch.manual_seed(0)
+    start, tokens = tuple(range(3, 11)), (38, 39)
+    made = {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": [*tokens], "init_lora_weights": False}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **made)).eval()
+    ids = [(*start[:4], *tokens, *start[4:], 20 + i) if alike else (*start, 20 + i, *tokens, 7) for i in range(8)]
+    rows = [Encoded(str(i), of, (40, 41, 42), 0, False) for i, of in enumerate(ids)]
+    whole, found = (
+        predict(model, Point(copied(model)), rows, pad_token_id=0, samples=0, how=Drawing(stacked=stacked))
+        for stacked in (False, True)
+    )
+    close(found.probs, whole.probs)
 
 
 def beginning_alike(*rows):

@@ -209,6 +209,8 @@ def _goes_on(model: nn.Module, width: int) -> bool:
     """Whether a model of such width gives the same for tokens that are run in two parts, padding between them."""
     if model.training or architecture(model) not in FAMILIES:
         return False  # in training, rows have dropout of their own
+    if any(getattr(of, "alora_invocation_tokens", None) for of in (getattr(model, "peft_config", None) or {}).values()):
+        return False  # an adapter that acts from certain tokens on, which may be in the first part
     config: Any = model.config
     window = getattr(config, "sliding_window", None)
     if window is not None and window < width:

@@ -145,9 +145,10 @@ def mixed(of_each: Sequence[Sequence[T]], shares: Sequence[int]) -> list[T]:
         ['a', 'x', 'b', 'x', 'a']
         >>> mixed(["ab", "x"], [1, 1])
         ['a', 'x', 'b', 'x']
+        >>> mixed(["x", "ab"], [2, 1])
+        ['x', 'a', 'x', 'b']
     """
-    most = max(map(len, of_each))
-    if most > max(shares):
-        shares = [most] * len(of_each)
+    if any(len(of) > share for of, share in zip(of_each, shares)):
+        shares = [max(*shares, *map(len, of_each))] * len(of_each)
     turns = range(max(shares))
     return [of[turn % len(of)] for turn in turns for of, share in zip(of_each, shares) if turn < share]
