@@ -49,7 +49,7 @@ def batches(sizes: Any = SIZES, count: int = 3, columns: int = 2) -> Batches:
                 seed += 1
                 values[name] = numbers(2, 4, size, seed=seed)
                 values[name][0, 0] = 0
-        found.append((inputs, gradients, 7))
+        found.append((inputs, gradients, dict.fromkeys(sizes, 7)))
     return found
 
 
@@ -292,7 +292,7 @@ def test_llamas_adapter_fits_in_200_megabytes() -> None:
     found.add(
         {name: numbers(1, 2, d_in, seed=i) for i, (name, (_, d_in)) in enumerate(sizes.items())},
         [{name: numbers(1, 2, d_out, seed=i) for i, (name, (d_out, _)) in enumerate(sizes.items())}],
-        2,
+        dict.fromkeys(sizes, 2),
     )
     factors = [*found.a.values(), *found.g.values()]
     held = {factor.omega.data_ptr(): factor.omega.numel() for factor in factors}

@@ -17,9 +17,11 @@ import helpers
 import kill_and_resume
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 import varlora.fit
+import varlora.methods
 import varlora.predict
 import varlora.trainer
 from varlora.checkpoint import load_adapter
@@ -516,6 +518,34 @@ def test_unknown_arguments_and_ours_are_refused_together(tmp_path):
 def test_values_that_the_trainer_refuses_are_problems_of_the_configuration(tmp_path, arguments):
     with pytest.raises(ConfigError, match="training_arguments"):
         helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "says"),
+    [
+        ("tfb", {"use_dora": True}, "A and B alone"),
+        ("laplace_diag", {"use_dora": True}, "weights of linear layers"),
+        ("laplace_kfac", {"lora_bias": True}, "weights of linear layers"),
+        ("mc_dropout", {"use_dora": True}, "without DoRA"),
+        ("blob", {"use_dora": True}, "without DoRA"),
+        ("temperature", {"use_dora": True}, "A and B alone"),
+    ],
+)
+def test_an_adapter_that_a_method_cannot_conclude_from_is_refused_before_training(name, adapter, says, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1, **adapter)
+    model = get_peft_model(helpers.tiny_model().unload(), config)
+    settings = {"of": "tfb"} if name == "temperature" else {}
+    with pytest.raises(VarloraError, match=says):
+        helpers.run_fit(model, varlora.methods.METHODS[name](**settings), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mc_dropout_of_adapted_embeddings(tmp_path):
+    """Which have no dropout of their own."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], lora_dropout=0.1)
+    model = get_peft_model(helpers.tiny_model().unload(), config)
+    posterior = helpers.run_fit(model, varlora.methods.METHODS["mc_dropout"](), tmp_path)
+    assert {name.rpartition(".lora_A")[1] for name in posterior.rate} == {".lora_A"}
 
 
 def test_the_adapter_has_the_name_that_it_is_written_under(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from varlora.errors import VarloraError
 from varlora.params import trainable
 
-__all__ = ["dropout_rates", "lora_pairs", "reset_adapter", "seeded"]
+__all__ = ["check_no_dora", "dropout_rates", "lora_pairs", "reset_adapter", "seeded"]
 
 AT_RANDOM = (True, False, "gaussian", "orthogonal")
 """What `init_lora_weights` may be that leaves the base as it is."""
@@ -67,8 +67,19 @@ def dropout_rates(model: nn.Module) -> dict[str, float]:
         if hasattr(layer, "lora_dropout"):
             dropouts: Any = layer.lora_dropout
             for name, dropout in dropouts.items():
+                if name not in layer.lora_A:  # of embeddings, which have no dropout
+                    continue
                 rates[f"{path}.lora_A.{name}.weight"] = getattr(dropout, "p", 0.0)
     return rates
+
+
+def check_no_dora(model: nn.Module) -> None:
+    """Raise if the adapter has DoRA's magnitudes."""
+    if dora := next((name for name in trainable(model) if ".lora_magnitude_vector." in name), None):
+        raise VarloraError(
+            f"Expected LoRA without DoRA for this method, but the adapter has `{dora}`. Leave `use_dora` out of its "
+            "`LoraConfig`, or take another method."
+        )
 
 
 def lora_pairs(names: Iterable[str]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ with Jₙ (C, P) the gradients of row n's class logits. A backward pass for each
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -28,13 +29,15 @@ RANGE = (1e-4, 1e8)
 class Curvature(Protocol):
     """What a pass over the training rows collects of H."""
 
-    def add(self, inputs: Mapping[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], tokens: int) -> None:
+    def add(
+        self, inputs: Mapping[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], tokens: Mapping[str, int]
+    ) -> None:
         """Add a batch.
 
         Args:
             inputs: (B, T, in) by the name of the layer's weight, 0 at padding.
             gradients: (B, T, out) by name, for each column of a root of Λ.
-            tokens: positions that are no padding.
+            tokens: positions that are no padding, by name: an output layer may see but one of each row.
         """
 
     def eigenvalues(self) -> Tensor:
@@ -106,7 +109,9 @@ class Diagonal:
     def __init__(self) -> None:
         self.h: dict[str, Tensor] = {}
 
-    def add(self, inputs: Mapping[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], tokens: int) -> None:
+    def add(
+        self, inputs: Mapping[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], tokens: Mapping[str, int]
+    ) -> None:
         """Add the squared gradients of each row."""
         for g in gradients:
             for name, a in inputs.items():
@@ -131,16 +136,18 @@ class Kronecker:
 
     def __init__(self, rank: int, generator: torch.Generator, say: Callable[[str], None]) -> None:
         self.rank, self.generator, self.say = rank, generator, say
-        self.tokens = 0
+        self.tokens = defaultdict[str, int](int)
         self.a: dict[str, Factor] = {}
         self.g: dict[str, Factor] = {}
         self._omegas: dict[int, Tensor] = {}
         self._eigen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def add(self, inputs: Mapping[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], tokens: int) -> None:
+    def add(
+        self, inputs: Mapping[str, Tensor], gradients: Sequence[Mapping[str, Tensor]], tokens: Mapping[str, int]
+    ) -> None:
         """Add each token's outer products."""
-        self.tokens += tokens
         for name, a in inputs.items():
+            self.tokens[name] += tokens[name]
             if name not in self.a:
                 self.a[name] = Factor(self.rank, self._omega(a))
                 self.g[name] = Factor(self.rank, self._omega(gradients[0][name]))
@@ -171,7 +178,7 @@ class Kronecker:
             damped = 0
             for name in self.a:
                 (gammas, u, worse), (alphas, v, bad) = self.g[name].eigen(), self.a[name].eigen()
-                self._eigen[name] = u, v, gammas[:, None] * alphas / self.tokens
+                self._eigen[name] = u, v, gammas[:, None] * alphas / self.tokens[name]
                 damped += worse + bad
             if damped:
                 self.say(f"{damped} of {2 * len(self.a)} curvature factors were not positive definite: damped.")

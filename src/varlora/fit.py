@@ -141,6 +141,7 @@ def fit(
     arguments_problems = check_training_arguments(training_arguments or {})
     if problems := arguments_problems + check_method(method, plan, training_arguments or {}):
         raise ConfigError(problems)
+    method.check_model(model)
     every: dict[str, Any] = {
         "pad_token_id": pad_token_id,
         "batch_size": batch_size,

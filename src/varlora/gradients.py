@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from varlora.errors import VarloraError
 from varlora.params import trainable
 
-__all__ = ["Pass", "one_pass"]
+__all__ = ["Pass", "one_pass", "trained_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def one_pass(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], T
         ...     found.jacobian()["weight"][0, 1].tolist()
         [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]
     """
-    names: dict[nn.Module, str] = {_layer(model, name): name for name in trainable(model)}
+    names = trained_layers(model)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -110,12 +110,20 @@ def _rows(values: Tensor) -> Tensor:
     return values.float().reshape(len(values), -1, values.shape[-1])
 
 
-def _layer(model: nn.Module, name: str) -> nn.Linear:
-    path, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(path)
-    if not isinstance(layer, nn.Linear) or leaf != "weight":
-        raise VarloraError(
-            f"Expected parameters that are weights of linear layers, as LoRA's are, but `{name}` is not. "
-            "Curvature is computed for those alone."
-        )
-    return layer
+def trained_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the layers that train, and the names of their weights.
+
+    Raises:
+        VarloraError: a parameter that trains is not the weight of a linear layer.
+    """
+    names: dict[nn.Module, str] = {}
+    for name in trainable(model):
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if not isinstance(layer, nn.Linear) or leaf != "weight":
+            raise VarloraError(
+                f"Expected parameters that are weights of linear layers, as LoRA's are, but `{name}` is not. "
+                "Curvature is computed for those alone."
+            )
+        names[layer] = name
+    return names

@@ -8,11 +8,9 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from varlora.checkpoint import load_state, save_state
-from varlora.errors import VarloraError
 from varlora.fit import check_method
 from varlora.methods import Plan, Trained
 from varlora.methods.blob import Blob, _kl, _kl_gradient, _kl_weight
@@ -358,9 +356,3 @@ def test_learns_twelve_rows_by_heart(tmp_path):
 def test_impossible_settings_are_refused(settings, message):
     (problem,) = check_method(Blob(**settings), Plan(steps=6, accumulation=1, dropout=0.0, calibration=False), {})
     assert problem.startswith(message)
-
-
-def test_dora_is_refused_before_the_first_step(tmp_path):
-    model = get_peft_model(helpers.tiny_model().unload(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(VarloraError, match=r"without DoRA.*lora_magnitude_vector.*another method"):
-        helpers.run_fit(model, Blob(), tmp_path)

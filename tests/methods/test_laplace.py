@@ -24,7 +24,7 @@ from varlora.errors import ConfigError, VarloraError
 from varlora.fit import check_method
 from varlora.methods import LaplaceDiag, LaplaceKfac, Trained
 from varlora.methods.laplace import CANDIDATES
-from varlora.model import class_logits
+from varlora.model import LoRA, class_logits, load_model
 from varlora.params import trainable
 from varlora.posterior import DiagonalGaussian, KroneckerGaussian, Linearised
 from varlora.predict import predict
@@ -210,8 +210,19 @@ def adapter(std: float = 0.3) -> Any:
     return model
 
 
-def test_diagonal_of_a_language_model_is_that_of_a_loop_over_rows_and_classes() -> None:
-    model, rows = adapter(), helpers.make_rows(5)
+def adapted_head() -> nn.Module:
+    """One whose output layer has an adapter too, which sees the last token of each row alone."""
+    lora = LoRA(rank=2, alpha=4, targets=("q_proj", "lm_head"))
+    model = load_model(helpers.base_folder(), lora=lora, device="cpu")[0]
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.normal_(std=0.3, generator=seeded(3))
+    return model
+
+
+@pytest.mark.parametrize("made", [adapter, adapted_head])
+def test_diagonal_of_a_language_model_is_that_of_a_loop_over_rows_and_classes(made: Callable[[], nn.Module]) -> None:
+    model, rows = made(), helpers.make_rows(5)
     posterior = LaplaceDiag(prior_precision=0.7, predictive="weights").posterior(
         ended(model, rows, class_logits, batch_size=2)
     )
@@ -227,6 +238,26 @@ def test_diagonal_of_a_language_model_is_that_of_a_loop_over_rows_and_classes() 
     for name, value in h.items():
         torch.testing.assert_close(1 / posterior.std[name].square() - 0.7, value, rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(posterior.std[name], (value + 0.7).rsqrt(), rtol=1e-3, atol=1e-6)
+
+
+def test_factors_of_an_output_layer_count_the_rows() -> None:
+    model, rows = adapted_head(), helpers.make_rows(5)
+    trained, method = ended(model, rows, class_logits, batch_size=2), LaplaceKfac()
+    found: Any = method.collector(trained)
+    for batch in method.passes(trained):
+        found.add(*batch)
+    lengths = sum(len(row.input_ids) for row in rows)
+    assert {name: found.tokens[name] for name in found.a} == {
+        name: len(rows) if "lm_head" in name else lengths for name in trainable(model)
+    }
+    hidden: list[Tensor] = []
+    head = next(layer for name, layer in model.named_modules() if name.endswith("lm_head.lora_A.default"))
+    hook = head.register_forward_hook(lambda layer, arguments, output: hidden.append(arguments[0][0, -1]))
+    for row in rows:
+        class_logits(model, collate([row], 0))
+    hook.remove()
+    (name,) = (name for name in found.a if "lm_head.lora_A" in name)
+    torch.testing.assert_close(found.a[name].y, sum(torch.outer(x, x) for x in hidden) @ found.a[name].omega)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -164,6 +164,9 @@ class Method(Protocol):
         """Return why the method cannot work in a run like this, and the cure; a sentence each."""
         return []
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a `VarloraError` before training if the posterior of a model's adapter could not be concluded."""
+
     def has_variances(self) -> bool:
         """Whether the posterior has a variance for each weight, by which weights can be pruned."""
         return True
@@ -298,6 +301,10 @@ class Wrapping(Method):
     ) -> torch.optim.Optimizer:
         """Return the other method's optimizer."""
         return self.inner().optimizer(params, num_examples, batch_size, seed)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise if the other method could not conclude."""
+        self.inner().check_model(model)
 
     def has_variances(self) -> bool:
         """Whether the other method's posterior has."""

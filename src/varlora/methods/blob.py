@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
-from varlora.errors import VarloraError
+from varlora.adapter import check_no_dora
 from varlora.methods.base import Method, Plan, Trained
 from varlora.posterior import DiagonalGaussian
 
@@ -91,6 +91,10 @@ class Blob(Method):
             if not (math.isfinite(value := getattr(self, name)) and in_range(value))
         ]
 
+    def check_model(self, model: nn.Module) -> None:
+        """Flipout adds noise to what A gives, of which DoRA takes the norm as well."""
+        check_no_dora(model)
+
     def optimizer(
         self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
     ) -> _BlobOptimizer:
@@ -112,11 +116,6 @@ class Blob(Method):
     def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Within the context, each A in training mode adds its flipout noise."""
         assert isinstance(optimizer, _BlobOptimizer)
-        if dora := next((name for name in optimizer.params if ".lora_magnitude_vector." in name), None):
-            raise VarloraError(
-                f"Expected LoRA without DoRA, as flipout adds noise to what A gives, but the adapter has `{dora}`. "
-                "Leave `use_dora` out of its `LoraConfig`, or train it with another method."
-            )
         names: dict[Tensor, str] = {optimizer.params[name]: name for name in optimizer.G}
 
         def hook(layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varlora.curvature import Curvature, Diagonal, Kronecker, best_evidence, root, sampled_root
 from varlora.errors import VarloraError
-from varlora.gradients import one_pass
+from varlora.gradients import one_pass, trained_layers
 from varlora.methods.base import AdamWTraining, Plan, Trained
 from varlora.params import copied
 from varlora.posterior import Linearised, Posterior
@@ -53,6 +53,10 @@ class _Laplace(AdamWTraining):
     """Choose δ by the evidence on the training rows, or by the NLL of the held-out rows."""
     predictive: Literal["linearised", "weights"] = "linearised"
     """Predict with the linearised model, or draw weights."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise if there is no curvature of a parameter that trains."""
+        trained_layers(model)
 
     def problems(self, plan: Plan) -> list[str]:
         found = []
@@ -96,7 +100,7 @@ class _Laplace(AdamWTraining):
         gaussian = found.gaussian(mean, precision)
         return Linearised(gaussian) if self.predictive == "linearised" else gaussian
 
-    def passes(self, trained: Trained) -> Iterator[tuple[dict[str, Tensor], list[dict[str, Tensor]], int]]:
+    def passes(self, trained: Trained) -> Iterator[tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[str, int]]]:
         """Yield each batch's layer inputs, their outputs' gradients at each column of Λ's root, and its tokens.
 
         Rows that are not finite are left out: their inputs, gradients and tokens are 0.
@@ -125,8 +129,8 @@ class _Laplace(AdamWTraining):
 
     def one_pass(
         self, trained: Trained, rows: Sequence[Encoded], generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], int, int]:
-        """Return inputs, gradients and number of tokens of some rows, and how many of the rows are not finite."""
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[str, int], int]:
+        """Return inputs, gradients and numbers of tokens of some rows, and how many of the rows are not finite."""
         batch = trained.batch(rows)
         with one_pass(trained.model, batch, trained.forward) as found:
             logits, answers = found.logits.detach(), batch["answer_mask"].to(found.logits.device)
@@ -137,11 +141,13 @@ class _Laplace(AdamWTraining):
         for values in (found.inputs, *gradients):
             for value in values.values():
                 bad = bad | ~value.flatten(1).isfinite().all(1)
-        mask = batch["attention_mask"].to(bad.device) * ~bad[:, None]  # (B, T)
-        kept = mask[:, :, None] > 0
-        inputs = {name: a.where(kept, 0) for name, a in found.inputs.items()}
-        gradients = [{name: g.where(~bad[:, None, None], 0) for name, g in of.items()} for of in gradients]
-        return inputs, gradients, int(mask.sum()), int(bad.sum())
+        good = ~bad[:, None]
+        mask = batch["attention_mask"].to(bad.device).bool() & good  # (B, T)
+        # the output layer sees the last position alone, (B, 1, in)
+        kept = {name: mask if a.shape[1] == mask.shape[1] else good for name, a in found.inputs.items()}
+        inputs = {name: a.where(kept[name][:, :, None], 0) for name, a in found.inputs.items()}
+        gradients = [{name: g.where(good[:, :, None], 0) for name, g in of.items()} for of in gradients]
+        return inputs, gradients, {name: int(of.sum()) for name, of in kept.items()}, int(bad.sum())
 
 
 @dataclass(frozen=True)

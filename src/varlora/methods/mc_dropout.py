@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from varlora.adapter import dropout_rates
+from varlora.adapter import check_no_dora, dropout_rates
 from varlora.methods.base import AdamWTraining, Plan, Trained
 from varlora.params import copied
 from varlora.posterior import Dropout
@@ -31,6 +32,10 @@ class McDropout(AdamWTraining):
     name: ClassVar[str] = "mc_dropout"
     title: ClassVar[str] = "MC dropout"
     concludes_from: ClassVar[tuple[str, ...]] = ("adamw",)
+
+    def check_model(self, model: nn.Module) -> None:
+        """DoRA's dropout is not that of A's columns: it drops the frozen weights' inputs too, and keeps A's norm."""
+        check_no_dora(model)
 
     def has_variances(self) -> bool:
         """A mask's noise is the same share of every weight: it tells no two of them apart."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from varlora.adapter import lora_pairs
 from varlora.methods.base import AdamWTraining, Plan, Trained
-from varlora.params import copied
+from varlora.params import copied, trainable
 from varlora.posterior import DiagonalGaussian
 
 __all__ = ["Tfb"]
@@ -64,6 +64,10 @@ class Tfb(AdamWTraining):
             if getattr(self, name) < 1
         ]
         return found
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise if the adapter has more than A and B."""
+        lora_pairs(trainable(model))
 
     def posterior(self, trained: Trained) -> DiagonalGaussian:
         """Turn the adapter, and search the scale."""
