@@ -84,10 +84,11 @@ def test_an_exception_leaves_the_mean(failing: Callable, dtype: torch.dtype, war
     assert [optimizer.state[p]["step"] for p in parameters] == [warm + 1] * len(parameters)
 
 
+@pytest.mark.parametrize("noise_per_rank", [False, True])
 @pytest.mark.parametrize("way", ["context", "closure"])
-def test_a_failed_draw_leaves_no_trace_in_the_step(way: str) -> None:
+def test_a_failed_draw_leaves_no_trace_in_the_step(way: str, noise_per_rank: bool) -> None:
     """A second draw that fails and is repeated; the noise moves on."""
-    parameters, optimizer = make(mc_samples=2)
+    parameters, optimizer = make(mc_samples=2, noise_per_rank=noise_per_rank)
     loss = [make_loss(parameters, key) for key in range(2)]
     if way == "context":
         with optimizer.sampled_params(train=True):
@@ -115,7 +116,7 @@ def test_a_failed_draw_leaves_no_trace_in_the_step(way: str) -> None:
             optimizer.step(closure)
         WAYS["closure"](optimizer, loss)
         skipped = [1, 2]
-    expected, reference = make(mc_samples=2)
+    expected, reference = make(mc_samples=2, noise_per_rank=noise_per_rank)
     numbers = [n for n in range(1, 10) if n not in skipped][:2]
     for number, key in zip(numbers, range(2)):
         reference.param_groups[0]["draws"] = number - 1

@@ -250,3 +250,23 @@ def test_hooks_do_not_pile_up() -> None:
         optimizer.add_param_group({"params": [(name, nn.Parameter(torch.ones(1)))]})
     assert [len(p._post_accumulate_grad_hooks) for p in parameters] == [1] * len(parameters)
     assert [len(p._backward_hooks) for p in parameters] == [1] * len(parameters)
+
+
+def test_what_others_wrote_into_the_parameters_is_saved() -> None:
+    """A constraint after each step, say: the state that is saved next has it, and so has a copy."""
+    parameters, optimizer = make()
+    run(optimizer, parameters, range(2))
+    with torch.no_grad():
+        for p in parameters:
+            p.clamp_(-0.05, 0.05)
+    clamped = values(parameters)
+    others, other = make()
+    other.load_state_dict(optimizer.state_dict())
+    assert same(values(others), clamped)
+    copies, copied = copy.deepcopy((parameters, optimizer))
+    copied.eval()
+    run(copied, copies, [5])
+    run(other, others, [5])
+    run(optimizer, parameters, [5])
+    assert same(snapshot(others, other), snapshot(parameters, optimizer))
+    assert same(snapshot(copies, copied), snapshot(parameters, optimizer))

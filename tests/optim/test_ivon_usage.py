@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -105,19 +106,37 @@ def test_an_evaluation_between_micro_batches_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_a_gradient_that_was_thrown_away_leaves_no_trace(samples: int) -> None:
-    """A loop that skips a bad batch: `zero_grad` and on to the next."""
+@pytest.mark.parametrize(("way", "bad"), [("train", 1), ("context", 1), ("context", 2)])
+def test_a_gradient_that_was_thrown_away_leaves_no_trace(way: str, bad: int, samples: int) -> None:
+    """A loop that skips bad micro-batches: `zero_grad` and on to the next."""
+    bad = min(bad, samples)
     parameters, optimizer = make(mc_samples=samples)
-    optimizer.train()
-    (1e6 * make_loss(parameters, 0)()).backward()
+    for key in range(bad):
+        if way == "train":
+            optimizer.train()
+            (1e6 * make_loss(parameters, key)()).backward()
+        else:
+            with optimizer.sampled_params(train=True):
+                (1e6 * make_loss(parameters, key)()).backward()
     optimizer.zero_grad()
-    run(optimizer, parameters, [1], samples, way="train")
-    # the same draws without the bad batch before them
+    step_without_clearing(optimizer, parameters, samples, way)
+    # the same draws without the bad batches before them
     expected, reference = make(mc_samples=samples)
     if samples > 1:
-        reference.param_groups[0]["draws"] = 1
-    run(reference, expected, [1], samples, way="train")
+        reference.param_groups[0]["draws"] = bad
+    step_without_clearing(reference, expected, samples, way)
     assert same(snapshot(parameters, optimizer), snapshot(expected, reference))
+
+
+def step_without_clearing(optimizer: IVON, parameters: list[Any], samples: int, way: str) -> None:
+    for key in range(10, 10 + samples):
+        if way == "train":
+            optimizer.train()
+            make_loss(parameters, key)().backward()
+        else:
+            with optimizer.sampled_params(train=True):
+                make_loss(parameters, key)().backward()
+    optimizer.step()
 
 
 # --- which parameters ---

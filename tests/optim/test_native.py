@@ -296,3 +296,26 @@ def test_the_structures_are_those_of_the_source() -> None:
         declared = re.findall(r"(\w+)[,;]", body[1])
         assert declared == [name for name, _ in fields]
     assert f"VERSION = {native.VERSION}," in text
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_another_default_device_changes_nothing(fused: bool | None) -> None:
+    """Tables of addresses are the processor's, wherever new tensors would go."""
+    found = []
+    for device in ("cpu", "meta"):
+        p = torch.nn.Parameter(torch.arange(40.0))
+        optimizer = IVON([("p", p)], lr=0.1, ess=100.0, hess_init=1.0, seed=0, fused=fused)
+        p.grad = torch.ones(40)
+        with torch.device(device):
+            optimizer.train()
+            optimizer.step()
+        found.append(p.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_a_group_without_kernels_is_refused_whole() -> None:
+    _, optimizer = make(fused=True)
+    extra = torch.nn.Parameter(torch.ones(2, device="meta"))
+    with pytest.raises(RuntimeError, match="fused"):
+        optimizer.add_param_group({"params": [("extra", extra)]})
+    assert len(optimizer.param_groups) == 1

@@ -188,6 +188,7 @@ class Bucket:
         self.looked_at: list[Tensor | None] = []
         self.versions = [(p.data_ptr(), p._version) for p in shards]
         self.aside: list[Tensor | None] = [None] * len(parameters)
+        self.hess_aside: Tensor | None = None
         self.arriving: list[Tensor | None] = [None] * len(parameters)
         self.hooks: list[Any] = []
         if self.watches:
@@ -454,8 +455,9 @@ class Bucket:
 
     @plain()
     def set_gradients_aside(self) -> None:
-        """Before another of several draws: clear the gradients, and keep them in case that draw has none."""
+        """Before another of several draws: clear the gradients, and keep them in case that draw has none, or fails."""
         self.aside = [p.grad for p in self.parameters]
+        self.hess_aside = self.hess_sum.clone() if self.group["noise_per_rank"] else None  # it grows as they arrive
         for gradient in self.aside:
             if gradient is not None:
                 gradient.zero_()
@@ -478,10 +480,12 @@ class Bucket:
         """After a draw that failed: show the average gradient of those before it."""
         for p, gradient in zip(self.parameters, self.aside):
             p.grad = gradient
+        if self.hess_aside is not None:
+            self.hess_sum.copy_(self.hess_aside)
         self._show_average(draws)
 
     def _show_average(self, draws: int) -> None:
-        self.aside = [None] * len(self.parameters)
+        self.aside, self.hess_aside = [None] * len(self.parameters), None
         for run in self.runs():
             torch.div(
                 self.grad_sum[run.lo : run.hi], draws, out=self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]

@@ -209,7 +209,7 @@ class IVON(torch.optim.Optimizer):
                     )
             _check_names(self.param_groups)
             _check_real(group["params"])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
         for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "perturbed", "averages"):
@@ -281,7 +281,10 @@ class IVON(torch.optim.Optimizer):
     @contextmanager
     def _train_draw(self) -> Iterator[None]:
         buckets, now = self._to_train("sampled_params(train=True)"), self.param_groups[0]
-        drawn, several = now["drawn"], now["mc_samples"] > 1
+        several = now["mc_samples"] > 1
+        if several and now["used"] and not any(bucket.has_gradients for bucket in buckets):  # as in `train`
+            self._set(drawn=0)
+        drawn = now["drawn"]
         self._set(averages=True)
         if several and drawn:
             for bucket in buckets:
@@ -299,6 +302,7 @@ class IVON(torch.optim.Optimizer):
         if several:
             for bucket in self._ready():
                 bucket.fold_gradients(self.param_groups[0]["drawn"])
+            self._set(used=any(bucket.has_gradients for bucket in self._buckets))
         self._show(perturbed=False)
 
     @contextmanager
@@ -466,6 +470,7 @@ class IVON(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all that an exact continuation needs; between a draw and its step, of the draw as well."""
+        self._adopt_outside_changes()
         self._read_back()
         saved = super().state_dict()
         in_flight = self.param_groups[0]["drawn"] > 0
@@ -516,6 +521,7 @@ class IVON(torch.optim.Optimizer):
             self._show(now["perturbed"])
 
     def __getstate__(self) -> dict[str, Any]:
+        self._adopt_outside_changes()
         self._read_back()
         return super().__getstate__()
 
@@ -584,12 +590,17 @@ class IVON(torch.optim.Optimizer):
             if perturbed or self._eval_key is not None:
                 for bucket in self._buckets:
                     bucket.to_draw(self._eval_key)
-        elif adopt and not self.param_groups[0]["perturbed"]:
-            for bucket in self._buckets:
-                bucket.adopt_outside_changes()
+        elif adopt:
+            self._adopt_outside_changes()
         for bucket in self._buckets:
             bucket.follow_weight_decay()
         return self._buckets
+
+    def _adopt_outside_changes(self) -> None:
+        """Where the parameters hold the mean, make values that others wrote into them the mean."""
+        if not self.param_groups[0]["perturbed"] and self._eval_key is None:
+            for bucket in self._buckets:
+                bucket.adopt_outside_changes()
 
     def _release(self) -> None:
         """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""

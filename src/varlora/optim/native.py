@@ -122,9 +122,9 @@ class Kernels:
     ) -> list[int]:
         """Call a kernel for some parameters, shared out to as many threads as torch uses."""
         segments, of_segment, starts, shares = self.segments(tuple(indices), torch.get_num_threads())
-        segments[:, 4] = torch.tensor([x.data_ptr() for x in out])[of_segment] + starts
+        segments[:, 4] = torch.tensor([x.data_ptr() for x in out], device="cpu")[of_segment] + starts
         if gradients is not None:
-            segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients])[of_segment] + starts
+            segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients], device="cpu")[of_segment] + starts
         row, state = 8 * segments.shape[1], [x.data_ptr() for x in self.flat[:3]]
         works = [
             _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
@@ -151,9 +151,9 @@ class Kernels:
                     rows.append([at + begin, end - begin, self.flat.positions[i], first + begin, 0, 0])
                     of_row.append((which, before - lo + begin, before + begin))
                 before += count
-        of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64).view(-1, 3).T.contiguous()
+        of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64, device="cpu").view(-1, 3).T.contiguous()
         shares = [0, *(bisect.bisect_left(starts.tolist(), cut) for cut in cuts), len(rows)]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 6), of_segment, 4 * within, shares
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 6), of_segment, 4 * within, shares
 
 
 # --- threads

@@ -119,10 +119,12 @@ def _fill(key: int, batch: Sequence[tuple[Tensor, int, int, int]]) -> None:
     if not batch:
         return
     device = batch[0][0].device
-    counts = torch.tensor([-(-(within + part.numel()) // TILE) for part, _, _, within in batch])
+    counts = torch.tensor([-(-(within + part.numel()) // TILE) for part, _, _, within in batch], device="cpu")
     starts = counts.cumsum(0) - counts
-    of_each = torch.tensor([[position, tile] for _, position, tile, _ in batch]).repeat_interleave(counts, dim=0)
-    tiles = of_each[:, 1] + torch.arange(len(of_each)) - starts.repeat_interleave(counts)
+    of_each = torch.tensor([[position, tile] for _, position, tile, _ in batch], device="cpu").repeat_interleave(
+        counts, dim=0
+    )
+    tiles = of_each[:, 1] + torch.arange(len(of_each), device="cpu") - starts.repeat_interleave(counts)
     found = normal(key, of_each[:, 0].to(device), tiles.to(device)).view(-1)
     for (part, _, _, within), start in zip(batch, starts.tolist()):
         part.copy_(found[start * TILE + within :][: part.numel()])
