@@ -252,7 +252,7 @@ def start_of(
     """Return what a method looks at before training; the arguments are those of `fit`. The model is in `eval` then."""
     model.eval()
     given = _given(model, rows, pad_token_id, batch_size, calibration, seed, warn)
-    return Start(**given, steps=steps, accumulation=accumulation)
+    return Start(**given, steps=steps, accumulation=accumulation, ranks=ranks()[1])
 
 
 def _given(

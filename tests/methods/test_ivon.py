@@ -19,7 +19,7 @@ from helpers import plan
 from varlora import IVON, scale
 from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.fit import _draw
+from varlora.fit import _draw, start_of
 from varlora.methods import METHODS, Comparison, Ivon, Start, Temperature
 from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROBE, PROGRESS, _layer, _noisy, _probe
 from varlora.model import class_logits
@@ -135,6 +135,39 @@ def test_a_layers_noise_steps_and_hessian_are_its_own() -> None:
     by_number = {0: 0.5}  # as YAML reads it
     settings, _ = found(Ivon(sigma_by_layer=by_number))  # type: ignore[arg-type]
     assert settings["sigma_by_layer"] == {"0": 0.5}
+
+
+@pytest.mark.parametrize("given", [{}, {"lr_like_adamw": 1e-4}, {"lr": 0.02}])
+def test_rescaled_learning_rates_make_the_steps_that_are_announced(given: dict[str, float]) -> None:
+    """In every layer: with `rescale_lr` the optimizer multiplies by the group's own h₀ + δ."""
+    steps = []
+    for rescale in (False, True):
+        method = Ivon(**given, rescale_lr=rescale, weight_decay=1e-4)
+        settings, seen = found(method)
+        optimizer = replace(method, **settings).optimizer(trainable(helpers.tiny_model()), 64, 4, 0)
+        by_group = [
+            group["lr"] * (group["hess_init"] + 1e-4 if rescale else 1.0) / seen["step"] * 1e-3
+            for group in optimizer.param_groups
+        ]
+        steps.append(by_group)
+    assert steps[0] == pytest.approx(steps[1])
+    assert len({round(step, 3) for step in steps[0]}) > 1  # layers have steps of their own
+    assert min(steps[0]) < 1.001
+
+
+def test_processes_that_train_together_make_the_epochs_of_one_with_all_their_rows() -> None:
+    alone, seen_alone = found(Ivon(), batch_size=8)
+    together, seen = found(Ivon(), batch_size=4, ranks=2)
+    assert seen["epochs"] == seen_alone["epochs"] == 50
+    assert together["noise_warmup"] == alone["noise_warmup"]
+    assert together["lr"] == pytest.approx(alone["lr"], rel=0.2)  # of draws on other rows
+    assert together["hess_init"] == pytest.approx(alone["hess_init"], rel=0.3)
+
+
+def test_fit_tells_a_method_how_many_processes_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varlora.fit.ranks", lambda *_: (0, 2))
+    begin = start_of(helpers.tiny_model(), ROWS, pad_token_id=0, steps=3, batch_size=4, accumulation=2)
+    assert begin.rows_per_step == 16
 
 
 def test_a_sigma_of_a_layer_is_above_zero() -> None:

@@ -100,6 +100,13 @@ class Start(Given):
     """Optimizer steps."""
     accumulation: int = 1
     """Micro-batches a step."""
+    ranks: int = 1
+    """Processes that train together, each on micro-batches of its own."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that a step's gradient averages over."""
+        return self.batch_size * self.accumulation * self.ranks
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Ivon(Method):
         given = {name: getattr(self, name) for name in PAPER if getattr(self, name) != "auto"}
         if self.ess_per_root_row is not None:
             given["ess"] = self.ess_per_root_row * math.sqrt(len(start.rows))
-        epochs = max(start.steps * start.batch_size * start.accumulation / len(start.rows), 1.0)
+        epochs = max(start.steps * start.rows_per_step / len(start.rows), 1.0)
         growth = self.noise_warmup
         if growth == "auto":
             growth = 0.0 if "ess" in given else scale.growth(epochs)
@@ -172,7 +172,7 @@ class Ivon(Method):
             given["hess_init"] = (
                 _hessian_of(sigma, given["ess"], delta)
                 if "ess" in given
-                else start.batch_size * start.accumulation * gradient**2
+                else start.rows_per_step * gradient**2
                 if self.hess_approx == "gradsq"
                 else scale.first_hessian(gradient, sigma, start.steps, self.beta2, growth)
             )
@@ -183,17 +183,22 @@ class Ivon(Method):
                 if self.lr_like_adamw is not None
                 else scale.step_size(sigma, epochs, start.steps, self.beta1)
             )
-            given["lr"] = step / self.clip_radius
-        found |= {"sigma": sigma, "step": given["lr"] * self.clip_radius}
+            given["lr"] = step / self.clip_radius / self._rescaled(given["hess_init"], delta)
+        step = given["lr"] * self.clip_radius * self._rescaled(given["hess_init"], delta)
+        found |= {"sigma": sigma, "step": step}
         shares = by_layer.values()
         apart = f" (from {min(shares):.2g} to {max(shares):.2g} times that in a layer)" if shares else ""
         start.say(
             f"Found by a look at the training rows (worth {cost:.0f} steps): sigma {sigma:.3g}{apart}, learning rate "
-            f"{given['lr']:.3g} (a weight moves by {found['step']:.2g} a step at the most), "
+            f"{given['lr']:.3g} (a weight moves by {step:.2g} a step at the most), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
         rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
         return Prepared({**given, **rest, "sigma_by_layer": by_layer}, found, cost)
+
+    def _rescaled(self, hess_init: float, delta: float) -> float:
+        """Return what `rescale_lr` has the optimizer multiply a learning rate by."""
+        return hess_init + delta if self.rescale_lr else 1.0
 
     def _given_by_layer(self) -> dict[str, float]:
         """Return σ of the layers over that of all, as far as it is given; YAML may have numbers for the layers."""
@@ -213,8 +218,13 @@ class Ivon(Method):
         lots: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
         for name, parameter in params.items():
             lots[name if alone else "", shares.get(_layer(name), 1.0)].append((name, parameter))
+        first, delta = settings["hess_init"], settings["weight_decay"]
         groups = [
-            {"params": named, "lr": settings["lr"] * share, "hess_init": settings["hess_init"] / share**2}
+            {
+                "params": named,
+                "lr": settings["lr"] * share * self._rescaled(first, delta) / self._rescaled(first / share**2, delta),
+                "hess_init": first / share**2,
+            }
             for (_, share), named in lots.items()
         ]
         return IVON(groups, batch_size=batch_size, seed=seed, **settings)
@@ -369,7 +379,7 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
     Last comes the cost in steps.
     """
     source, params = start.generator(), trainable(start.model)
-    size = start.batch_size * start.accumulation
+    size = start.rows_per_step
     batches = min(max(round(PROBE * start.steps / 2), 1), BATCHES, math.ceil(len(start.rows) / size))
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
     squares, sizes = defaultdict[str, float](float), defaultdict[str, int](int)
@@ -387,4 +397,5 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
             squares[_layer(name)] += part.float().square().sum().item()
             sizes[_layer(name)] += part.numel()
     by_layer = {layer: math.sqrt(square / sizes[layer]) for layer, square in squares.items()}
-    return math.sqrt(sum(squares.values()) / sum(sizes.values())), by_layer, float(batches)
+    whole = math.sqrt(sum(squares.values()) / sum(sizes.values()))
+    return whole, by_layer, float(batches * start.ranks)  # one process looks, for all
