@@ -129,7 +129,7 @@ def test_the_defaults_are_the_papers():
 
 def test_what_config_json_holds_gives_the_same_settings_again():
     changes = {"lora": {"targets": ["q_proj"]}, "method": {"name": "adamw", "lr": 1e-4}, "quantization": "4bit"}
-    run = settings_from({**BASE, **changes, "training_arguments": {"bf16": False}})
+    run = settings_from({**BASE, **changes, "training_arguments": {"bf16": True}})
     stored = json.loads(json.dumps(run.to_dict()))
     again = settings_from(stored)
     assert again.to_dict() == run.to_dict()
@@ -216,6 +216,9 @@ def test_all_problems_are_reported_at_once():
         ({"training_arguments": 5}, "`training_arguments` to be a mapping, but got 5"),
         ({"training_arguments": {"logging_steps": "zero"}}, "`training_arguments.logging_steps` to be a number"),
         ({"training_arguments": {"lr_scheduler_type": "foo"}}, "foo is not a valid SchedulerType"),
+        ({"training_arguments": {"lr_scheduler_type": "cosine_with_min_lr"}}, "One of min_lr or min_lr_rate"),
+        ({"training_arguments": {"dataloader_num_workers": -1}}, "num_workers"),
+        ({"training_arguments": {"save_only_model": True}}, "a checkpoint is there to go on from"),
         ({"training_arguments": {"eval_strategy": "steps"}}, "nothing is evaluated while training"),
         ({"lora": 5}, "`lora` to be a mapping, but got 5"),
         ({"lora": {"targets": "q_proj"}}, "`lora.targets` to be a list or nothing"),

@@ -540,6 +540,13 @@ def test_an_adapter_that_a_method_cannot_conclude_from_is_refused_before_trainin
     assert not list(tmp_path.iterdir())
 
 
+def test_no_batch_at_all_is_refused(tmp_path):
+    """The Trainer would end without a step, and an untrained adapter would be written."""
+    arguments = {"dataloader_drop_last": True}
+    with pytest.raises(ConfigError, match="drops all of 12 rows, as a batch has 16"):
+        helpers.run_fit(helpers.tiny_model(), METHODS[0], tmp_path, batch_size=16, training_arguments=arguments)
+
+
 def test_mc_dropout_of_adapted_embeddings(tmp_path):
     """Which have no dropout of their own."""
     config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], lora_dropout=0.1)

@@ -262,6 +262,17 @@ def test_what_is_no_run_is_refused_before_anything_is_loaded(base, tmp_path, mon
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [".notes.old"]
 
 
+def test_what_a_run_reads_is_not_overwritten_with_it(run_dir, base, tmp_path):
+    """A task file, data or a model that lie in the run directory would be deleted before they are read."""
+    copied = shutil.copytree(run_dir, tmp_path / "copy")
+    task = shutil.copy(Path(base["model"]).parent / "tasks" / "two_choices.yaml", copied / "task.yaml")
+    before = sorted(copied.rglob("*"))
+    for name, path in (("task", task), ("data_dir", copied), ("model", copied / "adapter")):
+        with pytest.raises(VarloraError, match=f"`--overwrite` would delete .*which is `{name}` of the run"):
+            train(settings_from({**base, name: str(path), "run_dir": str(copied)}), overwrite=True, say=silent)
+        assert sorted(copied.rglob("*")) == before
+
+
 def test_a_run_that_fails_early_leaves_no_directory(base, tmp_path):
     for change in ({"model": str(tmp_path / "none")}, {"data_dir": str(tmp_path)}, {"chat": True}):
         with pytest.raises(VarloraError):

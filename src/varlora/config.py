@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from varlora.errors import ConfigError, DamagedFileError, VarloraError, did_you_mean
@@ -358,12 +360,27 @@ def _check(known: dict[str, Any], problems: list[str], stored: bool) -> None:
 
 
 def _check_values(arguments: Mapping[str, Any]) -> None:
-    """Let transformers check the values of `TrainingArguments` and whether the loggers are installed."""
-    made = TrainingArguments(output_dir="unused", **arguments)
+    """Let those who will use the values of `TrainingArguments` check them, the loggers among them."""
+    made = TrainingArguments(output_dir="unused", **{"use_cpu": not torch.cuda.is_available(), **arguments})
     if made.eval_strategy != "no":
         raise ValueError("Expected no `eval_strategy`: nothing is evaluated while training. Use `varlora evaluate`.")
     for logger in get_reporting_integration_callbacks(made.report_to if "report_to" in arguments else "none"):
         logger()
+    specific: Any = made.lr_scheduler_kwargs
+    get_scheduler(
+        made.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.zeros(1)]),
+        num_warmup_steps=made.get_warmup_steps(100),
+        num_training_steps=100,
+        scheduler_specific_kwargs=specific,
+    )
+    rows: Any = [0]
+    DataLoader(
+        rows,
+        num_workers=made.dataloader_num_workers,
+        prefetch_factor=made.dataloader_prefetch_factor,
+        persistent_workers=made.dataloader_persistent_workers,
+    )
 
 
 def _try(make: Callable[[], Any], problems: list[str], where: str = "") -> Any:

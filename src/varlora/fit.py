@@ -68,6 +68,7 @@ OURS = {
     "adam_epsilon": "method.eps",
     "optim_args": "method",
     "resume_from_checkpoint": "resume",
+    "save_only_model": "nothing: a checkpoint is there to go on from",
     "label_smoothing_factor": "nothing: the loss is the cross-entropy over the answers",
     "remove_unused_columns": "nothing: the batches need every column",
     "load_best_model_at_end": "nothing: the posterior belongs to the last step",
@@ -187,6 +188,13 @@ def fit(
         **{**defaults, **(training_arguments or {})},
     )
     _ = arguments.device  # which sets up the process group, where there is one
+    if arguments.dataloader_drop_last and len(rows) < batch_size * ranks()[1]:
+        raise ConfigError(
+            [
+                f"`training_arguments.dataloader_drop_last` drops all of {len(rows)} rows, as a batch has "
+                f"{batch_size * ranks()[1]}. Leave it out, or lower `batch_size`."
+            ]
+        )
     begin = start_of(model, rows, steps=steps, accumulation=accumulation, seed=seed, **every)
     method = _prepared(method, begin, run_dir, resume)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)

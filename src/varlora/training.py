@@ -146,6 +146,15 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
     if not finished:
         check_sources(settings)
     check_place(run_dir, resume=resume, overwrite=overwrite)
+    own = {"task": settings.task if is_task_file(settings.task) else None} | {
+        name: getattr(settings, name) for name in ("data_dir", "model")
+    }
+    for name, path in own.items():
+        if overwrite and path and Path(path).exists() and Path(path).resolve().is_relative_to(run_dir.resolve()):
+            raise VarloraError(
+                f"`--overwrite` would delete {path}, which is `{name}` of the run. Move it out of {run_dir}, or give "
+                "another run directory."
+            )
     if resume and (run_dir / "config.json").is_file():
         check_unchanged(settings)
         begun = [source["adapter"] for source in read_json(run_dir / "config.json").get("concluded_from") or []]

@@ -349,7 +349,7 @@ def test_a_stopping_service_refuses_and_finishes(held):
     assert first.result().status == 200
 
 
-def test_a_client_that_has_gone_is_not_worked_for(held):
+def test_a_client_that_has_gone_is_not_worked_for(held, caplog):
     service, held, first = held
     body = json.dumps(ASK).encode()
     head = (
@@ -364,6 +364,8 @@ def test_a_client_that_has_gone_is_not_worked_for(held):
     assert len(held.batches) == 1
     until(lambda: service.metric("rows_total", outcome="dropped") == 1)
     until(lambda: service.metric("requests_total", path="/v1/answer", status="499") == 1)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 @pytest.mark.parametrize("chunked", [False, True])

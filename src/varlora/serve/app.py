@@ -202,6 +202,7 @@ async def _done(futures: Sequence[Future[Drawn]], request: Request) -> bool:
         request.receive()
     )  # the body is read: the next message is a disconnect
     rows: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    rows.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs that nobody asked
     try:
         await asyncio.wait({gone, rows}, return_when=asyncio.FIRST_COMPLETED)
         return rows.done()
