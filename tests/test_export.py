@@ -30,7 +30,7 @@ from varlora.drawing import Drawing
 from varlora.draws import distinct
 from varlora.errors import VarloraError
 from varlora.evaluation import answer_rows
-from varlora.export import _script, export
+from varlora.export import _notes, _script, export
 from varlora.loading import Loaded, encode_rows, load
 from varlora.metrics import average_probs
 from varlora.model import class_logits
@@ -648,3 +648,35 @@ def test_a_key_goes_where_it_is_meant_to_and_nowhere_else(
             assert done.returncode == 1
             assert f"by the name {name}" in done.stderr
             assert "sk-" not in done.stderr
+
+
+class FakeTokenizer:
+    """One that may end each text with EOS, or have a chat template."""
+
+    bos_token_id, eos_token_id, name_or_path = 1, 2, "fake"
+
+    def __init__(self, ends: bool = False, chat_template: str = "{{ messages }}") -> None:
+        self.ends, self.chat_template = ends, chat_template
+
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
+    def __call__(self, texts: Any, **settings: Any) -> dict[str, Any]:
+        ids = [1, 7, *([2] if self.ends else [])]
+        return {"input_ids": ids if isinstance(texts, str) else [ids for _ in texts]}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "chat", "said"),
+    [
+        (FakeTokenizer(), False, []),
+        (FakeTokenizer(ends=True), False, ["Send token ids"]),
+        (FakeTokenizer(), True, []),
+        (FakeTokenizer(chat_template="{{ strftime_now('%Y') }}"), True, ["writes the date"]),
+    ],
+)
+def test_a_prompt_that_a_server_would_read_otherwise_is_said(tokenizer: Any, chat: bool, said: list[str]) -> None:
+    settings = settings_from({"task": "boolq", "model": "base", "chat": chat})
+    notes = _notes(Point({}), 0, [], settings, tokenizer)
+    assert len(notes) == len(said)
+    assert all(words in note for words, note in zip(said, notes))

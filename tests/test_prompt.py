@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from varlora import prompt
 from varlora.errors import TaskError, VarloraError
-from varlora.prompt import answer_tokens, encode, prompt_ids
+from varlora.prompt import answer_tokens, chat_template, encode, prompt_ids
 from varlora.tasks import TASKS, Example, load_rows
 
 CORPUS = ["Answer: A Answer: B Answer: C Answer: D Answer: E True False Question: Choices: one two three"] * 20
@@ -213,6 +213,20 @@ def test_chat_prompt_is_cut_within_the_message():
     text = "<|im_start|>user\nQuestion: two three Answer:<|im_end|>\n<|im_start|>assistant\n"
     assert said(tokenizer, row.input_ids) == text
     assert row.cut
+
+
+def test_a_chat_template_that_asks_for_the_date_gets_the_same_one_every_day():
+    dated = "{{ strftime_now('%d %b %Y') }}{% set y = strftime_now( \"%Y\" ) %} {{ y }} {{ messages[0].content }}"
+    tokenizer = byte_level(chat_template=dated)
+    (ids,) = prompt_ids(tokenizer, ["A"], chat=True)
+    assert said(tokenizer, ids) == "26 Jul 2024 2024 A"
+    assert chat_template(byte_level(chat_template=CHATML)) == CHATML
+
+
+def test_a_chat_template_that_refuses_a_question_alone():
+    tokenizer = byte_level(chat_template="{{ raise_exception('System message required') }}")
+    with pytest.raises(VarloraError, match="refuses a question without more: System message required"):
+        encode(tokenizer, example(), chat=True)
 
 
 def test_no_chat_template():

@@ -87,7 +87,7 @@ class Settings:
     max_length: int | None = None
     """Longest prompt in tokens; left out: what the model can read."""
     chat: bool = False
-    """Put prompts through the tokenizer's chat template."""
+    """Put prompts through the tokenizer's chat template; one that writes the date gets the same one every day."""
     row_filter: bool = False
     """Keep only the rows that the paper keeps (four answers, for ARC and OpenBookQA)."""
     skip_bad_rows: bool = False

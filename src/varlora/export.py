@@ -27,7 +27,7 @@ from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior
 from varlora.posterior.base import check_draws
 from varlora.predictions import load_predictions
-from varlora.prompt import PROMPT_VERSION, answer_tokens
+from varlora.prompt import PROMPT_VERSION, answer_tokens, chat_template, prompt_ids
 from varlora.run import MANIFEST, atomic_folder, checksums, origin, read_json, write_json, write_text
 from varlora.tasks import get_task
 from varlora.templating import environment
@@ -96,7 +96,7 @@ def export(
     on = next(iter(trainable(loaded.model).values())).device
     generator = torch.Generator(on).manual_seed(seed)
     draws = distinct(posterior.drawn(samples, generator, how).models() if samples else means(posterior))
-    notes = _notes(posterior, samples, draws, loaded.settings)
+    notes = _notes(posterior, samples, draws, loaded.settings, loaded.tokenizer)
     for note in notes:
         say(note)
 
@@ -172,7 +172,7 @@ def _facts(run_dir: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: Settings) -> list[str]:
+def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: Settings, tokenizer: Any) -> list[str]:
     """Return in words where what is served is not what `varlora predict` computes."""
     notes = []
     if samples and holds(posterior, Linearised):
@@ -193,6 +193,16 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
         notes.append(
             f"The adapter was trained on a base in {settings.quantization}: from a server that quantises it otherwise, "
             "or not at all, probabilities differ slightly."
+        )
+    if settings.chat and chat_template(tokenizer) != tokenizer.get_chat_template():
+        notes.append(
+            "The chat template writes the date into each prompt: a server takes today's, where the adapter was trained "
+            "with one that stays. Write a date into the template that the server uses (`--chat-template`)."
+        )
+    if not settings.chat and tokenizer("a")["input_ids"] != prompt_ids(tokenizer, ["a"])[0]:
+        notes.append(
+            "The tokenizer ends each text with its EOS token, after which the adapter was not trained to answer: a "
+            "server that tokenises with it reads the answers from the wrong place. Send token ids in place of texts."
         )
     return notes
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+from jinja2 import TemplateError
 
 from varlora.errors import TaskError, VarloraError
 from varlora.tasks.base import Example
@@ -18,10 +21,13 @@ from varlora.tasks.base import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROMPT_VERSION", "Encoded", "answer_tokens", "encode", "prompt_ids"]
+__all__ = ["PROMPT_VERSION", "Encoded", "answer_tokens", "chat_template", "encode", "prompt_ids"]
 
 PROMPT_VERSION = "1"
 """Raised whenever the tokens of a prompt or of its answers would change; stored with each run."""
+TODAY = datetime(2024, 7, 26)
+"""What chat templates are told is today: a run's prompts must not change over night. Llama 3's, where it knows none."""
+ASKS_FOR_TODAY = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat:
     """Return the token ids of each prompt, whatever its length.
 
     Raises:
-        VarloraError: `chat` with a tokenizer that has no chat template.
+        VarloraError: `chat` with a tokenizer that has no chat template, or one that refuses a question alone.
     """
     texts = [_rendered(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     # A chat template writes the special tokens itself.
@@ -98,7 +104,23 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Non
     messages = [{"role": "user", "content": prompt}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False))
+    settings: dict[str, Any] = {"add_generation_prompt": answer is None, "tokenize": False}
+    try:
+        return str(tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer), **settings))
+    except TemplateError as error:
+        raise VarloraError(
+            f"The chat template of `{tokenizer.name_or_path}` refuses a question without more: {error}. Leave `chat` "
+            "out, or change the template."
+        ) from error
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a tokenizer's chat template, with the date that it asks for written into it."""
+
+    def written(found: re.Match[str]) -> str:
+        return repr(TODAY.strftime(found["format"]))
+
+    return ASKS_FOR_TODAY.sub(written, str(tokenizer.get_chat_template()))
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, chat: bool) -> list[int]:
