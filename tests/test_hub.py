@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import varlora
+from varlora.cli import main
 from varlora.config import settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.evaluation import calibrate, evaluate
@@ -145,6 +146,19 @@ def changed(folder: Path, **settings: Any) -> Path:
     facts["settings"] |= settings
     write_json(folder / "varlora.json", facts)
     return resealed(folder)
+
+
+@pytest.fixture
+def edited(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the run, whose task file was changed after it was trained."""
+    copied = shutil.copytree(run_dir, tmp_path / "edited")
+    config = read_json(copied / "config.json")
+    task = yaml.safe_load(Path(config["settings"]["task"]).read_text())
+    other = tmp_path / "signs.yaml"
+    other.write_text(yaml.safe_dump({**task, "prompt": "Is {n} plus or minus?", "answers": ["minus", "plus"]}))
+    config["settings"] |= {"task": str(other), "revision": "abc123"}
+    write_json(copied / "config.json", config)
+    return copied
 
 
 # --- there and back ---
@@ -342,3 +356,26 @@ def test_a_hub_that_is_not_reached_or_refuses_is_said(run_dir: Path, hub: Hub, m
     monkeypatch.setattr(hub, "create_repo", refused)
     with pytest.raises(VarloraError, match=r"401 Unauthorized.*hf auth login"):
         push_to_hub(run_dir, NAME, base_model=BASE, say=silent)
+
+
+def test_a_task_file_that_was_changed_since_does_not_change_a_run(
+    edited: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it answers, and what is published of it, is as it was trained."""
+    (tmp_path / "rows.csv").write_text("n\n3\n-4\n")
+    said = []
+    for run in (run_dir, edited):
+        assert main(["predict", str(run), "--input", str(tmp_path / "rows.csv")]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "plus" in said[0]
+    push_to_hub(edited, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    kept = yaml.safe_load((tmp_path / "pushed" / "task.yaml").read_text())
+    assert (kept["prompt"], kept["answers"]) == ("Sign of {n}:", ["plus", "minus"])
+
+
+def test_the_revision_of_another_base_is_not_pushed(edited: Path, tmp_path: Path) -> None:
+    push_to_hub(edited, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    stored = read_json(tmp_path / "pushed" / "adapter_config.json")
+    assert (stored["base_model_name_or_path"], stored["revision"]) == (BASE, None)
+    assert read_json(tmp_path / "pushed" / "varlora.json")["settings"]["revision"] is None

@@ -262,7 +262,7 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.evaluation import answer_rows
-    from varlora.loading import load
+    from varlora.loading import load, trained_task
     from varlora.run import write_text
     from varlora.tasks import get_task, make_examples, parse_rows
 
@@ -277,7 +277,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         lines = stream.readlines()
     except OSError as error:
         raise VarloraError(f"Expected rows in {source}, but it cannot be read ({error.strerror}).") from error
-    task = get_task(settings_of(arguments.run_dir).task)
+    task = get_task(trained_task(arguments.run_dir, settings_of(arguments.run_dir)))
     rows = make_examples(task, parse_rows(lines, suffix), source, labelled=False, skip_bad_rows=arguments.skip_bad_rows)
     if rows.skipped:
         say(f"{rows.skipped} malformed rows were left out; the first: {rows.problems[0]}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from varlora.calibration import Calibration, load_calibration
 from varlora.checkpoint import load_adapter, load_posterior
-from varlora.config import Settings, settings_of
+from varlora.config import TASK_FILE, Settings, settings_of
 from varlora.data import EncodedSet, encode_all
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
@@ -23,7 +23,7 @@ from varlora.model import base_fingerprint, load_model
 from varlora.posterior import Posterior
 from varlora.prompt import Encoded
 from varlora.run import read_json
-from varlora.tasks import Task, load_rows, split_calibration
+from varlora.tasks import Task, is_task_file, load_rows, split_calibration
 from varlora.tasks.base import Example
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "rows_of_split",
     "say_unsliced",
     "trained_settings",
+    "trained_task",
     "training_rows",
 ]
 
@@ -90,6 +91,15 @@ class Loaded:
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `model, posterior = load(run_dir)`."""
         return iter((self.model, self.posterior))
+
+
+def trained_task(run_dir: Path, settings: Settings) -> str:
+    """Return a run's task as it was trained on: a task file may have been changed since, and the run kept a copy.
+
+    For what reads no data: their files are named relative to the task file.
+    """
+    kept = run_dir / TASK_FILE
+    return str(kept) if is_task_file(settings.task) and kept.is_file() else settings.task
 
 
 def trained_settings(run_dir: Path) -> Settings:

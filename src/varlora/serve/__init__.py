@@ -24,7 +24,7 @@ from varlora.data import collate
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluation import held_out_predictions
-from varlora.loading import Loaded, load, longest_prompt, pad_of
+from varlora.loading import Loaded, load, longest_prompt, pad_of, trained_task
 from varlora.posterior.base import check_draws, check_tau
 from varlora.predict import Predictor
 from varlora.prompt import Encoded
@@ -147,7 +147,7 @@ def make_service(
 
     limits = limits or Limits()
     _check_use(samples, tau, risk)
-    task = get_task(loaded.settings.task)
+    task = get_task(trained_task(Path(run_dir), loaded.settings))
     counters = Counters()
     default = _default_use(loaded, samples, tau)
     draw, own = _draw(loaded, default, seed, how)
