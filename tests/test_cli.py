@@ -441,6 +441,7 @@ def test_predict_a_malformed_row(varlora_, trained, tmp_path):
         (["--input", str(ASSETS)], None, "it cannot be read (Is a directory)"),
         (["--input", __file__], None, "Expected a .jsonl, .csv or .tsv file, but got `.py`"),
         (["--output", str(ASSETS)], QUESTIONS, "is a folder"),
+        (["--output", f"{__file__}/x.jsonl", "--samples", "-2"], QUESTIONS, "x.jsonl could not be written"),  # first
         (["--samples", "-2"], QUESTIONS, "number of draws >= 0"),
     ],
 )

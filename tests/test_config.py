@@ -218,6 +218,7 @@ def test_all_problems_are_reported_at_once():
         ({"training_arguments": {"lr_scheduler_type": "foo"}}, "foo is not a valid SchedulerType"),
         ({"training_arguments": {"lr_scheduler_type": "cosine_with_min_lr"}}, "One of min_lr or min_lr_rate"),
         ({"training_arguments": {"dataloader_num_workers": -1}}, "num_workers"),
+        ({"training_arguments": {"hub_token": "hf_1"}}, "`training_arguments.hub_token` is a secret"),
         ({"training_arguments": {"save_only_model": True}}, "a checkpoint is there to go on from"),
         ({"training_arguments": {"eval_strategy": "steps"}}, "nothing is evaluated while training"),
         ({"lora": 5}, "`lora` to be a mapping, but got 5"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import same
 
 import varlora
@@ -389,6 +390,16 @@ def test_a_task_of_another_version_is_said(run_dir, tmp_path):
     assert any("was of 0" in text for text in said)
 
 
+def test_choices_that_no_prompt_has_are_said(base, bundled, tmp_path):
+    text = (bundled.parent / "tasks" / "four_choices.yaml").read_text()
+    said: list[str] = []
+    for prompt in ("{question} Choices: {choices} Answer:", "{question} Answer:"):
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**yaml.safe_load(text), "prompt": prompt}))
+        there = {"task": str(tmp_path / "task.yaml"), "data_dir": str(bundled.parent / "tasks")}
+        said.append(" ".join(validate(settings_from({**base, **there}))))
+    assert ["Write {choices} into the task file's `prompt`" in found for found in said] == [False, True]
+
+
 def test_a_task_file_that_was_changed_is_said(base, bundled, tmp_path):
     text = (bundled.parent / "tasks" / "four_choices.yaml").read_text()
     (tmp_path / "task.yaml").write_text(text)
@@ -409,6 +420,9 @@ def test_an_evaluation_that_fails_leaves_the_one_before(run_dir, tmp_path):
     for wrong in ({"split": "tset"}, {"token_budget": 0}, {"data_dir": str(tmp_path)}, {"ood": ["arc_easy", "nope"]}):
         with pytest.raises(VarloraError):
             evaluate(run, **{"samples": 3, "say": silent, **wrong})
+    for twice in ({"ood": ["arc_easy", "arc_easy"]}, {"taus": [0.5, 0.50000001]}):
+        with pytest.raises(VarloraError, match="to differ, as files are named by them"):
+            evaluate(run_dir, **twice, say=silent)
     with pytest.raises(VarloraError, match="neither `ood` nor `taus` nor `calibrated`"):
         evaluate(run, split="calibration", taus=[0.5], say=silent)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before

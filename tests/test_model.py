@@ -21,8 +21,10 @@ from transformers import (
 )
 
 import varlora.model
+from varlora.config import settings_from
 from varlora.data import collate
 from varlora.errors import ConfigError, VarloraError
+from varlora.loading import longest_prompt
 from varlora.model import LoRA, class_logits, lora_targets
 from varlora.prompt import Encoded
 
@@ -175,6 +177,10 @@ def test_positions_that_begin_after_the_padding_tokens_number_do():
     batch = collate([Encoded(str(i), row, (4, 5), 0, False) for i, row in enumerate(rows)], 1)
     plain = [model(input_ids=torch.tensor([row])).logits[0, -1, [4, 5]] for row in rows]
     torch.testing.assert_close(class_logits(model, batch), torch.stack(plain), atol=1e-5, rtol=1e-5)
+    longest = longest_prompt(model, settings_from({"task": "boolq", "model": "base"}), print)
+    assert longest == 38
+    whole = collate([Encoded("0", (7,) * longest, (4, 5), 0, False)], 1)
+    assert class_logits(model, whole).isfinite().all()
 
 
 @torch.no_grad()

@@ -263,7 +263,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.evaluation import answer_rows
     from varlora.loading import load, trained_task
-    from varlora.run import write_text
+    from varlora.run import check_writable, write_text
     from varlora.tasks import get_task, make_examples, parse_rows
 
     say = _speaker(console)
@@ -272,6 +272,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     suffix = f".{arguments.format}" if arguments.format else of_name
     if Path(arguments.output).is_dir():
         raise VarloraError(f"Expected `--output` to be a file, but {arguments.output} is a folder. Add a file name.")
+    if arguments.output != "-":
+        check_writable(Path(arguments.output))  # before the work
     try:
         stream = sys.stdin.buffer if arguments.input == "-" else io.BytesIO(Path(source).read_bytes())
         lines = stream.readlines()

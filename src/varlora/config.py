@@ -355,6 +355,11 @@ def _check(known: dict[str, Any], problems: list[str], stored: bool) -> None:
     texts = {name: value for name, value in arguments.items() if isinstance(value, str) and _is_number(hints.get(name))}
     arguments |= convert_all(TrainingArguments, texts, "training_arguments.", problems)
     problems += check_training_arguments(arguments)
+    problems += [
+        f"`training_arguments.{name}` is a secret, and would be written into config.json. Log in by `hf auth login`."
+        for name in arguments
+        if str(name).endswith("_token") and not stored
+    ]
     if arguments and not problems and not stored:
         _try(lambda: _check_values(arguments), problems, "`training_arguments`: ")
 

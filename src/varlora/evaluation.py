@@ -163,6 +163,11 @@ def evaluate(
     if split == "calibration":
         return written(predicted(split), CALIBRATION)
     others = [get_task(name) for name in ood]
+    for what, names in (("ood", [other.name for other in others]), ("taus", [f"{factor:g}" for factor in taus])):
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise VarloraError(
+                f"Expected `{what}` to differ, as files are named by them, but {twice[0]} is there twice."
+            )
     for other in others:
         rows_of(other, other.evaluation)  # which raises before any is worked on
     found = {"": predicted(split)}

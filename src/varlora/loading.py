@@ -19,7 +19,7 @@ from varlora.config import TASK_FILE, Settings, settings_of
 from varlora.data import EncodedSet, encode_all
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.model import base_fingerprint, load_model
+from varlora.model import base_fingerprint, first_position, load_model
 from varlora.posterior import Posterior
 from varlora.prompt import Encoded
 from varlora.run import read_json
@@ -207,6 +207,11 @@ def training_rows(task: Task, settings: Settings, say: Say) -> tuple[list[Exampl
     """Return the training rows and the calibration rows that were held out of them."""
     rows = load_rows(task, "train", settings.data_dir, settings.skip_bad_rows, settings.row_filter)
     _say_skipped(rows.skipped, rows.problems, say)
+    if not any(choice in row.prompt for row in rows.examples for choice in row.choices or ("",)):
+        say(
+            f"No prompt of {task.name} has any of its choices, so the model cannot know what it chooses from. Write "
+            "{choices} into the task file's `prompt`."
+        )
     return split_calibration(rows.examples, settings.calibration_fraction, settings.seed)
 
 
@@ -253,6 +258,7 @@ def longest_prompt(model: nn.Module, settings: Settings, say: Say) -> int | None
     """Return the tokens of the longest prompt that a run takes, which is never more than the model's context."""
     config: Any = model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context -= first_position(config)
     if settings.max_length is not None and settings.max_length > context:
         say(f"`max_length` {settings.max_length} is more than the model's context; {context} tokens are used.")
     length = min(settings.max_length or math.inf, context)

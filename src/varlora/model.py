@@ -246,8 +246,8 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     input_ids, attention_mask, label_tokens, answer_mask = (batch[key].to(device) for key in keys)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
     if "position_ids" in takes:
-        first = inner.config.pad_token_id + 1 if inner.config.model_type in FROM_PADDING else 0
-        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0) + first
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+        inputs["position_ids"] = positions + first_position(inner.config)
     elif inner.config.model_type not in RELATIVE and not attention_mask.all():
         raise VarloraError(
             f"Expected a causal language model whose forward takes `position_ids`, but {type(inner).__name__} does "
@@ -260,6 +260,11 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     # what stands in `label_tokens` where there is no answer is of no matter, not even if it is no token
     logits = logits.gather(1, label_tokens.masked_fill(~answer_mask, 0))  # (B, V) -> (B, C)
     return logits.masked_fill(~answer_mask, float("-inf"))
+
+
+def first_position(config: Any) -> int:
+    """Return the position of a prompt's first token, before which a model has no use for any."""
+    return int(config.pad_token_id) + 1 if config.model_type in FROM_PADDING else 0
 
 
 class_logits.last_position_alone = True  # type: ignore[attr-defined]  # see varlora.drawing.Forward

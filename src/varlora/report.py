@@ -262,9 +262,9 @@ def _numbers(values: Sequence[float]) -> list[float | None]:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no infinity; a setting may be one."""
+    """JSON has no infinity, which a setting may be; a token, which a run of an older version may have, is left out."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: _strict(item) for key, item in value.items() if not str(key).endswith("_token")}
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

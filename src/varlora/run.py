@@ -25,6 +25,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -49,6 +50,7 @@ __all__ = [
     "alone",
     "atomic_folder",
     "check_place",
+    "check_writable",
     "checksums",
     "complete",
     "file_digest",
@@ -341,6 +343,18 @@ def told_if_unwritten(path: Path, then: str = "go on with `resume`") -> Iterator
             f"{path} could not be written: {error}. What was there before is whole. Make room or give access, and "
             f"{then}."
         ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise unless a file can be written to `path`, whose folder is made.
+
+    Raises:
+        VarloraError: it cannot.
+    """
+    with told_if_unwritten(path, "try again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def _flush(path: Path) -> None:

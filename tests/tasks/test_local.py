@@ -313,6 +313,18 @@ def test_unlabelled_rows_for_prediction(tmp_path):
     assert make_examples(get_task(task_file(tmp_path)), rows, "mine", labelled=False).examples[0].label is None
 
 
+def test_nan_is_no_text(tmp_path):
+    """Python's JSON has it, and pandas writes it for what is missing."""
+    rows = parse_rows([b'{"text": NaN, "y": 0}\n'], ".jsonl")
+    with pytest.raises(TaskError, match="field `text` to hold text or a number, but it is NaN"):
+        make_examples(get_task(task_file(tmp_path)), rows, "mine")
+
+
+def test_the_choices_stand_in_the_prompt_by_that_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"Expected `\{choices\}` in `prompt`.*but got `\{options\}`"):
+        get_task(task_file(tmp_path, prompt="{text} {options}", choices="options", answers=...))
+
+
 def test_a_label_that_is_not_there_is_not_said_to_be_found(tmp_path):
     rows = parse_rows([b'{"txt": "fine"}\n'], ".jsonl")
     with pytest.raises(TaskError, match=r"Expected a field `text`, but found the fields txt\. Did you mean `txt`"):

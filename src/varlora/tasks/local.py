@@ -234,6 +234,9 @@ def _pieces(config: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, 
     names = [name for _, name, _, _ in parsed if name]
     if not names:
         problems.append(f"Expected `prompt` to hold a field in braces, such as {{sentence}}, but got {prompt!r}.")
+    own = config.get("choices")
+    if own is not None and own != "choices" and own in names:
+        problems.append(f"Expected `{{choices}}` in `prompt`, where the choices are to be, but got `{{{own}}}`.")
     cut = config.get("cut")
     if names and cut is not None and cut not in names:
         problems.append(f"Expected `cut` to be a field of the prompt, but got {cut!r}. {did_you_mean(str(cut), names)}")
@@ -344,6 +347,8 @@ def _key(value: Any) -> str | None:
 
 def _shown(row: Row, name: str) -> str:
     value = row.get(name)
+    if value != value:  # as pandas writes what is missing
+        raise TaskError(f"Expected field `{name}` to hold text or a number, but it is NaN.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return text_field(row, name)
