@@ -201,6 +201,19 @@ def test_draws_that_overflow_are_passed_over() -> None:
     assert math.isinf(next(trial.nll for trial in search.trials if trial.tau == 1.0))
 
 
+def test_a_factor_is_found_below_two_that_overflow() -> None:
+    problem = Linear(noise=0.3)
+
+    def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
+        logits, labels = problem.draw(posterior, n)
+        wide = not isinstance(posterior, Point) and posterior.marginal_std()["w"].max() > std / 3  # type: ignore[attr-defined]
+        return (logits * math.nan if n and wide else logits), labels
+
+    std = problem.posterior.std["w"].max()
+    search = calibrate(problem.posterior, draw)
+    assert any(math.isfinite(trial.nll) and 0 < trial.tau <= 1 / 16 for trial in search.trials)
+
+
 def test_a_negative_number_of_draws_is_refused() -> None:
     problem = Linear(noise=0.3)
     with pytest.raises(VarloraError, match="Expected `samples`"):

@@ -26,8 +26,8 @@ from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError
 from varlora.model import class_logits
 from varlora.params import trainable
-from varlora.posterior import DiagonalGaussian, Mixture, Point
-from varlora.run import write_manifest, write_text
+from varlora.posterior import DiagonalGaussian, Dropout, Mixture, Point, Pruned
+from varlora.run import save_tensors, write_manifest, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +130,42 @@ def test_posterior_of_an_unknown_kind_is_refused_by_name(model, saved):
         write_manifest(saved)
         with pytest.raises(DamagedFileError, match=r"posterior_config\.json"):
             load_posterior(model, saved)
+
+
+def dropped(one):
+    return Dropout(one.mean, {name: torch.tensor(0.1) for name in one.mean})
+
+
+def pruned(one):
+    return Pruned(one, {name: value > 0 for name, value in one.mean.items()})
+
+
+STRANGE = {
+    "without one mask": (pruned, "keep.", None),
+    "of another weight": (dropped, "rate.x", torch.tensor(0.1)),
+    "of two numbers": (dropped, "rate.", torch.ones(2) / 2),
+    "that drops all": (dropped, "rate.", torch.tensor(1.0)),
+    "of negative variance": (dropped, "tau", torch.tensor(-1.0)),
+    "that is not finite": (lambda one: one, "std.", torch.tensor(math.nan)),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_posterior_that_makes_no_sense_is_refused_when_it_is_loaded(model, saved, case):
+    """Its checksums are right: who changes a run can write those too."""
+    made, start, value = STRANGE[case]
+    posterior = made(gaussian(model))
+    tensors = dict(posterior.tensors())
+    name = next((name for name in tensors if name.startswith(start)), start)
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value.expand_as(tensors[name]).clone() if start == "std." else value
+    save_tensors(saved / "posterior.safetensors", tensors, {})
+    write_text(saved / "posterior_config.json", json.dumps({"kind": posterior.kind}))
+    write_manifest(saved)
+    with pytest.raises(DamagedFileError, match=r"posterior\.safetensors"):
+        load_posterior(model, saved)
 
 
 @pytest.mark.parametrize("index", range(3))

@@ -540,6 +540,27 @@ def test_an_adapter_that_a_method_cannot_conclude_from_is_refused_before_trainin
     assert not list(tmp_path.iterdir())
 
 
+def test_an_epsilon_that_float16_does_not_know_is_refused(tmp_path):
+    """AdamW would divide 0 by 0 at its first step, and no gradient would tell."""
+    with pytest.raises(VarloraError, match=r"`eps` that float16 can hold.*`method.eps` to 1e-4"):
+        helpers.run_fit(helpers.tiny_model(adapter="float16"), AdamW(lr=1e-3), tmp_path)
+    helpers.run_fit(helpers.tiny_model(adapter="float16"), AdamW(lr=1e-3, eps=1e-4), tmp_path)
+
+
+def test_a_posterior_that_is_not_finite_is_not_written(tmp_path):
+    model = helpers.tiny_model()
+
+    class Broken(AdamW):
+        def posterior(self, trained):
+            found = super().posterior(trained)
+            next(iter(found.mean.values())).fill_(math.nan)
+            return found
+
+    with pytest.raises(NotFiniteError, match="is not finite, so nothing is written"):
+        helpers.run_fit(model, Broken(), tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_no_batch_at_all_is_refused(tmp_path):
     """The Trainer would end without a step, and an untrained adapter would be written."""
     arguments = {"dataloader_drop_last": True}

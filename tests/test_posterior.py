@@ -322,6 +322,10 @@ def test_pruning_by_magnitude_and_at_random_are_other_choices() -> None:
     chosen = [posterior.prune(0.5, "random", seeded(i)).mean["w"] for i in range(40)]
     assert (torch.stack(chosen) == 0).any(0).all()
     assert torch.equal(posterior.prune(0.5, "random", seeded(3)).mean["w"], chosen[3])
+    sure = DiagonalGaussian(
+        {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 4.0])}, {n: torch.zeros(2) for n in "ab"}
+    )
+    assert torch.cat(list(sure.prune(0.5, "snr").mean.values())).tolist() == [3.0, 0.0, 0.0, 4.0]  # not by name
     with pytest.raises(VarloraError, match="one of snr, magnitude, random"):
         posterior.prune(0.5, "size")
 

@@ -194,7 +194,9 @@ def _factor(trials: _Trials) -> float:
         return 0.0
     best = trials.made(1.0)
     for factor in (0.5, 2.0):
-        while TAUS[0] <= best.tau * factor <= TAUS[1] and trials.made(best.tau * factor).nll < best.nll:
+        while TAUS[0] <= best.tau * factor <= TAUS[1] and (
+            trials.made(best.tau * factor).nll < best.nll or (factor < 1 and best.nll == math.inf)
+        ):
             best = trials.made(best.tau * factor)
         if best.tau != 1:
             break

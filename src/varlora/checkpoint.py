@@ -130,6 +130,11 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    if lost := next((n for n, t in on_device.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise DamagedFileError(
+            f"Expected finite numbers in {folder / 'posterior.safetensors'}, but `{lost}` has others, with which every "
+            "answer would be NaN. Train again: in float32 or bfloat16, or with a lower learning rate."
+        )
     with _damaged_if_it_fails(folder / "posterior.safetensors"):
         posterior = posterior_from_tensors(kind, on_device)
     _check_of_model(posterior, parameters, f"the posterior in {folder}")

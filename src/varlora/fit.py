@@ -83,7 +83,7 @@ SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_
 
 
 class NotFiniteError(VarloraError):
-    """Training was stopped because loss or gradient stayed infinite or NaN."""
+    """Training was stopped because loss or gradient stayed infinite or NaN, or ended with weights that are."""
 
 
 def fit(
@@ -130,7 +130,8 @@ def fit(
 
     Raises:
         Interrupted: stopped by SIGINT or SIGTERM; a checkpoint was written.
-        NotFiniteError: stopped after `max_not_finite` bad steps; a checkpoint of the last good state was written.
+        NotFiniteError: stopped after `max_not_finite` bad steps, and a checkpoint of the last good state was written;
+            or the posterior is not finite.
         ConfigError: `training_arguments` has unknown fields, or fields that a setting of ours stands for; or the
             method cannot work in such a run.
         VarloraError: there are no rows, or a row has no label.
@@ -233,9 +234,9 @@ def fit(
             optimizer.eval()  # the mean, also when a batch failed in the middle of a draw
         model.eval()
     if watch.not_finite_run >= min(max_not_finite, steps):
+        good = f"The last good state is in {run_dir}/checkpoint-{step}. " if _finite(params) else ""
         raise NotFiniteError(
-            f"Loss or gradient was not finite in {watch.not_finite_run} steps in a row; stopped at step {step}. "
-            f"The last good state is in {run_dir}/checkpoint-{step}. "
+            f"Loss or gradient was not finite in {watch.not_finite_run} steps in a row; stopped at step {step}. {good}"
             "Lower the learning rate or the posterior's scale, or train in float32 or bfloat16."
         )
     if watch.stop and step < steps:
@@ -330,6 +331,10 @@ def _draw(
     return found.logits, found.labels
 
 
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+
+
 def _fit_member(
     model: nn.Module,
     method: Method,
@@ -385,6 +390,11 @@ def conclude(
     model.eval()
     given = _given(model, rows, pad_token_id, batch_size, calibration, seed, warn)
     posterior = method.posterior(Trained(**given, optimizer=optimizer, state=state or {}, sources=sources))
+    if not _finite(posterior.tensors()):
+        raise NotFiniteError(
+            f"The posterior that was concluded in {run_dir} is not finite, so nothing is written: all answers would be "
+            "NaN. Lower the learning rate or the posterior's scale, or train in float32 or bfloat16."
+        )
     if ranks()[0] == 0:
         save_adapter(model, posterior, run_dir / "adapter")
     if ranks()[1] > 1:

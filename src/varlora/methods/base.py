@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from varlora import metrics
 from varlora.data import Batch, collate
-from varlora.errors import did_you_mean
+from varlora.errors import VarloraError, did_you_mean
+from varlora.params import trainable
 from varlora.posterior import Forward, Posterior
 from varlora.prompt import Encoded
 
@@ -257,6 +258,16 @@ class AdamWTraining(Method):
     """Decay of the squared gradient's average."""
     eps: float = 1e-8
     """Added to the root of the squared gradient's average."""
+
+    def check_model(self, model: nn.Module) -> None:
+        """AdamW's state has the weights' type: an `eps` that is 0 in it makes a weight without gradient 0/0."""
+        for name, p in trainable(model).items():
+            if self.eps and not torch.tensor(self.eps, dtype=p.dtype):
+                raise VarloraError(
+                    f"Expected `eps` that {str(p.dtype).removeprefix('torch.')} can hold, which `{name}` is of, but "
+                    f"got {self.eps}: weights would become NaN. Set `lora.dtype` to float32 or bfloat16, or "
+                    "`method.eps` to 1e-4."
+                )
 
     def optimizer(
         self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int

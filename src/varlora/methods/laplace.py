@@ -56,6 +56,7 @@ class _Laplace(AdamWTraining):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise if there is no curvature of a parameter that trains."""
+        super().check_model(model)
         trained_layers(model)
 
     def problems(self, plan: Plan) -> list[str]:

@@ -35,6 +35,7 @@ class McDropout(AdamWTraining):
 
     def check_model(self, model: nn.Module) -> None:
         """DoRA's dropout is not that of A's columns: it drops the frozen weights' inputs too, and keeps A's norm."""
+        super().check_model(model)
         check_no_dora(model)
 
     def has_variances(self) -> bool:

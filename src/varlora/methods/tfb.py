@@ -67,6 +67,7 @@ class Tfb(AdamWTraining):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise if the adapter has more than A and B."""
+        super().check_model(model)
         lora_pairs(trainable(model))
 
     def posterior(self, trained: Trained) -> DiagonalGaussian:

@@ -218,7 +218,7 @@ def kept_by(
     Args:
         posterior: what is pruned.
         fraction: share of all weights, 0 to 1.
-        by: `snr`, the signal-to-noise ratio |m|/√v; `magnitude`, |m|; `random`.
+        by: `snr`, the signal-to-noise ratio |m|/√v, and where that is infinite, |m|; `magnitude`, |m|; `random`.
         generator: source of the order at random.
         before: which weights were kept when it was pruned before, if it was; the others count, and stay pruned.
 
@@ -234,12 +234,13 @@ def kept_by(
         generator = generator or torch.Generator().manual_seed(0)
         order = torch.randperm(sum(sizes.values()), generator=generator, device=generator.device)
     else:
-        signal = torch.cat([posterior.mean[name].flatten().abs() for name in sorted(sizes)])
+        magnitude = torch.cat([posterior.mean[name].flatten().abs() for name in sorted(sizes)])
+        order = magnitude.argsort(stable=True)
         if by == "snr":
             std = posterior.marginal_std()
             noise = torch.cat([std[name].flatten() for name in sorted(sizes)])
-            signal = (signal / noise).nan_to_num(nan=0.0, posinf=math.inf)  # 0/0: certainly zero, and goes first
-        order = signal.argsort(stable=True)
+            signal = (magnitude / noise).nan_to_num(nan=0.0, posinf=math.inf)  # 0/0: certainly zero, and goes first
+            order = order[signal[order].argsort(stable=True)]  # many have no variance: these by magnitude
     if before is not None:  # those that are pruned already go first
         stay = torch.cat([before[name].flatten() for name in sorted(sizes)]).to(order.device)
         order = order[stay[order].int().argsort(stable=True)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varlora.drawing import Source, uniform
+from varlora.errors import VarloraError
 from varlora.posterior.base import WeightPosterior, check_tau, prefixed, without_prefix
 
 __all__ = ["Dropout"]
@@ -44,6 +45,16 @@ class Dropout(WeightPosterior):
     """p by name of those weights, (out, in), whose inputs are dropped; tensors without dimensions."""
     tau: float = 1.0
     """Factor of the variance of z/(1 − p)."""
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+        for name, rate in self.rate.items():
+            if name not in self.mean or self.mean[name].dim() != 2:
+                raise VarloraError(f"Expected `rate` to name weight matrices of `mean`, but got `{name}`.")
+            if rate.dim() or not 0 <= rate.item() < 1:
+                raise VarloraError(
+                    f"Expected `rate` of `{name}` to be a share within 0 and 1, but got {rate.tolist()}."
+                )
 
     def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varlora.drawing import Source
-from varlora.posterior.base import Gaussian, WeightPosterior, kept_by, pack, unpack
+from varlora.posterior.base import Gaussian, WeightPosterior, check_fits, kept_by, pack, unpack
 
 __all__ = ["Pruned"]
 
@@ -39,6 +39,10 @@ class Pruned(WeightPosterior):
     """The posterior whose draws lose weights."""
     keep: Mapping[str, Tensor]
     """Which weights are kept, by parameter name, bool of the mean's shape."""
+
+    def __post_init__(self) -> None:
+        mean = self.inner.mean
+        check_fits(mean, "keep", {name: value.shape for name, value in mean.items()}, self.keep)
 
     @cached_property
     def mean(self) -> Mapping[str, Tensor]:  # type: ignore[override]
