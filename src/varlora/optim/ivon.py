@@ -597,8 +597,8 @@ class IVON(torch.optim.Optimizer):
         return self._buckets
 
     def _adopt_outside_changes(self) -> None:
-        """Where the parameters hold the mean, make values that others wrote into them the mean."""
-        if not self.param_groups[0]["perturbed"] and self._eval_key is None:
+        """Make values that others wrote into the parameters the mean, unless those hold a draw of training."""
+        if not self.param_groups[0]["perturbed"]:
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
 
