@@ -488,7 +488,7 @@ def _llama_posteriors(args: argparse.Namespace, every: dict[str, Any]) -> dict[s
         add(name, 1)
 
     def add(name: str, columns: int) -> None:
-        collectors[name].add(inputs, [gradients] * columns, tokens)
+        collectors[name].add(inputs, [gradients] * columns, dict.fromkeys(inputs, tokens))
 
     def eigenvalues(name: str) -> None:
         collectors[name].eigenvalues()

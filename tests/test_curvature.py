@@ -260,7 +260,11 @@ def test_neither_the_batches_nor_their_order_matter(rank: int) -> None:
     sizes = {"v": (4, 40), "w": (30, 5)}
     made = batches(sizes)
     rows = [
-        ({k: v[r : r + 1] for k, v in inputs.items()}, [{k: v[r : r + 1] for k, v in g.items()} for g in gradients], n)
+        (
+            {k: v[r : r + 1] for k, v in inputs.items()},
+            [{k: v[r : r + 1] for k, v in g.items()} for g in gradients],
+            dict.fromkeys(sizes, n),
+        )
         for inputs, gradients, _ in reversed(made)
         for r, n in ((1, 4), (0, 3))
     ]

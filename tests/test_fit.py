@@ -542,7 +542,7 @@ def test_an_adapter_that_a_method_cannot_conclude_from_is_refused_before_trainin
 
 def test_an_epsilon_that_float16_does_not_know_is_refused(tmp_path):
     """AdamW would divide 0 by 0 at its first step, and no gradient would tell."""
-    with pytest.raises(VarloraError, match=r"`eps` that float16 can hold.*`method.eps` to 1e-4"):
+    with pytest.raises(VarloraError, match=r"`eps` that float16 can hold.*`eps` to 1e-4"):
         helpers.run_fit(helpers.tiny_model(adapter="float16"), AdamW(lr=1e-3), tmp_path)
     helpers.run_fit(helpers.tiny_model(adapter="float16"), AdamW(lr=1e-3, eps=1e-4), tmp_path)
 

@@ -25,6 +25,7 @@ from varlora.cli import main
 from varlora.config import settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.evaluation import calibrate, evaluate
+from varlora.export import export
 from varlora.hub import FILES, READ, from_pretrained, push_to_hub
 from varlora.loading import load
 from varlora.params import copied
@@ -370,6 +371,10 @@ def test_a_task_file_that_was_changed_since_does_not_change_a_run(
     assert said[0] == said[1]
     assert "plus" in said[0]
     push_to_hub(edited, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    (edited / "predictions.safetensors").unlink()
+    exported = export(edited, tmp_path / "exported", samples=0, say=silent)
+    assert [answer["answer"] for answer in exported["answers"][0]] == ["plus", "minus"]
+    assert "Sign of" in (tmp_path / "exported" / "example.jsonl").read_text()
     kept = yaml.safe_load((tmp_path / "pushed" / "task.yaml").read_text())
     assert (kept["prompt"], kept["answers"]) == ("Sign of {n}:", ["plus", "minus"])
 

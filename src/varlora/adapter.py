@@ -37,11 +37,14 @@ def reset_adapter(model: Any, seed: int) -> None:
     Raises:
         VarloraError: the adapter has more than A and B, which would stay as they are, or its start changed the base.
     """
-    lora_pairs(trainable(model))
+    try:
+        lora_pairs(trainable(model))
+    except VarloraError as error:
+        raise VarloraError(f"{error} An ensemble begins with a new adapter for each member, and could not.") from None
     for config in model.peft_config.values():
         if config.init_lora_weights not in AT_RANDOM:
             raise VarloraError(
-                "Expected an adapter that starts with a random A and B = 0, so that it can start anew, but got one of "
+                "Expected an adapter whose start leaves the base as it is, so that it can start anew, but got one of "
                 f"`init_lora_weights={config.init_lora_weights!r}`. Leave that out of its `LoraConfig`."
             )
     with seeded(seed), torch.no_grad():

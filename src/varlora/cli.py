@@ -264,25 +264,28 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import answer_rows
     from varlora.loading import load, trained_task
     from varlora.run import check_writable, write_text
-    from varlora.tasks import get_task, make_examples, parse_rows
+    from varlora.tasks import make_examples, parse_rows
 
     say = _speaker(console)
     source = "standard input" if arguments.input == "-" else arguments.input
     of_name = ".jsonl" if arguments.input == "-" else Path(source).suffix.lower()
     suffix = f".{arguments.format}" if arguments.format else of_name
-    if Path(arguments.output).is_dir():
-        raise VarloraError(f"Expected `--output` to be a file, but {arguments.output} is a folder. Add a file name.")
-    if arguments.output != "-":
-        check_writable(Path(arguments.output))  # before the work
+    output = None if arguments.output == "-" else Path(arguments.output)
+    if output and output.is_dir():
+        raise VarloraError(f"Expected `--output` to be a file, but {output} is a folder. Add a file name.")
+    if output and output.exists() and not output.is_file():
+        raise VarloraError(f"Expected `--output` to be a file, but {output} is none. Leave it out, and redirect.")
     try:
         stream = sys.stdin.buffer if arguments.input == "-" else io.BytesIO(Path(source).read_bytes())
         lines = stream.readlines()
     except OSError as error:
         raise VarloraError(f"Expected rows in {source}, but it cannot be read ({error.strerror}).") from error
-    task = get_task(trained_task(arguments.run_dir, settings_of(arguments.run_dir)))
+    task = trained_task(arguments.run_dir, settings_of(arguments.run_dir))
     rows = make_examples(task, parse_rows(lines, suffix), source, labelled=False, skip_bad_rows=arguments.skip_bad_rows)
     if rows.skipped:
         say(f"{rows.skipped} malformed rows were left out; the first: {rows.problems[0]}")
+    if output:
+        check_writable(output)  # before the work
     loaded = load(arguments.run_dir, model=arguments.model, calibrated=arguments.tau is None)
     answers = answer_rows(
         loaded,

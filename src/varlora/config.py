@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +115,10 @@ class Settings:
         return METHODS[self.method](**self.method_settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for `config.json`, the method's defaults filled in."""
+        """Return plain values for `config.json`, the method's defaults filled in, and the Trainer's tokens left out."""
         plain = dataclasses.asdict(self)
+        arguments = plain["training_arguments"].items()
+        plain["training_arguments"] = {name: value for name, value in arguments if not name.endswith("_token")}
         plain["method_settings"] = dataclasses.asdict(self.build_method())  # type: ignore[call-overload]
         plain["run_dir"] = str(self.folder)
         plain["sources"] = list(self.sources)
@@ -295,7 +298,7 @@ def settings_of(run_dir: Path) -> Settings:
         raise DamagedFileError(f"Expected settings in {run_dir / 'config.json'}, but there are none.")
     stored = {**config["settings"], "run_dir": str(run_dir)}
     kept, task = run_dir / TASK_FILE, str(stored.get("task"))
-    if is_task_file(task) and kept.is_file() and not Path(task).exists():
+    if is_task_file(task) and kept.is_file() and not _is_readable(task):
         stored["task"] = str(kept)
     try:
         return settings_from(stored, stored=True)
@@ -304,6 +307,14 @@ def settings_of(run_dir: Path) -> Settings:
         version = versions.get("varlora") if isinstance(versions, Mapping) else None
         by = f"{run_dir} was written by varlora {version} and cannot be read"
         raise ConfigError(f"{by}: {problem}" for problem in error.problems) from error
+
+
+def _is_readable(task: str) -> bool:
+    try:
+        get_task(task)
+    except VarloraError:
+        return False
+    return True
 
 
 def _plan(known: Mapping[str, Any]) -> Plan:
@@ -355,11 +366,8 @@ def _check(known: dict[str, Any], problems: list[str], stored: bool) -> None:
     texts = {name: value for name, value in arguments.items() if isinstance(value, str) and _is_number(hints.get(name))}
     arguments |= convert_all(TrainingArguments, texts, "training_arguments.", problems)
     problems += check_training_arguments(arguments)
-    problems += [
-        f"`training_arguments.{name}` is a secret, and would be written into config.json. Log in by `hf auth login`."
-        for name in arguments
-        if str(name).endswith("_token") and not stored
-    ]
+    if arguments.get("save_only_model") and not stored:
+        problems.append("`training_arguments.save_only_model` leaves no checkpoint to go on from. Leave it out.")
     if arguments and not problems and not stored:
         _try(lambda: _check_values(arguments), problems, "`training_arguments`: ")
 
@@ -374,18 +382,19 @@ def _check_values(arguments: Mapping[str, Any]) -> None:
     specific: Any = made.lr_scheduler_kwargs
     get_scheduler(
         made.lr_scheduler_type,
-        optimizer=torch.optim.SGD([torch.zeros(1)]),
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),  # the run's own may not be known yet
         num_warmup_steps=made.get_warmup_steps(100),
         num_training_steps=100,
         scheduler_specific_kwargs=specific,
     )
     rows: Any = [0]
-    DataLoader(
-        rows,
-        num_workers=made.dataloader_num_workers,
-        prefetch_factor=made.dataloader_prefetch_factor,
-        persistent_workers=made.dataloader_persistent_workers,
-    )
+    with warnings.catch_warnings(action="ignore"):  # which are for the run
+        DataLoader(
+            rows,
+            num_workers=made.dataloader_num_workers,
+            prefetch_factor=made.dataloader_prefetch_factor,
+            persistent_workers=made.dataloader_persistent_workers,
+        )
 
 
 def _try(make: Callable[[], Any], problems: list[str], where: str = "") -> Any:

@@ -22,14 +22,13 @@ from varlora.config import Settings
 from varlora.drawing import Draw
 from varlora.draws import distinct, holds, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.loading import Loaded, load, rows_of_split
+from varlora.loading import Loaded, load, rows_of_split, trained_task
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior
 from varlora.posterior.base import check_draws
 from varlora.predictions import load_predictions
-from varlora.prompt import PROMPT_VERSION, answer_tokens, chat_template, prompt_ids
+from varlora.prompt import PROMPT_VERSION, answer_tokens, prompt_ids
 from varlora.run import MANIFEST, atomic_folder, checksums, origin, read_json, write_json, write_text
-from varlora.tasks import get_task
 from varlora.templating import environment
 
 __all__ = ["export"]
@@ -161,7 +160,7 @@ def _check_free(to: Path, overwrite: bool) -> None:
 def _facts(run_dir: Path, settings: Settings) -> dict[str, Any]:
     config = read_json(run_dir / "config.json")
     return {
-        "task": get_task(settings.task).name,
+        "task": trained_task(run_dir, settings).name,
         "task_version": config.get("task_version"),
         "prompt_version": config.get("prompt_version", PROMPT_VERSION),
         "method": settings.method,
@@ -194,7 +193,7 @@ def _notes(posterior: Posterior, samples: int, draws: Sequence[Draw], settings: 
             f"The adapter was trained on a base in {settings.quantization}: from a server that quantises it otherwise, "
             "or not at all, probabilities differ slightly."
         )
-    if settings.chat and chat_template(tokenizer) != tokenizer.get_chat_template():
+    if settings.chat and "strftime_now(" in tokenizer.get_chat_template():
         notes.append(
             "The chat template writes the date into each prompt: a server takes today's, where the adapter was trained "
             "with one that stays. Write a date into the template that the server uses (`--chat-template`)."
@@ -218,7 +217,7 @@ def _answers(
     rows = [("", tuple(answers))] if answers else _rows(run_dir, settings)
     if not rows:
         raise VarloraError(
-            f"Expected `answers`: no predictions or rows of {get_task(settings.task).name} are here to tell them. "
+            "Expected `answers`: no predictions or rows of the run's task are here to tell them. "
             "Pass `--answers` with what the model may say, or run `varlora evaluate` first."
         )
     texts = Counter(tokenizer.batch_decode([[token] for token in range(len(tokenizer))]))
@@ -247,7 +246,7 @@ def _rows(run_dir: Path, settings: Settings) -> list[tuple[str, tuple[str, ...]]
             return list(zip(predictions.prompts, predictions.answers))
     except DamagedFileError:
         pass
-    task = get_task(settings.task)
+    task = trained_task(run_dir, settings)
     try:
         examples = rows_of_split(task, task.evaluation, settings, lambda text: None)
     except VarloraError:

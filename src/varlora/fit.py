@@ -68,7 +68,6 @@ OURS = {
     "adam_epsilon": "method.eps",
     "optim_args": "method",
     "resume_from_checkpoint": "resume",
-    "save_only_model": "nothing: a checkpoint is there to go on from",
     "label_smoothing_factor": "nothing: the loss is the cross-entropy over the answers",
     "remove_unused_columns": "nothing: the batches need every column",
     "load_best_model_at_end": "nothing: the posterior belongs to the last step",

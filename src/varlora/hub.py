@@ -38,7 +38,7 @@ from varlora.calibration import load_calibration
 from varlora.card import PICTURE, model_card
 from varlora.config import TASK_FILE, Settings, settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
-from varlora.loading import Loaded, load_parts, trained_settings, trained_task
+from varlora.loading import Loaded, kept_task, load_parts, trained_settings
 from varlora.run import (
     MANIFEST,
     atomic_folder,
@@ -108,7 +108,7 @@ def push_to_hub(
         )
     if base_model is not None and base_model != settings.model:
         settings = dataclasses.replace(settings, model=base_model, revision=None)  # which is of the other base
-    settings = dataclasses.replace(settings, task=trained_task(run_dir, settings))
+    settings = dataclasses.replace(settings, task=kept_task(run_dir, settings))
     _check_name("base_model", settings.model, "meta-llama/Llama-3.2-1B")
     if not (run_dir / "predictions.safetensors").is_file():
         say(f"{run_dir} is not evaluated, so its card has no metrics. `varlora evaluate {run_dir}` gives them.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from varlora.model import base_fingerprint, first_position, load_model
 from varlora.posterior import Posterior
 from varlora.prompt import Encoded
 from varlora.run import read_json
-from varlora.tasks import Task, is_task_file, load_rows, split_calibration
+from varlora.tasks import Task, get_task, is_task_file, load_rows, split_calibration
 from varlora.tasks.base import Example
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "check_same",
     "checksum_of",
     "encode_rows",
+    "kept_task",
     "load",
     "load_base",
     "load_parts",
@@ -93,13 +95,16 @@ class Loaded:
         return iter((self.model, self.posterior))
 
 
-def trained_task(run_dir: Path, settings: Settings) -> str:
-    """Return a run's task as it was trained on: a task file may have been changed since, and the run kept a copy.
-
-    For what reads no data: their files are named relative to the task file.
-    """
+def kept_task(run_dir: Path, settings: Settings) -> str:
+    """Return a run's task, by the copy that it kept of a task file, which may have been changed since."""
     kept = run_dir / TASK_FILE
     return str(kept) if is_task_file(settings.task) and kept.is_file() else settings.task
+
+
+def trained_task(run_dir: Path, settings: Settings) -> Task:
+    """Return a run's task as it was trained on, with its files where they were."""
+    task = get_task(kept_task(run_dir, settings))
+    return dataclasses.replace(task, folder=Path(settings.task).parent) if is_task_file(settings.task) else task
 
 
 def trained_settings(run_dir: Path) -> Settings:

@@ -27,7 +27,7 @@ PROMPT_VERSION = "1"
 """Raised whenever the tokens of a prompt or of its answers would change; stored with each run."""
 TODAY = datetime(2024, 7, 26)
 """What chat templates are told is today: a run's prompts must not change over night. Llama 3's, where it knows none."""
-ASKS_FOR_TODAY = re.compile(r"""\bstrftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+ASKS_FOR_TODAY = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Non
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a tokenizer's chat template, with the date that it asks for written into it."""
+    """Return a tokenizer's chat template, with the date that it asks for, as by `strftime_now("%d %b %Y")`, in it."""
 
     def written(found: re.Match[str]) -> str:
         return repr(TODAY.strftime(found["format"]))

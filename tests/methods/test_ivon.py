@@ -151,8 +151,9 @@ def test_rescaled_learning_rates_make_the_steps_that_are_announced(given: dict[s
         ]
         steps.append(by_group)
     assert steps[0] == pytest.approx(steps[1])
-    assert len({round(step, 3) for step in steps[0]}) > 1  # layers have steps of their own
-    assert min(steps[0]) < 1.001
+    shares = settings["sigma_by_layer"].values()
+    assert sorted({round(step, 3) for step in steps[0]}) == sorted({round(share, 3) for share in shares})
+    assert len(set(shares)) > 1  # layers have steps of their own
 
 
 def test_processes_that_train_together_make_the_epochs_of_one_with_all_their_rows() -> None:

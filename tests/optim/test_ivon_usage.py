@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -106,37 +105,39 @@ def test_an_evaluation_between_micro_batches_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize(("way", "bad"), [("train", 1), ("context", 1), ("context", 2)])
-def test_a_gradient_that_was_thrown_away_leaves_no_trace(way: str, bad: int, samples: int) -> None:
-    """A loop that skips bad micro-batches: `zero_grad` and on to the next."""
-    bad = min(bad, samples)
+def test_a_gradient_that_was_thrown_away_leaves_no_trace(samples: int) -> None:
+    """A loop that skips a bad batch: `zero_grad` and on to the next."""
     parameters, optimizer = make(mc_samples=samples)
-    for key in range(bad):
-        if way == "train":
-            optimizer.train()
-            (1e6 * make_loss(parameters, key)()).backward()
-        else:
-            with optimizer.sampled_params(train=True):
-                (1e6 * make_loss(parameters, key)()).backward()
+    optimizer.train()
+    (1e6 * make_loss(parameters, 0)()).backward()
     optimizer.zero_grad()
-    step_without_clearing(optimizer, parameters, samples, way)
-    # the same draws without the bad batches before them
+    run(optimizer, parameters, [1], samples, way="train")
+    # the same draws without the bad batch before them
     expected, reference = make(mc_samples=samples)
     if samples > 1:
-        reference.param_groups[0]["draws"] = bad
-    step_without_clearing(reference, expected, samples, way)
+        reference.param_groups[0]["draws"] = 1
+    run(reference, expected, [1], samples, way="train")
     assert same(snapshot(parameters, optimizer), snapshot(expected, reference))
 
 
-def step_without_clearing(optimizer: IVON, parameters: list[Any], samples: int, way: str) -> None:
-    for key in range(10, 10 + samples):
-        if way == "train":
-            optimizer.train()
-            make_loss(parameters, key)().backward()
-        else:
+@pytest.mark.parametrize("where", ["before", "within", "after"])
+def test_each_context_counts_wherever_gradients_are_cleared(where: str) -> None:
+    """A draw is added up when its context ends, so `zero_grad` takes none of them back."""
+    results = []
+    for place in (where, "nowhere"):
+        parameters, optimizer = make(mc_samples=3)
+        for key in range(3):
+            if place == "before":
+                optimizer.zero_grad()
             with optimizer.sampled_params(train=True):
+                if place == "within":
+                    optimizer.zero_grad()
                 make_loss(parameters, key)().backward()
-    optimizer.step()
+            if place == "after" and key < 2:
+                optimizer.zero_grad()
+        optimizer.step()
+        results.append(snapshot(parameters, optimizer))
+    assert same(*results)
 
 
 # --- which parameters ---

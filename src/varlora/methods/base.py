@@ -265,8 +265,8 @@ class AdamWTraining(Method):
             if self.eps and not torch.tensor(self.eps, dtype=p.dtype):
                 raise VarloraError(
                     f"Expected `eps` that {str(p.dtype).removeprefix('torch.')} can hold, which `{name}` is of, but "
-                    f"got {self.eps}: weights would become NaN. Set `lora.dtype` to float32 or bfloat16, or "
-                    "`method.eps` to 1e-4."
+                    f"got {self.eps}: weights would become NaN. Set `lora.dtype` to float32 or bfloat16, or `eps` to "
+                    "1e-4."
                 )
 
     def optimizer(

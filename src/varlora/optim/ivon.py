@@ -273,7 +273,9 @@ class IVON(torch.optim.Optimizer):
 
         Args:
             train: whether the gradient taken at this draw is for the next `step`; after it, the parameters are the
-                mean. If not, the draw changes nothing in the optimizer, the noise of later training steps included.
+                mean. With several draws a step, each counts once its context has ended, whether or not `zero_grad` is
+                called before the next. If not, the draw changes nothing in the optimizer, the noise of later training
+                steps included.
         """
         with self._train_draw() if train else self._eval_draw():
             yield
@@ -281,10 +283,7 @@ class IVON(torch.optim.Optimizer):
     @contextmanager
     def _train_draw(self) -> Iterator[None]:
         buckets, now = self._to_train("sampled_params(train=True)"), self.param_groups[0]
-        several = now["mc_samples"] > 1
-        if several and now["used"] and not any(bucket.has_gradients for bucket in buckets):  # as in `train`
-            self._set(drawn=0)
-        drawn = now["drawn"]
+        drawn, several = now["drawn"], now["mc_samples"] > 1
         self._set(averages=True)
         if several and drawn:
             for bucket in buckets:
@@ -302,7 +301,6 @@ class IVON(torch.optim.Optimizer):
         if several:
             for bucket in self._ready():
                 bucket.fold_gradients(self.param_groups[0]["drawn"])
-            self._set(used=any(bucket.has_gradients for bucket in self._buckets))
         self._show(perturbed=False)
 
     @contextmanager

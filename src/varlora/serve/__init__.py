@@ -29,7 +29,7 @@ from varlora.posterior.base import check_draws, check_tau
 from varlora.predict import Predictor
 from varlora.prompt import Encoded
 from varlora.serve.base import Limits, Use
-from varlora.tasks import Task, get_task
+from varlora.tasks import Task
 from varlora.templating import environment
 
 __all__ = ["Limits", "Service", "make_service", "serve"]
@@ -147,7 +147,7 @@ def make_service(
 
     limits = limits or Limits()
     _check_use(samples, tau, risk)
-    task = get_task(trained_task(Path(run_dir), loaded.settings))
+    task = trained_task(Path(run_dir), loaded.settings)
     counters = Counters()
     default = _default_use(loaded, samples, tau)
     draw, own = _draw(loaded, default, seed, how)
