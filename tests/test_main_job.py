@@ -274,6 +274,21 @@ def test_what_a_run_reads_is_not_overwritten_with_it(run_dir, base, tmp_path):
         assert sorted(copied.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "adamw", "lora": {"dtype": "float16"}}, "`eps` that float16 can hold"),
+        ({"batch_size": 1000, "training_arguments": {"dataloader_drop_last": True}}, "drops all of 3 rows"),
+    ],
+)
+def test_what_cannot_be_trained_does_not_cost_the_run_before(run_dir, base, tmp_path, change, says):
+    copied = shutil.copytree(run_dir, tmp_path / "copy")
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(VarloraError, match=says):
+        train(settings_from({**base, **change, "run_dir": str(copied)}), overwrite=True, say=silent)
+    assert sorted(copied.rglob("*")) == before
+
+
 def test_a_run_that_fails_early_leaves_no_directory(base, tmp_path):
     for change in ({"model": str(tmp_path / "none")}, {"data_dir": str(tmp_path)}, {"chat": True}):
         with pytest.raises(VarloraError):

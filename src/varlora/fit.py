@@ -45,6 +45,7 @@ from varlora.trainer import MethodTrainer, Watch, stop_on_signals
 __all__ = [
     "NotFiniteError",
     "check_method",
+    "check_start",
     "check_training_arguments",
     "conclude",
     "fit",
@@ -142,7 +143,6 @@ def fit(
     arguments_problems = check_training_arguments(training_arguments or {})
     if problems := arguments_problems + check_method(method, plan, training_arguments or {}):
         raise ConfigError(problems)
-    method.check_model(model)
     every: dict[str, Any] = {
         "pad_token_id": pad_token_id,
         "batch_size": batch_size,
@@ -188,13 +188,7 @@ def fit(
         **{**defaults, **(training_arguments or {})},
     )
     _ = arguments.device  # which sets up the process group, where there is one
-    if arguments.dataloader_drop_last and len(rows) < batch_size * ranks()[1]:
-        raise ConfigError(
-            [
-                f"`training_arguments.dataloader_drop_last` drops all of {len(rows)} rows, as a batch has "
-                f"{batch_size * ranks()[1]}. Leave it out, or lower `batch_size`."
-            ]
-        )
+    check_start(model, method, rows, batch_size, training_arguments or {})
     begin = start_of(model, rows, steps=steps, accumulation=accumulation, seed=seed, **every)
     method = _prepared(method, begin, run_dir, resume)
     optimizer = method.optimizer(params, len(rows), batch_size * accumulation, seed)
@@ -434,6 +428,30 @@ def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, An
         for name in SCHEDULE
         if name in training_arguments
     ]
+
+
+def check_start(
+    model: nn.Module,
+    method: Method,
+    rows: Sequence[Encoded],
+    batch_size: int,
+    training_arguments: Mapping[str, Any],
+) -> None:
+    """Refuse a model or rows that a posterior could not be made of; to be asked before an older run is replaced.
+
+    Raises:
+        VarloraError: the method could not conclude from the model's adapter; see `Method.check_model`.
+        ConfigError: no batch would be left.
+    """
+    method.check_model(model)
+    whole = batch_size * ranks()[1]
+    if training_arguments.get("dataloader_drop_last") and len(rows) < whole:
+        raise ConfigError(
+            [
+                f"`training_arguments.dataloader_drop_last` drops all of {len(rows)} rows, as a batch has {whole}. "
+                "Leave it out, or lower `batch_size`."
+            ]
+        )
 
 
 def _check_adapter(model: Any) -> None:

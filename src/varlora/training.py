@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from varlora.config import TASK_FILE, Settings, settings_from, settings_of
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.fit import conclude, fit, start_of
+from varlora.fit import check_start, conclude, fit, start_of
 from varlora.loading import (
     Progress,
     Say,
@@ -95,6 +95,8 @@ def train(
         "held_out": checksum_of(calibration),
     }
     sources = load_sources(model, settings, checksums)
+    if not sources or trains_on(settings):
+        check_start(model, method, encoded.rows, settings.batch_size, settings.training_arguments)
     with alone(run_dir):
         prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
         if (run_dir / "config.json").is_file():
