@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from varlora.errors import DamagedFileError, VarloraError, did_you_mean
-from varlora.params import check_same_parameters, trainable
+from varlora.params import check_same_parameters, not_finite, trainable
 from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
 from varlora.run import (
     MANIFEST,
@@ -130,7 +130,7 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    if lost := next((n for n, t in on_device.items() if t.is_floating_point() and not t.isfinite().all()), None):
+    if lost := not_finite(tensors):
         raise DamagedFileError(
             f"Expected finite numbers in {folder / 'posterior.safetensors'}, but `{lost}` has others, with which every "
             "answer would be NaN. Train again: in float32 or bfloat16, or with a lower learning rate."

@@ -35,7 +35,7 @@ from varlora.errors import ConfigError, DamagedFileError, Interrupted, VarloraEr
 from varlora.methods import Method, Plan, Start, Trained
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
-from varlora.params import trainable
+from varlora.params import not_finite, trainable
 from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
@@ -227,7 +227,7 @@ def fit(
             optimizer.eval()  # the mean, also when a batch failed in the middle of a draw
         model.eval()
     if watch.not_finite_run >= min(max_not_finite, steps):
-        good = f"The last good state is in {run_dir}/checkpoint-{step}. " if _finite(params) else ""
+        good = f"The last good state is in {run_dir}/checkpoint-{step}. " if not not_finite(params) else ""
         raise NotFiniteError(
             f"Loss or gradient was not finite in {watch.not_finite_run} steps in a row; stopped at step {step}. {good}"
             "Lower the learning rate or the posterior's scale, or train in float32 or bfloat16."
@@ -324,10 +324,6 @@ def _draw(
     return found.logits, found.labels
 
 
-def _finite(tensors: Mapping[str, Tensor]) -> bool:
-    return all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
-
-
 def _fit_member(
     model: nn.Module,
     method: Method,
@@ -383,10 +379,10 @@ def conclude(
     model.eval()
     given = _given(model, rows, pad_token_id, batch_size, calibration, seed, warn)
     posterior = method.posterior(Trained(**given, optimizer=optimizer, state=state or {}, sources=sources))
-    if not _finite(posterior.tensors()):
+    if lost := not_finite(posterior.tensors()):
         raise NotFiniteError(
-            f"The posterior that was concluded in {run_dir} is not finite, so nothing is written: all answers would be "
-            "NaN. Lower the learning rate or the posterior's scale, or train in float32 or bfloat16."
+            f"The posterior that was concluded in {run_dir} is not finite, so nothing is written: with `{lost}` all "
+            "answers would be NaN. Lower the learning rate or the posterior's scale, or train in float32 or bfloat16."
         )
     if ranks()[0] == 0:
         save_adapter(model, posterior, run_dir / "adapter")

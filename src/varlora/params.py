@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from varlora.errors import DamagedFileError
 
-__all__ = ["check_same_parameters", "copied", "swapped", "trainable"]
+__all__ = ["check_same_parameters", "copied", "not_finite", "swapped", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,6 +38,16 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
         False
     """
     return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds infinity or NaN, if there is one.
+
+    Example:
+        >>> not_finite({"a": torch.zeros(2), "b": torch.tensor([1.0, torch.nan])})
+        'b'
+    """
+    return next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
 
 
 def check_same_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
