@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from varlora import prompt
 from varlora.errors import TaskError, VarloraError
-from varlora.prompt import answer_tokens, chat_template, encode, prompt_ids
+from varlora.prompt import _chat_template, answer_tokens, encode, prompt_ids
 from varlora.tasks import TASKS, Example, load_rows
 
 CORPUS = ["Answer: A Answer: B Answer: C Answer: D Answer: E True False Question: Choices: one two three"] * 20
@@ -220,7 +220,7 @@ def test_a_chat_template_that_asks_for_the_date_gets_the_same_one_every_day():
     tokenizer = byte_level(chat_template=dated)
     (ids,) = prompt_ids(tokenizer, ["A"], chat=True)
     assert said(tokenizer, ids) == "26 Jul 2024 2024 A"
-    assert chat_template(byte_level(chat_template=CHATML)) == CHATML
+    assert _chat_template(byte_level(chat_template=CHATML)) == CHATML
 
 
 def test_a_chat_template_that_refuses_a_question_alone():

@@ -297,12 +297,12 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         say=say,
     )
     text = "".join(json.dumps(answer) + "\n" for answer in answers)  # in ASCII, which every pipe passes on
-    if arguments.output == "-":
+    if output:
+        write_text(output, text)
+        say(f"{len(rows.examples)} rows are in {output}.")
+    else:
         sys.stdout.write(text)
         sys.stdout.flush()
-    else:
-        write_text(Path(arguments.output), text)
-        say(f"{len(rows.examples)} rows are in {arguments.output}.")
 
 
 def _serve(arguments: argparse.Namespace, console: Console) -> None:

@@ -21,7 +21,7 @@ from varlora.tasks.base import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROMPT_VERSION", "Encoded", "answer_tokens", "chat_template", "encode", "prompt_ids"]
+__all__ = ["PROMPT_VERSION", "Encoded", "answer_tokens", "encode", "prompt_ids"]
 
 PROMPT_VERSION = "1"
 """Raised whenever the tokens of a prompt or of its answers would change; stored with each run."""
@@ -106,7 +106,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Non
         messages.append({"role": "assistant", "content": answer})
     settings: dict[str, Any] = {"add_generation_prompt": answer is None, "tokenize": False}
     try:
-        return str(tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer), **settings))
+        return str(tokenizer.apply_chat_template(messages, chat_template=_chat_template(tokenizer), **settings))
     except TemplateError as error:
         raise VarloraError(
             f"The chat template of `{tokenizer.name_or_path}` refuses a question without more: {error}. Leave `chat` "
@@ -114,7 +114,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Non
         ) from error
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a tokenizer's chat template, with the date that it asks for, as by `strftime_now("%d %b %Y")`, in it."""
 
     def written(found: re.Match[str]) -> str:
