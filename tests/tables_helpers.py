@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from varlora.evaluated import EvaluatedRun, Skipped
 from varlora.predictions import Predictions
-from varlora.results import EvaluatedRun, Row, Skipped, rows_of_runs
+from varlora.results import Row, rows_of_runs
 
 N, C, DRAWS = 120, 4, 10
 

@@ -16,8 +16,9 @@ from varlora import metrics
 from varlora.bootstrap import standard_errors
 from varlora.card import escaped, model_card
 from varlora.config import Settings
+from varlora.evaluated import read_run
 from varlora.predictions import Predictions, save_predictions
-from varlora.results import read_run, rows_of_runs
+from varlora.results import rows_of_runs
 from varlora.run import write_json
 
 NAME, BASE = "me/my-adapter", "someone/tiny-base"

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.evaluated import Skipped, read_run
 from varlora.report import build_report, to_table
-from varlora.results import Skipped, read_run
 from varlora.run import load_tensors, save_tensors
 from varlora.typeset import to_markdown
 

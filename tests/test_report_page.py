@@ -23,11 +23,12 @@ from test_report import write_run
 
 from varlora.curves import out_of_distribution, over_draws, risk_by_coverage, series_of, training
 from varlora.disagreement import disagreement
+from varlora.evaluated import read_runs
 from varlora.metrics import risk_coverage
 from varlora.page import html_page
 from varlora.predictions import load_predictions, save_predictions
 from varlora.report import build_report
-from varlora.results import read_runs, rows_of_runs
+from varlora.results import rows_of_runs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")

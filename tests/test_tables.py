@@ -14,9 +14,10 @@ from tables_helpers import evaluated, failure, rows, seeds, settings_of, written
 
 from varlora.bootstrap import paired_differences
 from varlora.errors import VarloraError
+from varlora.evaluated import Skipped, read_runs
 from varlora.methods import METHODS
 from varlora.predictions import load_predictions, save_predictions
-from varlora.results import Skipped, read_runs, rows_of_runs
+from varlora.results import rows_of_runs
 from varlora.table import ALL, AVERAGE, BEYOND_METRICS, PAPER_METRICS, Cell, Metric
 from varlora.tables import average, beyond, setting_text, table1, table2, table3
 

@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from _common import ROOT, count, machine, parser, shared_folder
 
+from varlora.evaluated import read_runs
 from varlora.grid import Processes
 from varlora.methods.ivon import PAPER
 from varlora.plan import candidates_of, plan_from
 from varlora.reproduce import reproduce
-from varlora.results import Row, read_runs, rows_of_runs
+from varlora.results import Row, rows_of_runs
 from varlora.run import origin, read_json, write_json
 
 HERE = "benchmarks/evidence"

@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from _common import ROOT, count, machine, parser, shared_folder
 
+from varlora.evaluated import read_runs
 from varlora.grid import Processes
 from varlora.plan import TAUS, Plan, plan_from
 from varlora.report import paper_tables
 from varlora.reproduce import reproduce
-from varlora.results import read_runs, rows_of_runs
+from varlora.results import rows_of_runs
 from varlora.run import origin, read_json, write_json
 from varlora.typeset import to_json
 

@@ -21,7 +21,8 @@ from varlora import __version__
 from varlora.bootstrap import standard_errors
 from varlora.config import Settings
 from varlora.diagram import reliability_diagram
-from varlora.results import Row, read_run, rows_of_runs
+from varlora.evaluated import read_run
+from varlora.results import Row, rows_of_runs
 from varlora.run import read_json
 from varlora.tasks import Task, get_task
 from varlora.templating import environment

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from varlora import metrics
+from varlora.evaluated import EvaluatedRun
 from varlora.predictions import Predictions, made_unlike
-from varlora.results import EvaluatedRun, Row, Stat
+from varlora.results import Row, Stat
 
 __all__ = [
     "Curve",

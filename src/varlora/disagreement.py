@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from varlora.curves import Series
+from varlora.evaluated import EvaluatedRun
 from varlora.metrics import uncertainty
 from varlora.predictions import Predictions
-from varlora.results import EvaluatedRun, Row
+from varlora.results import Row
 
 __all__ = ["Answered", "Disagreement", "disagreement"]
 

@@ -25,7 +25,8 @@ from varlora.curves import (
 from varlora.diagnosis import signs
 from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
-from varlora.results import Row, Skipped, origin_cells
+from varlora.evaluated import Skipped
+from varlora.results import Row, origin_cells
 from varlora.table import ResultTable
 from varlora.templating import environment
 

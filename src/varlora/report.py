@@ -20,9 +20,10 @@ from rich.text import Text
 from varlora import __version__
 from varlora.diagram import reliability_diagram, slices_diagram
 from varlora.errors import VarloraError
+from varlora.evaluated import EvaluatedRun, Skipped, read_runs
 from varlora.page import html_page
 from varlora.paper import beside_paper
-from varlora.results import EvaluatedRun, Row, Skipped, Slice, Stat, origin_cells, read_runs, rows_of_runs
+from varlora.results import Row, Slice, Stat, origin_cells, rows_of_runs
 from varlora.table import ResultTable
 from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment

@@ -21,94 +21,20 @@ from torch import Tensor
 
 from varlora import metrics
 from varlora.drawing import Drawing
-from varlora.errors import DamagedFileError, VarloraError
+from varlora.errors import VarloraError
+from varlora.evaluated import COUNTS, EvaluatedRun, Skipped
 from varlora.methods import METHODS
-from varlora.predictions import CALIBRATED, Predictions, load_predictions
 from varlora.run import read_json
-from varlora.tasks import get_task
 
-__all__ = ["EvaluatedRun", "Row", "Skipped", "Slice", "Stat", "origin_cells", "read_run", "read_runs", "rows_of_runs"]
+__all__ = ["Row", "Slice", "Stat", "origin_cells", "rows_of_runs"]
 
 NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every", "sources"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 EVALUATED = ("split", "tau", "samples", *(of.name for of in dataclasses.fields(Drawing)))
 """What predictions say of how they were made; runs of one group are alike in it."""
-COUNTS = ("training_rows", "held_out_rows")
-"""How many rows a run had, in its config.json; the second is not in files of older versions."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
 SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
 SLICE_METRICS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))  # name, factor, decimals
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluatedRun:
-    """A run directory with predictions."""
-
-    run: Path
-    """The run directory."""
-    config: Mapping[str, Any]
-    """Its config.json: settings, versions, commit, task and prompt version."""
-    predictions: Predictions
-    """Its predictions, with task, split, tau and samples in `meta`."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The run's resolved settings."""
-        return self.config["settings"]
-
-    @property
-    def meta(self) -> Mapping[str, str]:
-        """Where the predictions come from."""
-        return self.predictions.meta
-
-    @property
-    def known(self) -> Tensor:
-        """(N,) whether a row's label is known."""
-        return self.predictions.labels >= 0
-
-    def extra(self, kind: str) -> dict[str, Predictions]:
-        """Return the run's further predictions of one kind, by name, sorted.
-
-        Args:
-            kind: `tau`, of the same rows at other factors of the variance, or `ood`, of another task's rows.
-
-        Raises:
-            DamagedFileError: a file is cut short or altered.
-        """
-        start = f"predictions-{kind}-"
-        paths = sorted(self.run.glob(f"{start}*.safetensors"))
-        return {path.stem.removeprefix(start): load_predictions(path) for path in paths}
-
-    @property
-    def _calibrated(self) -> Path:
-        return self.run / f"predictions{CALIBRATED}.safetensors"
-
-    @property
-    def has_calibrated(self) -> bool:
-        """Whether the run has predictions of its calibrated posterior."""
-        return self._calibrated.is_file()
-
-    def calibrated(self) -> EvaluatedRun | None:
-        """Return the run with the predictions of its calibrated posterior in place of its own, if it has them.
-
-        Raises:
-            DamagedFileError: the file is cut short or altered.
-        """
-        if not self.has_calibrated:
-            return None
-        return dataclasses.replace(self, predictions=load_predictions(self._calibrated))
-
-    def probs(self, drawn: bool, tempered: bool = False) -> Tensor:
-        """(N, C) probabilities averaged over the draws, or at the mean; with the fitted temperature, or without."""
-        if tempered:
-            return self.predictions.tempered(drawn)
-        return self.predictions.probs if drawn else self.predictions.probs_mean
-
-    @property
-    def drawn(self) -> bool:
-        """Whether the draws are draws: not the mean itself."""
-        logits, mean = self.predictions.logits, self.predictions.logits_mean
-        return not torch.equal(logits, mean.expand_as(logits))
 
 
 @dataclass(frozen=True)
@@ -206,66 +132,7 @@ class Row:
         return _range([int(run.known.sum()) for run in self.runs])
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A run directory that the report leaves out."""
-
-    run: str
-    """The run directory."""
-    reason: str
-    """Why, and what to do about it."""
-    task: str = ""
-    """Name of the run's task, if it is known."""
-    method: str = ""
-    """Key of the run's method, if it is known."""
-
-
 # --- verbs
-
-
-def read_runs(run_dirs: Sequence[Path]) -> tuple[list[EvaluatedRun], list[Skipped]]:
-    """Read run directories; a directory named twice counts once.
-
-    Returns:
-        The runs, and those that cannot be used, with the reason.
-
-    Raises:
-        DamagedFileError: the only run has a damaged file.
-        VarloraError: no run, or none that can be used.
-    """
-    paths: dict[Path, Path] = {}
-    for run_dir in map(Path, run_dirs):
-        paths.setdefault(run_dir.resolve(), run_dir)
-    if not paths:
-        raise VarloraError("Expected at least one run directory, but got none. Pass what `varlora train` wrote.")
-    runs: list[EvaluatedRun] = []
-    skipped: list[Skipped] = []
-    for path in paths.values():
-        try:
-            run = read_run(path)
-            if not run.known.any():
-                raise VarloraError(
-                    f"Expected rows with labels, but all {len(run.known)} labels of {path} are unknown. "
-                    "Evaluate a split that has labels: `varlora evaluate RUN`."
-                )
-            runs.append(run)
-        except VarloraError as error:
-            if len(paths) == 1:
-                raise
-            skipped.append(Skipped(str(path), str(error), *_what(path)))
-    if not runs:
-        reasons = "\n".join(f"  - {skip.run}: {skip.reason}" for skip in skipped)
-        raise VarloraError(f"None of the {len(paths)} run directories can be reported on:\n{reasons}")
-    return runs, skipped
-
-
-def _what(run_dir: Path) -> tuple[str, str]:
-    """Return task and method of a run that cannot be used, as far as its config.json says."""
-    try:
-        settings = read_json(run_dir / "config.json")["settings"]
-        return get_task(settings["task"]).name, str(settings["method"])
-    except (VarloraError, KeyError, TypeError):
-        return "", ""
 
 
 def rows_of_runs(runs: Sequence[EvaluatedRun], bins: int = 10) -> tuple[list[Row], list[Skipped], list[str]]:
@@ -323,72 +190,6 @@ def origin_cells(run: EvaluatedRun) -> list[Any]:
         (run.config.get("versions") or {}).get("varlora", "-"),
         str(run.config.get("commit") or "-")[:12],
     ]
-
-
-# --- reading
-
-
-def read_run(run_dir: Path) -> EvaluatedRun:
-    """Read config.json and predictions.safetensors of a run directory.
-
-    Args:
-        run_dir: run directory.
-
-    Raises:
-        VarloraError: no such directory, or it has no predictions yet.
-        DamagedFileError: a file is cut short, altered or lacks something; names it.
-    """
-    if not run_dir.is_dir():
-        raise VarloraError(f"Expected a run directory, but {run_dir} is not a directory.")
-    if not (run_dir / "config.json").is_file():
-        raise VarloraError(f"{run_dir} is not a run directory: it has no config.json.")
-    config = read_json(run_dir / "config.json")
-    settings = config.get("settings") if isinstance(config, dict) else None
-    missing = [k for k in ("task", "model", "method", "seed") if not isinstance(settings, dict) or k not in settings]
-    if missing:
-        raise DamagedFileError(
-            f"Expected {run_dir / 'config.json'} to have settings {', '.join(missing)}: it is damaged, or of an older "
-            "version than this report reads. Train the run again."
-        )
-    if wrong := _wrong_types(config):
-        raise DamagedFileError(
-            f"Expected {run_dir / 'config.json'} to be of a run, but its {', '.join(wrong)} cannot be: it is damaged. "
-            "Train the run again."
-        )
-    if not (run_dir / "adapter").is_dir() and not (run_dir / "predictions.safetensors").is_file():
-        raise VarloraError(f"{run_dir} is not trained yet: go on with `varlora train --resume --run-dir {run_dir}`.")
-    path = run_dir / "predictions.safetensors"
-    if not path.is_file():
-        raise VarloraError(f"{run_dir} has no predictions: run `varlora evaluate {run_dir}` first.")
-    predictions = load_predictions(path)
-    try:
-        (
-            int(predictions.meta["samples"]),
-            float(predictions.meta["tau"]),
-            predictions.meta["task"],
-            predictions.meta["split"],
-        )
-    except (KeyError, ValueError) as error:
-        raise DamagedFileError(
-            f"{path} does not say how it was made ({error}): it is damaged, or of an older version than this report "
-            f"reads. Run `varlora evaluate {run_dir}` again."
-        ) from error
-    return EvaluatedRun(run_dir, config, predictions)
-
-
-def _wrong_types(config: Mapping[str, Any]) -> list[str]:
-    """Return what of a config.json is of a type that it never has."""
-    settings, members = config["settings"], config.get("concluded_from") or []
-    right = {
-        **{f"settings.{name}": isinstance(settings[name], str) for name in ("task", "model", "method")},
-        "settings.seed": isinstance(settings["seed"], int),
-        "settings.method_settings": isinstance(settings.get("method_settings") or {}, Mapping),
-        "versions": isinstance(config.get("versions") or {}, Mapping),
-        **{name: isinstance(config.get(name, 0), int) for name in COUNTS},
-        "concluded_from": isinstance(members, list)
-        and all(isinstance(member, Mapping) and {"method", "method_settings"} <= member.keys() for member in members),
-    }
-    return [name for name, is_right in right.items() if not is_right]
 
 
 # --- grouping

@@ -18,9 +18,10 @@ import torch
 
 from varlora.bootstrap import Difference, paired_differences
 from varlora.errors import VarloraError
+from varlora.evaluated import EvaluatedRun, Skipped
 from varlora.methods import METHODS
 from varlora.predictions import made_unlike
-from varlora.results import EvaluatedRun, Row, Skipped, rows_of_runs
+from varlora.results import Row, rows_of_runs
 from varlora.table import (
     ALL,
     AVERAGE,
