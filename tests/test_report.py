@@ -264,6 +264,15 @@ def test_seeds_evaluated_on_different_rows_are_noted(tmp_path):
     assert report.notes == ("arc_easy, ivon: the seeds were evaluated on different rows.",)
 
 
+def test_seeds_of_which_one_stored_no_prompts_have_the_same_rows(tmp_path):
+    """Predictions of older versions are without texts."""
+    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]
+    tensors, meta = load_tensors(runs[1] / "predictions.safetensors")
+    prompts = [f"Question {i}?" for i in range(60)]
+    save_tensors(runs[1] / "predictions.safetensors", tensors, {**meta, "prompts": json.dumps(prompts)})
+    assert build_report(runs, tmp_path / "out").notes == ()
+
+
 def test_rows_that_have_other_labels_are_different(tmp_path):
     """Where ids are the numbers of rows, a file that was replaced has the same."""
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]

@@ -1,9 +1,9 @@
-"""What evaluated runs say: predictions read from run directories, grouped over seeds, as rows of numbers.
+"""What evaluated runs say: their saved predictions, grouped over seeds, as rows of numbers.
 
-Each run directory gives its saved predictions; the metrics are computed from them anew. Runs that differ by seed only
-are one group, with mean and standard error over seeds. A group has a row at the posterior mean (`ivon@mean`) and one of
-its averaged draws (`ivon x10`); where there is nothing to draw from (`adamw`) it has one row. Where
-a task names a field to slice its rows by, each slice's accuracy is shown beside its confidence.
+The metrics are computed from the predictions anew. Runs that differ by seed only are one group, with mean and standard
+error over seeds. A group has a row at the posterior mean (`ivon@mean`) and one of its averaged draws (`ivon x10`);
+where there is nothing to draw from (`adamw`) it has one row. Where a task names a field to slice its rows by, each
+slice's accuracy is shown beside its confidence.
 """
 
 from __future__ import annotations
@@ -327,10 +327,10 @@ def _is_point(run_dir: Path) -> bool:
         return False
 
 
-def _asked(run: EvaluatedRun) -> frozenset[tuple[str, int, str]]:
-    """Return the rows that a run was evaluated on: id, label and, where they are stored, what is asked."""
+def _asked(run: EvaluatedRun, told: bool) -> frozenset[tuple[str, int, str]]:
+    """Return the rows that a run was evaluated on: id, label and, if `told`, what is asked."""
     predictions = run.predictions
-    prompts = predictions.prompts or ("",) * len(predictions.ids)
+    prompts = predictions.prompts if told else ("",) * len(predictions.ids)
     return frozenset(zip(predictions.ids, predictions.labels.tolist(), prompts))
 
 
@@ -342,7 +342,8 @@ def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
             if unknown:
                 notes.append(f"{run.run}: {unknown} of {len(run.known)} rows have no label and are left out.")
         name = f"{group[0].meta['task']}, {group[0].settings['method']}"
-        if len(set(map(_asked, group))) > 1:
+        told = all(run.predictions.prompts for run in group)  # predictions of older versions are without prompts
+        if len({_asked(run, told) for run in group}) > 1:
             notes.append(f"{name}: the seeds were evaluated on different rows.")
         for what, there in (
             ("temperature", [run.predictions.temperatures is not None for run in group]),
