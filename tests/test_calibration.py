@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from varlora import evaluation
 from varlora.calibration import (
     BEARABLE,
     SEARCH_DRAWS,
@@ -336,6 +338,18 @@ def test_the_report_shows_it_beside_what_was_trained(copy: Path, tmp_path: Path)
     evaluate(copy, samples=4, calibrated=True, say=lambda text: None)
     assert main(["calibrate", str(copy), "--samples", "0"]) == 0  # after which that is no longer what `predict` does
     assert [row.label for row in build_report([copy], tmp_path / "again").rows if row.calibrated] == []
+
+
+def test_what_cannot_be_calibrated_costs_no_predictions(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried before the hours of predicting, on the base that is loaded already."""
+    (copy / "adapter" / "calibration.json").unlink(missing_ok=True)
+    loads, predicts = Mock(wraps=evaluation.load), Mock(wraps=evaluation._predict)
+    refusing = Mock(side_effect=VarloraError("no"))
+    for name, mock in (("load", loads), ("_predict", predicts), ("search_calibration", refusing)):
+        monkeypatch.setattr(evaluation, name, mock)
+    with pytest.raises(VarloraError, match="no"):
+        evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
+    assert (loads.call_count, refusing.call_count, predicts.call_count) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("wrong", [["--taus", "2", "nan"], ["--tau", "-1"], ["--samples", "-1"]])

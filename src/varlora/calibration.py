@@ -27,9 +27,11 @@ from varlora.posterior.base import MOST_DRAWS, check_draws
 from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
 from varlora.temperature import at_an_end, fit_temperature
 
-__all__ = ["Calibration", "Search", "Trial", "calibrate", "load_calibration", "save_calibration"]
+__all__ = ["MOST_CHOSEN", "Calibration", "Search", "Trial", "calibrate", "load_calibration", "save_calibration"]
 
 FILE = "calibration.json"
+MOST_CHOSEN = 16
+"""Draws that are made to choose on, where nothing else is said: as many as can be chosen at the most."""
 TAUS = (1 / 64, 16.0)
 """Between these τ is looked for."""
 FEW = 20
@@ -115,7 +117,7 @@ class Search:
         return [f"{words} Hold out more rows (`calibration_fraction`)." for words in found]
 
 
-def calibrate(posterior: Posterior, draw: Draw, samples: int = 16, how: Drawing = PLAIN) -> Search:
+def calibrate(posterior: Posterior, draw: Draw, samples: int = MOST_CHOSEN, how: Drawing = PLAIN) -> Search:
     """Choose τ, the share that is pruned, the temperature and the number of draws on held-out rows.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from varlora import metrics
-from varlora.calibration import Search, save_calibration
+from varlora.calibration import MOST_CHOSEN, Search, save_calibration
 from varlora.calibration import calibrate as search_calibration
 from varlora.config import TASK_FILE, settings_of
 from varlora.data import EncodedSet
@@ -170,15 +170,16 @@ def evaluate(
             )
     for other in others:
         rows_of(other, other.evaluation)  # which raises before any is worked on
+    if calibrated and loaded.calibration is None and settings.calibration_fraction:
+        rows = rows_of(task, "calibration")[1].rows
+        search = _calibrate(run_dir, loaded, rows, seed=seed, token_budget=token_budget, say=say)
+        loaded = dataclasses.replace(loaded, calibration=search.chosen)
     found = {"": predicted(split)}
     for other in others:
         found[f"-ood-{other.name}"] = predicted(other.evaluation, other)
     for factor in taus:
         found[f"-tau-{factor:g}"] = predicted(split, tau=factor)
     more: dict[str, Any] = {}
-    if calibrated and loaded.calibration is None and settings.calibration_fraction:
-        search = calibrate(run_dir, seed=seed, token_budget=token_budget, data_dir=data_dir, model=model, say=say)
-        loaded = dataclasses.replace(loaded, calibration=search.chosen)
     if (chosen := loaded.calibration) is not None:
         used = dataclasses.replace(loaded, posterior=loaded.calibrated)
         tuned = predicted(split, tau=1.0, loaded=used, samples=chosen.samples, how=how.over(chosen.how))
@@ -223,7 +224,7 @@ def _task_file_changed(task: str, kept: Path) -> bool:
 def calibrate(
     run_dir: str | Path,
     *,
-    samples: int = 16,
+    samples: int = MOST_CHOSEN,
     how: Drawing = LATIN,
     seed: int = 0,
     token_budget: int = 4096,
@@ -258,6 +259,20 @@ def calibrate(
     loaded = load(run_dir, model=model, calibrated=False)
     rows = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say).rows
     check_same(run_dir, "held_out", checksum_of(rows), f"the held-out rows of {task.name}")
+    return _calibrate(run_dir, loaded, rows, samples, how, seed, token_budget, say)
+
+
+def _calibrate(
+    run_dir: Path,
+    loaded: Loaded,
+    rows: Sequence[Encoded],
+    samples: int = MOST_CHOSEN,
+    how: Drawing = LATIN,
+    seed: int = 0,
+    token_budget: int = 4096,
+    say: Say = print,
+) -> Search:
+    """Choose on a loaded run's held-out rows."""
 
     def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
         one = dataclasses.replace(loaded, posterior=posterior)
