@@ -273,6 +273,15 @@ def test_seeds_of_which_one_stored_no_prompts_have_the_same_rows(tmp_path):
     assert build_report(runs, tmp_path / "out").notes == ()
 
 
+def test_of_paths_that_differ_only_the_end_is_shown_that_tells_them_apart(tmp_path):
+    models = ["/home/me/llms/tiny", "/home/me/old/tiny", "/home/me/llms/large", "org/large"]
+    runs = [write_run(tmp_path / str(i), model=model) for i, model in enumerate(models)]
+    report = build_report(runs, tmp_path / "out")
+    shown = {row.differs for row in report.rows}
+    assert shown == {"model=llms/tiny", "model=old/tiny", "model=llms/large", "model=org/large"}
+    assert "/home/me" not in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_rows_that_have_other_labels_are_different(tmp_path):
     """Where ids are the numbers of rows, a file that was replaced has the same."""
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,9 +243,21 @@ def _differences(groups: Sequence[Sequence[EvaluatedRun]], counted: bool) -> lis
         same = [t for t, rival in rivals if rival.settings["method"] == group[0].settings["method"]]
         names = {n for n in ("model", "split") if any(t.get(n) != mine.get(n) for t, _ in rivals)}
         names |= {n for t in same for n in {*t, *mine} if t.get(n) != mine.get(n)}
-        shown = {name.removeprefix("method_settings."): mine.get(name, "unset") for name in sorted(names)}
-        found.append(", ".join(f"{name}={value}" for name, value in shown.items()))
+        told = {
+            name: _end_of_path(mine.get(name, "unset"), {t.get(name, "") for t in traits}) for name in sorted(names)
+        }
+        found.append(", ".join(f"{name.removeprefix('method_settings.')}={value}" for name, value in told.items()))
     return found
+
+
+def _end_of_path(value: str, values: Collection[str]) -> str:
+    """Return as much of the end of an absolute path as tells it from others; all else as it is."""
+    parts = Path(value).parts
+    if not Path(value).is_absolute():
+        return value
+    ends = ("/".join(parts[-n:]) for n in range(1, len(parts)))
+    others = [f"/{other}" for other in values if other != value]
+    return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), value)
 
 
 def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Row]:
