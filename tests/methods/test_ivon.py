@@ -225,6 +225,19 @@ def test_the_seed_decides_what_it_looks_at() -> None:
     assert one != other
 
 
+def test_of_a_file_that_is_sorted_by_label_the_look_sees_batches_as_training_has_them() -> None:
+    """A mini-batch of one label has a larger gradient, so h_0 and lambda would be off."""
+    begin, seen = start(batch_size=8, steps=2000), []
+
+    def forward(model: Any, batch: Any) -> Any:
+        seen.append(len(set(batch["labels"].tolist())))
+        return class_logits(model, batch)
+
+    Ivon().prepare(replace(begin, rows=sorted(ROWS, key=lambda row: row.label), forward=forward))
+    assert len(seen) == BATCHES
+    assert statistics.mean(seen) > 2
+
+
 @pytest.mark.parametrize("steps", [400, 2000, 20_000])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_the_look_costs_what_it_may(steps: int, batch_size: int) -> None:

@@ -237,7 +237,7 @@ def rise(model: Any, posterior: Any, rows: Sequence[Encoded], samples: int, seed
 def test_the_loss_on_the_anchor_rows_rises_as_far_as_the_bound_allows(method: Tfb, fitted: Any) -> None:
     """The next larger scale that may be tried, 1.1 % above, or at most 3 % above, does not pass."""
     model, posterior, said = fitted(method)
-    anchors = helpers.make_rows()[: method.anchor_rows]
+    anchors = ended(model, helpers.make_rows(), seed=4).some_rows(method.anchor_rows)
     assert 0 < rise(model, posterior, anchors, method.samples) <= method.bound * (1 + 1e-3)
     assert rise(model, posterior.scale(1.03**2), anchors, method.samples) > method.bound
     assert about(said, f"on {len(anchors)} training rows")
@@ -268,7 +268,7 @@ def test_noise_is_of_one_scale_in_all_layers(fitted: Any) -> None:
 
 @pytest.mark.parametrize(("anchor_rows", "used"), [(3, 3), (12, 12), (500, 12)])
 def test_only_the_anchor_rows_are_drawn_and_each_scale_with_as_many_draws(anchor_rows: int, used: int) -> None:
-    """The first rows; the mean once."""
+    """The same rows each time; the mean once."""
     model, rows, calls = helpers.tiny_model(), helpers.make_rows(), []
 
     def draw(posterior: Any, of: Sequence[Encoded], n: int) -> tuple[Tensor, Tensor]:
@@ -281,9 +281,26 @@ def test_only_the_anchor_rows_are_drawn_and_each_scale_with_as_many_draws(anchor
         for p in trainable(model).values():
             p.normal_(generator=seeded(3))
     Tfb(anchor_rows=anchor_rows, samples=7).posterior(ended(model, rows, draw))
-    assert all(of == rows[:used] for of, _ in calls)
+    assert all(of == calls[0][0] for of, _ in calls)
+    assert len({row.id for row in calls[0][0]}) == used
     assert [n for _, n in calls].count(0) == 1
     assert {n for _, n in calls} == {0, 7}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_a_file_that_is_sorted_by_label_the_anchor_rows_are_of_all_labels(seed: int) -> None:
+    rows = sorted(helpers.make_rows(60), key=lambda row: row.label)
+    model, kinds = helpers.tiny_model(), set()
+
+    def draw(posterior: Any, of: Sequence[Encoded], n: int) -> tuple[Tensor, Tensor]:
+        kinds.add(frozenset(row.label for row in of))
+        return torch.zeros(max(n, 1), len(of), 5), torch.tensor([row.label for row in of])
+
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.normal_(generator=seeded(3))
+    Tfb(anchor_rows=30).posterior(ended(model, rows, draw, seed=seed))
+    assert kinds == {frozenset(row.label for row in rows)}
 
 
 def test_an_adapter_that_has_learned_nothing_gets_no_noise_and_says_so() -> None:

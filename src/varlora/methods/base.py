@@ -80,6 +80,11 @@ class Given:
         """Return rows as a batch."""
         return collate(rows, self.pad_token_id)
 
+    def some_rows(self, count: int) -> list[Encoded]:
+        """Return up to `count` of the training rows, chosen by the seed: the first ones of a sorted file are alike."""
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return [self.rows[i] for i in order[:count]]
+
     def nll(self, posterior: Posterior, rows: Sequence[Encoded], n: int) -> float:
         """Return the NLL of rows by the average of `n` draws, or by the mean for n = 0; infinity for lost logits."""
         try:

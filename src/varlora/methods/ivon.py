@@ -347,8 +347,7 @@ def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
     most = PROBE * start.steps * a_step
     count = min(max(int(math.sqrt(most / (scale.TRIALS * DRAWS_PER_ROW))), ROWS[0]), ROWS[1], len(start.rows))
     draws = min(max(int((most / count - 1) / scale.TRIALS), DRAWS[0]), DRAWS[1])
-    order = torch.randperm(len(start.rows), generator=torch.Generator().manual_seed(start.seed)).tolist()
-    rows = [start.rows[i] for i in order[:count]]
+    rows = start.some_rows(count)
     mean = {name: p.float() for name, p in copied(start.model).items()}
     at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
     bound = scale.bound([len(row.label_tokens) for row in start.rows], epochs)
@@ -383,8 +382,9 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
     batches = min(max(round(PROBE * start.steps / 2), 1), BATCHES, math.ceil(len(start.rows) / size))
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
     squares, sizes = defaultdict[str, float](float), defaultdict[str, int](int)
+    seen = start.some_rows(batches * size)
     for at in range(batches):
-        rows = start.rows[at * size : (at + 1) * size]
+        rows = seen[at * size : (at + 1) * size]
         with posterior.sampled(start.model, source), torch.enable_grad():
             total = [torch.zeros_like(p) for p in params.values()]
             for i in range(0, len(rows), start.batch_size):

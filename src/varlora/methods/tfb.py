@@ -83,7 +83,7 @@ class Tfb(AdamWTraining):
             trained.say(f"{dead} of {directions} directions of the adapter have no singular value and get no noise.")
         if dead == directions:
             return noisy(0.0)
-        anchors = trained.rows[: self.anchor_rows]
+        anchors = trained.some_rows(self.anchor_rows)
         trained.say(f"Searching the scale of the noise on {len(anchors)} training rows.")
         limit = (1 + self.bound) * trained.nll(noisy(0.0), anchors, 0)
         sigma = largest(lambda sigma: trained.nll(noisy(sigma), anchors, self.samples) <= limit)
