@@ -469,6 +469,22 @@ def test_kronecker_quadratic_is_the_inverse_of_the_precision(sides: tuple[int, i
     torch.testing.assert_close(posterior.scale(0.3).quadratic("weight", gradients), 0.3 * J @ covariance @ J.mT)
 
 
+@pytest.mark.parametrize("prior", [0.7, 1e-4, 1e-8])
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+def test_kronecker_of_32_bits_bears_curvature_far_above_the_prior(sides: tuple[int, int], prior: float) -> None:
+    """Where r is millions of times s, eigenvectors that are orthonormal but for rounding must not leave errors of r."""
+    exact, _ = curvature(*sides, prior)
+    posterior = single(exact)
+    U, V, s = (getattr(exact, field)["weight"] for field in ("left", "right", "variance"))
+    within = U[:, None, :, None] * V[None, :, None, :]  # (3, 4, k, l)
+    beyond = (1 - within.square().sum((2, 3))).clamp(min=1e-30) * exact.rest
+    std = (beyond * (len(U) * len(V) > s.numel()) + (within.square() * s).sum((2, 3))).sqrt()
+    torch.testing.assert_close(posterior.marginal_std()["weight"].double(), std, rtol=1e-5, atol=0)
+    gradients = torch.einsum("jl,oijl->oi", torch.ones(s.shape, dtype=torch.float64), within)[None, None].float()
+    found = posterior.quadratic("weight", gradients).item()
+    assert found == pytest.approx(s.sum().item(), rel=1e-5 if prior > 1e-6 else 1e-3)
+
+
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
 def test_kronecker_draws_have_the_inverse_of_the_precision_as_covariance(sides: tuple[int, int]) -> None:
     (posterior, covariance), source = curvature(*sides), seeded()

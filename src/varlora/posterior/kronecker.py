@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from varlora.drawing import Source, normal
@@ -68,17 +69,22 @@ class KroneckerGaussian(WeightPosterior):
 
     def quadratic(self, name: str, gradients: Tensor) -> Tensor:
         """Return the covariance that one parameter gives to linear functions of it, (B, C, C) float64."""
-        along = (self.left[name].T @ gradients @ self.right[name]).flatten(2).double()  # (B, C, k * l)
-        whole, rest = gradients.flatten(2).double(), self.rest.double()
-        excess = self.variance[name].flatten().double() - rest
-        return rest * (whole @ whole.mT) + (along * excess) @ along.mT
+        gradients, left, right = (part.double() for part in (gradients, self.left[name], self.right[name]))
+        along = left.T @ gradients @ right  # (B, C, k, l)
+        beyond = (gradients - left @ along @ right.T).flatten(2)  # r - s times all would leave rounding errors of r
+        along = along.flatten(2)
+        return self.rest.double() * (beyond @ beyond.mT) + (along * self.variance[name].flatten().double()) @ along.mT
 
     def marginal_std(self) -> dict[str, Tensor]:
-        """Return the root of the covariance's diagonal, r + Σⱼᵢ (sⱼᵢ − r) uⱼ² vᵢ², by parameter name."""
-        return {
-            name: (self.rest + self.left[name].square() @ (s - self.rest) @ self.right[name].square().T).sqrt()
-            for name, s in self.variance.items()
-        }
+        """Return the root of the covariance's diagonal, r (1 − Σⱼᵢ uⱼ² vᵢ²) + Σⱼᵢ sⱼᵢ uⱼ² vᵢ², by parameter name."""
+        found = {}
+        for name, variance in self.variance.items():
+            # r may be millions of times s, and eigenvectors of 32 bits are orthonormal to a ten-millionth
+            left, right = (torch.linalg.qr(side[name].double())[0].square() for side in (self.left, self.right))
+            beyond = (1 - left.sum(1)[:, None] * right.sum(1)).clamp_min(0)
+            diagonal = self.rest.double() * beyond + left @ variance.double() @ right.T
+            found[name] = diagonal.sqrt().to(variance.dtype)
+        return found
 
     def scale(self, tau: float) -> KroneckerGaussian:
         """Return the Gaussian with `tau` times the covariance."""
