@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from varlora.metrics import standard_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +50,23 @@ def test_differences_are_of_the_same_setting_and_seed() -> None:
     both = {"auto": mine, "peers": group([1, 2, 3], "adamw", [2.5, 4.5, 9.0])}
     (line,) = [one for one in scale.paired_table({"a": both, "b": {"auto": mine}}).splitlines() if "AdamW" in one]
     assert line.endswith("| x10 | 1 | 2 | -100.0 ± 50.0 | -100.0 ± 50.0 | -1.000 ± 0.500 |")
+
+
+def test_the_seeds_of_a_setting_are_not_counted_as_if_each_were_a_setting() -> None:
+    """As many numbers, all of them alike within their setting, say no more than one of each."""
+    scale = importlib.import_module("scale")
+    few, many = [[1.0], [2.0], [6.0]], [[1.0] * 5, [2.0] * 5, [6.0] * 5]
+    assert scale.error_of(few) == pytest.approx(standard_error([1, 2, 6]))
+    assert scale.error_of(many) == pytest.approx(scale.error_of(few))
+    assert scale.error_of([[1.0, 2.0, 6.0]]) == pytest.approx(scale.error_of(few))
+    source = random.Random(0)
+    found, means = [], []
+    for _ in range(2000):  # eight settings of unlike many seeds, an effect of the setting and one of the seed
+        effects = [source.gauss(0, 2) for _ in range(8)]
+        groups = [[effect + source.gauss(0, 1) for _ in range(2 + at % 4)] for at, effect in enumerate(effects)]
+        found.append(scale.error_of(groups) ** 2)
+        means.append(statistics.fmean(value for of in groups for value in of))
+    assert statistics.fmean(found) == pytest.approx(statistics.variance(means), rel=0.15)
 
 
 def test_nothing_failed_and_every_line_has_its_seeds(settings: Any) -> None:

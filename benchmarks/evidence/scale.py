@@ -7,11 +7,13 @@ what IVON left to itself differs by from the rest, of the same setting and seed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -123,10 +125,27 @@ def paired_table(settings: Mapping[str, Any]) -> str:
                 continue
             cells = [str(sum(map(bool, pairs))), str(len(both))]
             for metric, _, factor, decimals in metrics:
-                values = [factor * (one[metric] - other[metric]) for one, other in both]
-                cells.append(f"{sum(values) / len(values):+.{decimals}f} ± {standard_error(values):.{decimals}f}")
+                values = [[factor * (one[metric] - other[metric]) for one, other in of] for of in pairs if of]
+                cells.append(f"{mean(itertools.chain(*values)):+.{decimals}f} ± {error_of(values):.{decimals}f}")
             out.append(f"| {name} | {how} | {' | '.join(cells)} |")
-    return "\n".join([*out, "", "± is the standard error over pairs."])
+    error = "± is the standard error over settings, in which seeds are alike; of a single setting, over seeds."
+    return "\n".join([*out, "", error])
+
+
+def error_of(groups: Sequence[Sequence[float]]) -> float:
+    """Return the standard error of the mean of all numbers, of which those of a group have much in common.
+
+    √(G / (G − 1) Σ_g (Σ_i (x_gi − x̄))²) / n, for G groups of n numbers (cluster-robust; Liang and Zeger 1986).
+
+    Example:
+        >>> error_of([[1.0, 1.0], [3.0, 3.0]])  # as that of 1 and 3
+        1.0
+    """
+    if len(groups) == 1:
+        return standard_error(groups[0])
+    center, n = mean(itertools.chain(*groups)), sum(map(len, groups))
+    apart = sum(sum(value - center for value in of) ** 2 for of in groups)
+    return math.sqrt(len(groups) / (len(groups) - 1) * apart) / n
 
 
 def _by_seed(setting: Mapping[str, Any], group: str, *labels: str) -> dict[int, dict[str, float]]:
