@@ -58,7 +58,9 @@ class Drawing:
     last_layers: int | None = None
     """Draw only the adapter's last so many layers; those below stay at the mean and are computed once. None: all."""
     tolerance: float | None = None
-    """Stop drawing for a row once its answer is clear and the standard error of its probabilities is at most this."""
+    """Stop drawing for a row once its answer is clear and the standard error of its probabilities is at most this, were
+    the draws as far apart as their number leaves possible (`stack.settled`). A few draws that go another way altogether
+    may still be missed: of a mixture each member is judged by itself."""
     tokens: int | None = None
     """Tokens a pass, all its draws together; None: found by itself."""
 

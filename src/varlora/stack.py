@@ -358,13 +358,24 @@ def rows_of(batch: Any, index: Tensor) -> Any:
 def settled(logits: Tensor, tolerance: float, paired: bool = False) -> Tensor:
     """Return whether more draws would change neither a row's answer nor its probabilities, (B,) bool.
 
+    Few draws often lie closer together than all would, and to stop just there favours what most draws say. So they are
+    judged as if their logits, taken for Gaussian, were as far apart as they may be: by the upper 95 % bound of
+    their standard deviation, which is 3.0 times what is seen of 4 draws, and 1.4 times of 16.
+
     Args:
-        logits: (n, B, C), n >= 2.
+        logits: (n, B, C), n >= 2; -inf for an answer that a row does not have.
         tolerance: standard error that every averaged probability is to have at the most; the first answer's lead over
             the second has to be more than two of its own.
         paired: every second draw depends on the one before it, so that pairs are what is independent.
+
+    References:
+        Wilson and Hilferty 1931 (the quantile of χ²).
     """
-    probs = logits.double().softmax(-1)
+    logits, freedom = logits.double(), len(logits) // (1 + paired) - 1
+    quantile = (1 - 2 / (9 * freedom) - 1.645 * math.sqrt(2 / (9 * freedom))) ** 3  # of χ², over its mean
+    center = logits.mean(0)
+    apart = torch.where(logits == -math.inf, logits, center + (logits - center) / math.sqrt(quantile))
+    probs = apart.softmax(-1)
     if paired:
         probs = probs.unflatten(0, (-1, 2)).mean(1)
     root = math.sqrt(len(probs))
