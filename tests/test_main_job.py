@@ -255,12 +255,12 @@ def test_a_finished_run_that_is_damaged_is_made_again_from_its_checkpoint(run_di
 def test_what_is_no_run_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch):
     """To go on with, and to overwrite: of several seeds before the first one is trained."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / ".notes.old").write_text("notes")
+    (tmp_path / "mine" / ".notes.01234567.old").write_text("notes")
     monkeypatch.setattr("varlora.loading.load_model", None)
     for how in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(VarloraError, match="not a run directory"):
             check_run_dir(settings_from({**base, "run_dir": str(tmp_path / "mine")}), **how)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == [".notes.old"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [".notes.01234567.old"]
 
 
 def test_what_a_run_reads_is_not_overwritten_with_it(run_dir, base, tmp_path):

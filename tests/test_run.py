@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from varlora import run
 from varlora.errors import DamagedFileError, VarloraError
@@ -62,18 +63,18 @@ def test_prepare_puts_back_what_a_kill_left_half_replaced(tmp_path):
     """Killed between the two renames, the folder is there under its other name alone; killed after, under both."""
     make_run(tmp_path)
     for where in (tmp_path, tmp_path / "member-1"):
-        write_text(where / ".adapter.old" / "x.txt", "whole")
-        write_text(where / ".report.old" / "x.txt", "old")
+        write_text(where / ".adapter.0123abcd.old" / "x.txt", "whole")
+        write_text(where / ".report.89abcdef.old" / "x.txt", "old")
         write_text(where / "report" / "x.txt", "new")
         write_text(where / ".checkpoint.tmp" / "x.txt", "half")
-    write_text(tmp_path / ".notes.old", "a file")
+    write_text(tmp_path / ".notes.v2.00000000.old", "a file")
     (tmp_path / ".link.tmp").symlink_to(tmp_path / "report")
     prepare_run_dir(tmp_path, resume=True)
     for where in (tmp_path, tmp_path / "member-1"):
         assert (where / "adapter" / "x.txt").read_text() == "whole"
         assert (where / "report" / "x.txt").read_text() == "new"
         assert not list(where.glob(".*"))
-    assert (tmp_path / "notes").read_text() == "a file"
+    assert (tmp_path / "notes.v2").read_text() == "a file"
 
 
 def test_prepare_overwrites_a_run(tmp_path):
@@ -115,18 +116,6 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
     assert entries(tmp_path / "mine") == ["thesis.txt"]
 
 
-def test_who_may_read_files_is_as_the_umask_says(tmp_path):
-    before = os.umask(0o077)
-    try:
-        write_text(tmp_path / "x.txt", "x")
-        save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
-        with atomic_folder(tmp_path / "folder") as folder:
-            write_text(folder / "x.txt", "x")
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o077 for path in tmp_path.rglob("*")} == {0}
-
-
 def test_a_manifest_of_nothing_is_none(tmp_path):
     write_json(tmp_path / "manifest.json", {})
     with pytest.raises(DamagedFileError, match="checksums"):
@@ -144,7 +133,7 @@ def test_what_is_no_run_is_neither_deleted_nor_gone_on_with(tmp_path):
     write_text(tmp_path / "list" / "config.json", "[]")
     for name in ("thesis", "model", "broken", "list"):
         write_text(tmp_path / name / ".draft.tmp", "a draft")
-        write_text(tmp_path / name / ".notes.old", "notes")
+        write_text(tmp_path / name / ".notes.01234567.old", "notes")
         before = entries(tmp_path / name)
         for how in ({"overwrite": True}, {"resume": True}):
             with pytest.raises(VarloraError, match="not a run directory"):
@@ -314,6 +303,36 @@ def test_folder_is_written_whole_or_not_at_all(tmp_path):
         write_text(folder / "y.txt", "new")
     assert entries(path) == ["manifest.json", "y.txt"]
     assert entries(path.parent) == ["adapter"]
+
+
+def test_a_folder_beside_it_is_left_alone(tmp_path):
+    """Whatever its name: what it replaces is put aside under a name of its own."""
+    write_text(tmp_path / ".folder.old" / "thesis.txt", "important")
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "folder") as folder:
+            write_text(folder / "x.txt", text)
+    assert (tmp_path / ".folder.old" / "thesis.txt").read_text() == "important"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".folder.old", "folder"]
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_files_is_as_the_umask_says(tmp_path, umask, expected):
+    """Ours, and those that a library wrote into a folder of ours: a server may run as another user."""
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "x.txt", "x")
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+        with atomic_folder(tmp_path / "folder") as folder:
+            save_file({"x": torch.zeros(1)}, folder / "y.safetensors")
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in written} == {
+        "x.txt": expected,
+        "x.safetensors": expected,
+        "y.safetensors": expected,
+        "manifest.json": expected,
+    }
 
 
 def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):

@@ -150,8 +150,8 @@ def alone(path: Path) -> Iterator[None]:
 
 def _tidy(folder: Path) -> None:
     """Remove what a process left that was killed while writing; what it was about to replace stays."""
-    for old in folder.glob(".?*.old"):
-        name = folder / old.name[1 : -len(".old")]
+    for old in folder.glob(f".?*.{'[0-9a-f]' * 8}.old"):
+        name = folder / old.name[1:].rsplit(".", 2)[0]
         _remove(old) if name.exists() else old.rename(name)
     for leftover in folder.glob(".*.tmp"):
         _remove(leftover)
@@ -198,9 +198,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: Path, kind: str = "tmp") -> Path:
     """Return a name of no other's beside a path, to write to; unlike `tempfile`'s, what is there is as umask says."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -227,9 +227,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         # an empty mapping would make a file that cannot be read back
         save_file(own, temporary, metadata=dict(metadata) if metadata else None)
+        temporary.chmod(permissions)  # safetensors would keep it to its owner
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
@@ -316,11 +319,13 @@ def atomic_folder(
 
 def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] | None = None) -> None:
     """Give a folder its manifest, flush all of it to the disk, and rename it to `path`, which it replaces."""
+    permissions = temporary.stat().st_mode & 0o666
+    for file in (found for found in temporary.rglob("*") if found.is_file()):
+        file.chmod(file.stat().st_mode | permissions)  # safetensors would keep its own to their owner
     (manifest or write_manifest)(temporary)
     for folder in (temporary, *(found for found in temporary.rglob("*") if found.is_dir())):
         _flush(folder)
-    old = path.with_name(f".{path.name}.old")
-    _discard(old)
+    old = _temporary(path, "old")
     if path.exists() or path.is_symlink():
         path.rename(old)
     try:
