@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -340,6 +342,40 @@ def test_the_report_shows_it_beside_what_was_trained(copy: Path, tmp_path: Path)
     assert [row.label for row in build_report([copy], tmp_path / "again").rows if row.calibrated] == []
 
 
+def files_of(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_a_full_disk_costs_no_results(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where some of the new files found room."""
+    evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
+    before = files_of(copy)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(evaluation, "write_json", Mock(side_effect=full))
+    with pytest.raises(VarloraError, match=r"No space left.*was there before is whole"):
+        evaluate(copy, samples=3, say=lambda text: None)
+    assert files_of(copy) == before
+    monkeypatch.setattr(evaluation, "save_calibration", Mock(side_effect=full))
+    with pytest.raises(VarloraError, match="No space left"):
+        calibrate_run(copy, samples=2, say=lambda text: None)
+    assert files_of(copy) == before
+
+
+@pytest.mark.parametrize("verb", [evaluate, calibrate_run])
+def test_of_an_adapter_that_was_replaced_meanwhile_nothing_is_written(copy: Path, verb: Any, monkeypatch: Any) -> None:
+    evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
+    before, manifest, inner = files_of(copy), copy / "adapter" / "manifest.json", evaluation._predict
+
+    def predict_slowly(*args: Any, **settings: Any) -> Any:
+        manifest.write_text(manifest.read_text() + " ")
+        return inner(*args, **settings)
+
+    monkeypatch.setattr(evaluation, "_predict", predict_slowly)
+    with pytest.raises(VarloraError, match="trained anew meanwhile"):
+        verb(copy, samples=2, say=lambda text: None)
+    assert files_of(copy) == before
+
+
 def test_what_cannot_be_calibrated_costs_no_predictions(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried before the hours of predicting, on the base that is loaded already."""
     (copy / "adapter" / "calibration.json").unlink(missing_ok=True)
@@ -355,9 +391,9 @@ def test_what_cannot_be_calibrated_costs_no_predictions(copy: Path, monkeypatch:
 @pytest.mark.parametrize("wrong", [["--taus", "2", "nan"], ["--tau", "-1"], ["--samples", "-1"]])
 def test_a_wrong_factor_costs_no_results(copy: Path, wrong: list[str]) -> None:
     evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
-    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    before = files_of(copy)
     assert main(["evaluate", str(copy), "--split", "train", *wrong]) != 0
-    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+    assert files_of(copy) == before
 
 
 def test_what_so_few_rows_do_not_set_is_said() -> None:

@@ -41,7 +41,7 @@ from varlora.predictions import (
     save_predictions,
 )
 from varlora.prompt import Encoded
-from varlora.run import origin, read_json, write_json
+from varlora.run import MANIFEST, file_digest, origin, read_json, told_if_unwritten, write_json, written_together
 from varlora.tasks import Task, get_task, is_task_file
 from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature
@@ -119,6 +119,7 @@ def evaluate(
         )
     check_draws(samples, what="samples")
     loaded = load(run_dir, model=model)
+    adapter = file_digest(run_dir / "adapter" / MANIFEST)
     for factor in (tau, *taus):
         loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
 
@@ -153,15 +154,21 @@ def evaluate(
             meta={**found.meta, **origin_of_rows},
         )
 
-    def written(found: Predictions, suffix: str = "", **more: Any) -> dict[str, Any]:
-        (run_dir / f"metrics{suffix}.json").unlink(missing_ok=True)  # it is written last: where it is, all is there
-        save_predictions(found, run_dir / f"predictions{suffix}.safetensors")
-        results = _results(found) | more
-        write_json(run_dir / f"metrics{suffix}.json", results | origin())
+    def written(results: dict[str, Any], found: Mapping[str, Predictions], suffix: str = "") -> dict[str, Any]:
+        """Write metrics and predictions, which are called `predictions` and their key, whole or not at all."""
+        metrics_file = f"metrics{suffix}.json"
+        with written_together(run_dir, metrics_file, "evaluate again") as folder:
+            for name, predictions in found.items():
+                save_predictions(predictions, folder / f"predictions{name}.safetensors")
+            write_json(folder / metrics_file, results | origin())
+            _check_still(run_dir, adapter)
+            if not suffix:
+                (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of others, it may be
         return results
 
     if split == "calibration":
-        return written(predicted(split), CALIBRATION)
+        predictions = predicted(split)
+        return written(_results(predictions), {CALIBRATION: predictions}, CALIBRATION)
     others = [get_task(name) for name in ood]
     for what, names in (("ood", [other.name for other in others]), ("taus", [f"{factor:g}" for factor in taus])):
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -197,7 +204,7 @@ def evaluate(
                 held_out = None  # they are made anew
             if held_out is None:
                 held_out = predicted("calibration")
-                written(held_out, CALIBRATION)
+                written(_results(held_out), {CALIBRATION: held_out}, CALIBRATION)
             fitted = {
                 "temperature": repr(fit_temperature(held_out.logits, held_out.labels, say)),
                 "temperature_mean": repr(fit_temperature(held_out.logits_mean[None], held_out.labels, say)),
@@ -207,12 +214,7 @@ def evaluate(
         else:
             found[""] = dataclasses.replace(found[""], meta={**found[""].meta, **fitted})
     # Only now that all is there does it take the place of what was, but for what was chosen and predicted to choose on.
-    (run_dir / "metrics.json").unlink(missing_ok=True)
-    (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of other rows or draws, it may be
-    predictions = found.pop("")
-    for suffix, of_others in found.items():
-        save_predictions(of_others, run_dir / f"predictions{suffix}.safetensors")
-    return written(predictions, **more)
+    return written(_results(found[""]) | more, found)
 
 
 def _task_file_changed(task: str, kept: Path) -> bool:
@@ -273,6 +275,7 @@ def _calibrate(
     say: Say = print,
 ) -> Search:
     """Choose on a loaded run's held-out rows."""
+    adapter = file_digest(run_dir / "adapter" / MANIFEST)
 
     def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
         one = dataclasses.replace(loaded, posterior=posterior)
@@ -282,9 +285,17 @@ def _calibrate(
     search = search_calibration(loaded.posterior, draw, samples, how)
     for doubt in search.doubts():
         say(doubt)
+    _check_still(run_dir, adapter)
+    with told_if_unwritten(run_dir / "adapter", "calibrate again"):
+        save_calibration(search, run_dir / "adapter")
     (run_dir / f"predictions{CALIBRATED}.safetensors").unlink(missing_ok=True)  # of what was chosen before
-    save_calibration(search, run_dir / "adapter")
     return search
+
+
+def _check_still(run_dir: Path, adapter: str) -> None:
+    """Raise unless a run's adapter is still what was loaded, by the digest of its manifest."""
+    if file_digest(run_dir / "adapter" / MANIFEST) != adapter:
+        raise VarloraError(f"{run_dir} was trained anew meanwhile, so nothing is written. Do it again.")
 
 
 def held_out_predictions(run_dir: Path, meta: Mapping[str, str]) -> Predictions | None:

@@ -317,6 +317,26 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def written_together(folder: Path, last: str, then: str) -> Iterator[Path]:
+    """Give an empty folder to write files to; on success they take the places of those in `folder`, else none does.
+
+    The file `last` is away meanwhile, and comes last: where it is, all are there. `then` is what a user is to do once
+    they can be written.
+    """
+    temporary = _temporary(folder / "files")
+    try:
+        with told_if_unwritten(folder, then):
+            temporary.mkdir()
+            yield temporary
+            (folder / last).unlink(missing_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                path.replace(folder / path.name)
+            _flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] | None = None) -> None:
     """Give a folder its manifest, flush all of it to the disk, and rename it to `path`, which it replaces."""
     permissions = temporary.stat().st_mode & 0o666
