@@ -342,6 +342,13 @@ def test_the_report_shows_it_beside_what_was_trained(copy: Path, tmp_path: Path)
     assert [row.label for row in build_report([copy], tmp_path / "again").rows if row.calibrated] == []
 
 
+def test_what_an_early_stop_saved_is_said(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(copy), "--samples", "8", "--tolerance", "0.5", "--no-temperature"]) == 0
+    passes = json.loads((copy / "metrics.json").read_text())["passes_a_row"]
+    assert 4 <= passes < 8
+    assert f"{passes:.1f} of 8 draws were made of a row" in " ".join(capsys.readouterr().out.split())
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 

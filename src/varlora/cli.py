@@ -242,6 +242,8 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
                 cells = [100 * numbers["accuracy"], 100 * numbers["ece"], numbers["nll"], numbers["brier"]]
                 texts = [f"{cells[0]:.1f}", f"{cells[1]:.1f}", f"{cells[2]:.3f}", f"{cells[3]:.3f}"]
                 table.add_row(Text(str(run_dir)), results["split"], str(results["rows"]), draws, *texts)
+        if passes := results.get("passes_a_row"):
+            say(f"{run_dir}: {passes:.1f} of {samples} draws were made of a row, on average.")
         if temperatures := results.get("temperature"):
             table.caption = TEMPERED
             at_mean, of_draws = temperatures["mean"], temperatures["draws"]

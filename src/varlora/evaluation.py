@@ -330,6 +330,9 @@ def _results(predictions: Predictions) -> dict[str, Any]:
         "bins": "10 equal-width bins (lo, hi]",
     }
 
+    if "passes_a_row" in predictions.meta:
+        results["passes_a_row"] = float(predictions.meta["passes_a_row"])
+
     def evaluated(probs: Tensor) -> dict[str, float]:
         return metrics.evaluate(probs[known], predictions.labels[known])
 
