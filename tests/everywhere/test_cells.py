@@ -118,7 +118,8 @@ def test_several_samples(row: Row, tmp_path: Path) -> None:
 
 @column("learning-rate schedule")
 def test_learning_rate_schedule(row: Row, tmp_path: Path) -> None:
-    """A linear decay to 0 scales each step."""
+    """A linear decay to 0 scales each step. `OneCycleLR` and `CyclicLR` take `cycle_momentum=False`: the momentum that
+    they would set is not IVON's `beta1`."""
     task = Task(schedule=True)
     outcome = row.run(task, tmp_path)
     check_draws(outcome, task)

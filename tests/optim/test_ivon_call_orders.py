@@ -36,6 +36,7 @@ class Model:
         self.optimizer = IVON(groups, **(SETTINGS | arguments))
         self.drawn = False  # since the last step
         self.perturbed = False
+        self.strayed = False  # a gradient was taken at the mean since the draw
         self.contexts: list[AbstractContextManager[None]] = []
         self.eval_draws: list[int] = []  # the number of each context's draw
         self.entered = 0
@@ -47,6 +48,7 @@ class Model:
 
     def backward(self) -> None:
         self.losses += 1
+        self.strayed |= self.drawn and not self.perturbed
         make_loss(self.parameters, self.losses)().backward()
 
     def call(self, what: str) -> None:
@@ -57,6 +59,8 @@ class Model:
             self.make(what)
 
     def make(self, what: str) -> None:
+        if what in ("train", "a draw and backward"):
+            self.strayed &= self.has_gradients()
         if what == "train":
             self.optimizer.train()
             self.drawn = self.perturbed = True
@@ -70,8 +74,10 @@ class Model:
         elif what == "save and load":
             self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         elif what == "a draw and backward":
+            strayed = self.strayed
             with self.optimizer.sampled_params(train=True):
                 self.backward()
+            self.strayed = strayed
             self.drawn, self.perturbed = True, False
         elif what == "enter":
             self.contexts.append(self.optimizer.sampled_params())
@@ -84,10 +90,13 @@ class Model:
         elif what == "step":
             self.step()
 
+    def has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
+
     def step(self) -> None:
         if self.contexts:
             self.optimizer.step()
-        gradients = any(p.grad is not None for p in self.parameters)
+        gradients = self.has_gradients()
         # of nothing all gradients are zero: as the first step of all, that is how a checkpoint's reader makes a state
         empty = not any(p.numel() for p in self.parameters)
         first = not any(int(self.optimizer.state[p].get("step", 0)) for p in self.parameters)
@@ -98,10 +107,15 @@ class Model:
             ):
                 self.optimizer.step()
             assert same(self.state(), before)
+        elif gradients and self.strayed:
+            before = self.state()
+            with pytest.raises(RuntimeError, match=r"one was taken at the mean since the draw"):
+                self.optimizer.step()
+            assert same(self.state(), before)
         else:
             before = self.state()
             self.optimizer.step()
-            self.drawn = self.perturbed = False
+            self.drawn = self.perturbed = self.strayed = False
             assert same(self.state(), before) != any(p.grad is not None and p.numel() for p in self.parameters)
 
     def expected(self) -> list[Tensor]:

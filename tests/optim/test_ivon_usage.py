@@ -356,6 +356,55 @@ def test_a_gradient_without_a_draw_is_refused(samples: int) -> None:
         optimizer.step()
 
 
+def test_a_gradient_from_the_mean_among_those_from_draws_is_refused() -> None:
+    """A look at the mean between micro-batches, after which `train` was forgotten."""
+    parameters, optimizer = make()
+    run(optimizer, parameters, range(1))
+    before = snapshot(parameters, optimizer)
+    optimizer.zero_grad()
+    optimizer.train()
+    make_loss(parameters, 1)().backward()
+    optimizer.eval()
+    make_loss(parameters, 2)().backward()
+    with pytest.raises(RuntimeError, match=r"one was taken at the mean since the draw.*Clear the gradients"):
+        optimizer.step()
+    assert same(snapshot(parameters, optimizer), before)
+    optimizer.zero_grad()
+    run(optimizer, parameters, range(1))  # and all is well again
+
+
+def test_parameters_that_were_replaced_by_a_flat_copy_are_refused() -> None:
+    """As DeepSpeed's ZeRO does: forward passes do not see what is put into the copy."""
+    optimizer = make()[1]
+    for group in optimizer.param_groups:
+        group["params"] = [torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()]
+    with pytest.raises(RuntimeError, match=r"of other shapes, as DeepSpeed's ZeRO does.*FSDP2"):
+        optimizer.train()
+
+
+SCHEDULES: dict[str, dict[str, float]] = {
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 10, "cycle_momentum": False},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": False},
+    "CosineAnnealingLR": {"T_max": 10},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {"total_iters": 10},
+    "ReduceLROnPlateau": {"patience": 0},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_torchs_schedules_set_the_learning_rate(name: str) -> None:
+    parameters, optimizer = make()
+    schedule, seen = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULES[name]), []
+    for at in range(6):
+        run(optimizer, parameters, range(at, at + 1))
+        schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
+        seen.append(float(optimizer.param_groups[0]["lr"]))
+    assert len(set(seen)) > 2
+    assert optimizer.skipped_steps == 0
+
+
 def test_a_step_without_any_gradient_is_no_error_and_changes_nothing() -> None:
     parameters, optimizer = make()
     run(optimizer, parameters, range(1))

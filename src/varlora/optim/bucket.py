@@ -190,7 +190,7 @@ class Bucket:
         self.aside: list[Tensor | None] = [None] * len(parameters)
         self.hess_aside: Tensor | None = None
         self.arriving: list[Tensor | None] = [None] * len(parameters)
-        self.hooks: list[Any] = []
+        self.hooks: list[Any] = [parameters[0].register_post_accumulate_grad_hook(_weakly(self._strays, 0))]
         if self.watches:
             for i, p in enumerate(parameters):
                 self.hooks.append(p.register_hook(_weakly(self._arrives, i)))
@@ -491,6 +491,9 @@ class Bucket:
                 self.grad_sum[run.lo : run.hi], draws, out=self.scratch[2, run.lo - run.chunk : run.hi - run.chunk]
             )
             torch._foreach_copy_(self.gradients(run.indices), [self.work_views[2][i] for i in run.indices])
+
+    def _strays(self, i: int, p: Tensor) -> None:
+        self.group["strayed"] |= self.group["drawn"] > 0 and not self.group["perturbed"]
 
     def _arrives(self, i: int, gradient: Tensor) -> None:
         _check_dense([gradient])

@@ -162,6 +162,7 @@ class IVON(torch.optim.Optimizer):
         if seed is None:
             device = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
+        self._shapes: list[list[torch.Size]] = []  # of the parameters of each group, as they were given
         self._buckets: list[Bucket] = []  # changed in place: wrappers like Lightning's copy no more than the reference
         self._process_group = process_group
         settings = {
@@ -181,8 +182,8 @@ class IVON(torch.optim.Optimizer):
             "capturable": capturable,
             "noise_per_rank": noise_per_rank,
         }
-        # Counters lie in the groups, so that whatever saves an optimizer's groups saves them. All but `used` are the
-        # same in each.
+        # Counters lie in the groups, so that whatever saves an optimizer's groups saves them. All but `used`
+        # and `strayed` are the same in each.
         counters = {
             "seed": seed,
             "draws": 0,  # training draws so far
@@ -190,6 +191,7 @@ class IVON(torch.optim.Optimizer):
             "skipped": 0,
             "drawn": 0,  # training draws since the last step
             "used": False,  # whether a gradient was taken at the last draw (with several draws, under `train`)
+            "strayed": False,  # whether a gradient was taken at the mean since, as far as the first parameter tells
             "perturbed": False,  # whether the parameters hold a training draw
             "averages": False,  # whether the draws' gradients are averaged (contexts, closures) or added up (`train`)
         }
@@ -212,8 +214,9 @@ class IVON(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "perturbed", "averages"):
+        for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "strayed", "perturbed", "averages"):
             group[name] = first[name]
+        self._shapes.append([p.shape for p in group["params"]])
 
     # --- the posterior -----------------------------------------------------------------------------------------------
 
@@ -255,7 +258,7 @@ class IVON(torch.optim.Optimizer):
                 f"but got {now['mc_samples']}. Use `with optimizer.sampled_params(train=True):` for each draw."
             )
         used = any(group["used"] for group in self.param_groups)
-        if used and not any(bucket.has_gradients for bucket in buckets):  # `zero_grad` threw them away: begin again
+        if self._were_cleared(buckets) and used:  # begin again
             self._set(drawn=0)
         new = now["drawn"] == 0 or (used and now["drawn"] < now["mc_samples"])
         if new or not now["perturbed"]:
@@ -284,6 +287,7 @@ class IVON(torch.optim.Optimizer):
     def _train_draw(self) -> Iterator[None]:
         buckets, now = self._to_train("sampled_params(train=True)"), self.param_groups[0]
         drawn, several = now["drawn"], now["mc_samples"] > 1
+        self._were_cleared(buckets)
         self._set(averages=True)
         if several and drawn:
             for bucket in buckets:
@@ -334,6 +338,13 @@ class IVON(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.check_capturable()
         return buckets
+
+    def _were_cleared(self, buckets: Sequence[Bucket]) -> bool:
+        """Return whether there are no gradients, so that it does not matter any more where they were taken."""
+        if any(bucket.has_gradients for bucket in buckets):
+            return False
+        self._set(strayed=False)
+        return True
 
     def _perturb(self, new: bool) -> None:
         """θ = m + σε, with new noise or that of the current draw."""
@@ -390,8 +401,8 @@ class IVON(torch.optim.Optimizer):
             The closure's loss, averaged over the samples; None without a closure.
 
         Raises:
-            RuntimeError: there are gradients, but none was taken at a draw, or the closure adds to such ones, or the
-                parameters hold a draw for an evaluation.
+            RuntimeError: there are gradients, but none was taken at a draw, or one was taken at the mean after it, or
+                the closure adds to such ones, or the parameters hold a draw for an evaluation.
         """
         now, losses = self.param_groups[0], []
         if closure is not None and now["drawn"]:  # after `train` or contexts: Lightning passes a closure all the same
@@ -421,6 +432,12 @@ class IVON(torch.optim.Optimizer):
                     "Call `optimizer.train()` before the forward pass, or use "
                     "`with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
                 )
+            if any(group["strayed"] for group in self.param_groups):
+                raise RuntimeError(
+                    "Expected all gradients taken at a draw from the posterior, but one was taken at the mean since "
+                    "the draw, after `eval()` or the end of its context. Clear the gradients, and call "
+                    "`optimizer.train()` before each forward pass."
+                )
             if self._captures != capturing():
                 raise RuntimeError(
                     "Expected `train` and `step` both in CUDA graphs or both outside, but one of them is captured "
@@ -433,7 +450,7 @@ class IVON(torch.optim.Optimizer):
                     bucket.update(draws=now["drawn"] if now["averages"] else 1)
             self._set(perturbed=now["perturbed"] and not finite, skipped=now["skipped"] + (not finite))
         self.eval()
-        self._set(drawn=0)
+        self._set(drawn=0, strayed=False)
         return sum(losses) / len(losses) if losses and losses[0] is not None else None
 
     @plain()
@@ -529,7 +546,9 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("fused", None)
             group.setdefault("capturable", False)
             group.setdefault("noise_per_rank", False)
+            group.setdefault("strayed", False)
         self.__dict__.setdefault("_buckets", []).clear()
+        self.__dict__.setdefault("_shapes", [])
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
 
@@ -576,6 +595,7 @@ class IVON(torch.optim.Optimizer):
         wanted = {place_of(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
         if wanted != {place for bucket in self._buckets for place in bucket.places}:
             perturbed = self.param_groups[0]["perturbed"]
+            self._check_shapes()
             if capturing():
                 raise RuntimeError(
                     "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
@@ -593,6 +613,18 @@ class IVON(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.follow_weight_decay()
         return self._buckets
+
+    def _check_shapes(self) -> None:
+        """Raise where parameters are not the model's any more, but copies of another form: no forward pass sees those.
+
+        Not of an optimizer that was unpickled: it does not know what it was given.
+        """
+        if self._shapes and self._shapes != [[p.shape for p in group["params"]] for group in self.param_groups]:
+            raise RuntimeError(
+                "Expected the parameters that the optimizer was given, but others were put in their place, of other "
+                "shapes, as DeepSpeed's ZeRO does: a draw would be in these, and gradients be taken at the mean. Use "
+                "DDP, or FSDP2 for large models."
+            )
 
     def _adopt_outside_changes(self) -> None:
         """Make values that others wrote into the parameters the mean, unless those hold a draw of training."""
