@@ -127,6 +127,21 @@ def test_also_where_the_power_changes_on_the_way(start: float) -> None:
     assert kl(sigma) == pytest.approx(0.1, rel=0.1)
 
 
+@pytest.mark.parametrize("start", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("beyond", [0.0, -0.1])
+def test_where_the_kl_stops_growing_below_the_bound_it_is_where_half_of_it_is_reached(
+    start: float, beyond: float
+) -> None:
+    """A random base answers much the same whatever its adapter is: no noise reaches the bound."""
+
+    def kl(sigma: float) -> float:
+        return 0.004 * (1 - math.exp(-((sigma / 0.2) ** 2))) * (1 + beyond * math.log1p(sigma))
+
+    sigma, trials = scale.largest_sigma(kl, 0.09, start)
+    assert sigma <= max(trial.sigma for trial in trials)
+    assert 0.05 < sigma < 0.4
+
+
 def test_where_draws_overflow_it_is_smaller_and_where_nothing_changes_larger() -> None:
     narrow, _ = scale.largest_sigma(lambda sigma: math.inf if sigma > 0.1 else sigma**2, 0.1, 10.0)
     assert narrow < 1.0

@@ -27,6 +27,7 @@ found, from the first step to the last.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -66,8 +67,14 @@ MOST_APART = 2.0
 """σ in a layer is at most so many times that of all, or so small a part of it: gradients of a few batches are noisy."""
 STEPS_APART = 2
 """Between 1 and 2 times, steps that the layers' σ are rounded to: few different ones make few optimizer groups."""
-TRIALS = 3
-"""Scales that are tried: KL grows as a power of σ, so each is a good guess at the next."""
+TRIALS, MOST_TRIALS = 3, 6
+"""Scales that are tried: KL grows as a power of σ, so each is a good guess at the next. More where that leads far."""
+FAR = 1.5
+"""What is found beyond so many times the largest scale that was tried is tried as well: the KL may stop growing."""
+FLAT = 0.5
+"""Power of σ below which the KL no longer grows: predictions of a base that knows little change no further."""
+SATURATED = 0.5
+"""Share of that KL that noise may take instead of the bound: where it stops growing, the noise is all that is left."""
 FURTHEST = 4.0
 """A trial is at most so many times the one before, or so small a part of it."""
 
@@ -127,7 +134,7 @@ def largest_sigma(kl: Callable[[float], float], bound: float, start: float) -> t
     """
     trials: list[Trial] = []
     sigma = start
-    for _ in range(TRIALS):
+    while len(trials) < TRIALS or (len(trials) < MOST_TRIALS and sigma > FAR * max(trials).sigma and trials[-1].kl):
         trials.append(Trial(sigma, kl(sigma)))
         sigma = _next(sorted(trial for trial in trials if 0 < trial.kl < math.inf), bound, trials[-1])
     return sigma, trials
@@ -137,13 +144,23 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
     """Return σ where the line through the two trials nearest the bound, of log KL over log σ, meets it."""
     if last not in known:
         return last.sigma * (FURTHEST if last.kl == 0 else 1 / FURTHEST)
-    nearest = sorted(known, key=lambda trial: abs(math.log(trial.kl / bound)))[:2]
+    rising = _rising(known)
+    if len(rising) < len(known):
+        bound = min(bound, SATURATED * max(trial.kl for trial in known))
+    nearest = sorted(rising, key=lambda trial: abs(math.log(trial.kl / bound)))[:2]
     power = 2.0
     if len(nearest) == 2 and nearest[0].sigma != nearest[1].sigma:
         (a, kl_a), (b, kl_b) = nearest
         power = min(max(math.log(kl_a / kl_b) / math.log(a / b), 1.0), 4.0)  # as σ² near 0, as σ⁴ where B is
     factor = (bound / nearest[0].kl) ** (1 / power)
     return nearest[0].sigma * min(max(factor, 1 / FURTHEST), FURTHEST)
+
+
+def _rising(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials up to where the KL stops growing; they are sorted."""
+    pairs = itertools.pairwise(trials)
+    flat = (at for at, (a, b) in enumerate(pairs) if math.log(b.kl / a.kl) < FLAT * math.log(b.sigma / a.sigma))
+    return list(trials[: next(flat, len(trials)) + 1])
 
 
 def layer_share(gradient: float, whole: float) -> float:

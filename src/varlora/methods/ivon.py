@@ -358,8 +358,13 @@ def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
     weights = torch.cat([value.flatten() for value in mean.values()])
     first = weights.square().mean().sqrt().item() or 1.0
     sigma, trials = scale.largest_sigma(kl, bound, first)
+    if all(trial.kl < bound for trial in trials) and sigma < max(trials).sigma:
+        start.say(
+            f"However much noise there is, the predictions change by {max(trial.kl for trial in trials):.2g} nats at "
+            f"most, and not by the {bound:.2g} that they may: this base answers much the same whatever its adapter is."
+        )
     seen = {"bound": bound, "rows": count, "draws": draws, "trials": [trial._asdict() for trial in trials]}
-    return sigma, seen, (scale.TRIALS * draws + 1) * count / a_step
+    return sigma, seen, (len(trials) * draws + 1) * count / a_step
 
 
 def _noisy(mean: Mapping[str, Tensor], sigma: float) -> DiagonalGaussian:

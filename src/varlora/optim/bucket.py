@@ -190,11 +190,11 @@ class Bucket:
         self.aside: list[Tensor | None] = [None] * len(parameters)
         self.hess_aside: Tensor | None = None
         self.arriving: list[Tensor | None] = [None] * len(parameters)
-        self.hooks: list[Any] = [parameters[0].register_post_accumulate_grad_hook(_weakly(self._strays, 0))]
-        if self.watches:
-            for i, p in enumerate(parameters):
+        self.hooks: list[Any] = []
+        for i, p in enumerate(parameters if self.watches else parameters[:1]):
+            if self.watches:
                 self.hooks.append(p.register_hook(_weakly(self._arrives, i)))
-                self.hooks.append(p.register_post_accumulate_grad_hook(_weakly(self._has_arrived, i)))
+            self.hooks.append(p.register_post_accumulate_grad_hook(_weakly(self._has_arrived, i)))
 
     @property
     def shards(self) -> list[Tensor]:
@@ -492,19 +492,17 @@ class Bucket:
             )
             torch._foreach_copy_(self.gradients(run.indices), [self.work_views[2][i] for i in run.indices])
 
-    def _strays(self, i: int, p: Tensor) -> None:
-        self.group["strayed"] |= self.group["drawn"] > 0 and not self.group["perturbed"]
-
     def _arrives(self, i: int, gradient: Tensor) -> None:
         _check_dense([gradient])
         self.arriving[i] = gradient.detach()
 
     @plain()
     def _has_arrived(self, i: int, p: Tensor) -> None:
-        """Add up a micro-batch's own gradient and curvature, now that it is sure to count.
+        """Add up a micro-batch's own gradient and curvature, now that it is sure to count, where that is asked for.
 
         A gradient that is only looked at (`torch.autograd.grad`) arrives, but is not accumulated.
         """
+        self.group["strayed"] |= self.group["drawn"] > 0 and not self.group["perturbed"]
         gradient, self.arriving[i] = self.arriving[i], None
         folded = self.group["averages"] and self.group["mc_samples"] > 1  # the whole draw's, when its context ends
         if gradient is None or not self.group["perturbed"] or (folded and not self.group["noise_per_rank"]):
