@@ -312,9 +312,11 @@ def test_of_given_numbers_it_does_not() -> None:
     optimizer = optimizer_of(one)
     one.before_step(optimizer, 1, 100, {})
     assert optimizer.param_groups[0]["ess"] == PAPER["ess"]
-    assert one.compare_every(1000) == 0
-    assert Ivon(**PAPER, noise_warmup=0.5).compare_every(1000) > 0
-    assert Ivon(**PAPER, noise_warmup=0.5, cooling=False).compare_every(1000) == 0
+    assert one.compare_every(1000) > 0  # for a word of warning
+    state = {"held_back": 0.5}
+    for settings, share in (({"cooling": False}, 1.0), ({"cooling": True}, 0.5), ({"noise_warmup": 0.5}, 0.5)):
+        Ivon(**PAPER, **settings).before_step(optimizer, 100, 100, state)
+        assert optimizer.param_groups[0]["ess"] == pytest.approx(PAPER["ess"] / share**2)
 
 
 def compare(one: Ivon, at_mean: float, under_noise: float, times: int, state: dict[str, Any], step: int = 90) -> list:
@@ -381,6 +383,15 @@ def test_it_is_said_once_and_not_in_the_first_half() -> None:
     assert "1.400" in words
     assert "chance's 1.000" in words
     assert "`method.cooling=false`" in words
+
+
+def test_of_noise_that_may_not_be_held_back_it_is_said_too() -> None:
+    one, state = Ivon(**PAPER), {}
+    assert not any(compare(one, 0.8, 0.85, 20, state))
+    (words,) = filter(None, compare(one, 1.1, 1.4, 40, state))
+    assert "noise takes back too much" in words
+    assert "`method.cooling=true`" in words
+    assert "held_back" not in state
 
 
 def test_each_matrix_gets_the_prior_of_most_evidence(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ class Ivon(Method):
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
         assert isinstance(optimizer, IVON)
         growth = 0.0 if self.noise_warmup == "auto" else self.noise_warmup
-        if self.ess != "auto" and (growth or self.compare_every(total_steps)):
+        if self.ess != "auto" and (growth or self._cools):
             share = scale.ramp(step / total_steps, growth)
             for group in optimizer.param_groups:
                 group["ess"] = self.ess / (share * state.get("held_back", 1.0)) ** 2
@@ -247,13 +247,17 @@ class Ivon(Method):
                 second = posterior.mean[name].square().mean() + posterior.std[name].square().mean()
                 group["weight_decay"] = 1 / (group["ess"] * second.item())
 
+    @property
+    def _cools(self) -> bool:
+        """Whether the noise is held back where it takes too much; left to itself, where it grows."""
+        return self.noise_warmup not in ("auto", 0.0) if self.cooling == "auto" else self.cooling
+
     def compare_every(self, total_steps: int) -> int:
-        """A comparison takes one forward pass, a third of a step; a run without noise to be cooled needs none."""
-        grows = self.noise_warmup not in ("auto", 0.0)
-        return math.ceil(1 / (3 * PROBE)) if (grows if self.cooling == "auto" else self.cooling) else 0
+        """A comparison takes one forward pass, a third of a step."""
+        return math.ceil(1 / (3 * PROBE))
 
     def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
-        """Average the losses, and hold the noise back while it takes too much of what training has gained.
+        """Average the losses; say, and if asked to hold the noise back, where it takes too much of what was gained.
 
         Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go; and
         while the gain is small, a rise that is half of it hides as much. A rise counts as too much if it is so by a
@@ -276,15 +280,23 @@ class Ivon(Method):
         gain = max(comparison.chance - state["at_mean"], 0.0)
         progress = min(gain / (PROGRESS * comparison.chance), 1.0)
         borne = max(BEARABLE * progress * gain, SLIGHT * comparison.chance)
-        change = GAIN * ((rise < borne) - (rise - error > borne))
-        state["held_back"] = now = min(max(state.get("held_back", 1.0) * math.exp(change), COLDEST), 1.0)
-        if state.get("said") or now > 0.5 or 2 * comparison.step < comparison.total_steps:
+        too_much = rise - error > borne
+        if self._cools:
+            change = GAIN * ((rise < borne) - too_much)
+            state["held_back"] = min(max(state.get("held_back", 1.0) * math.exp(change), COLDEST), 1.0)
+            too_much = state["held_back"] <= 0.5
+        if state.get("said") or not too_much or 2 * comparison.step < comparison.total_steps:
             return None
         state["said"] = True
-        return (
+        words = (
             f"At step {comparison.step} the loss under noise is {state['under_noise']:.3f}, that at the mean "
             f"{state['at_mean']:.3f} and chance's {comparison.chance:.3f}: noise takes back too much of "
-            f"what training has gained, so sigma is held back, now to {now:.0%} of what was found. If little is "
+            "what training has gained"
+        )
+        if not self._cools:
+            return f"{words}. Lower sigma (a larger `ess`), or let it be held back (`method.cooling=true`)."
+        return (
+            f"{words}, so sigma is held back, now to {state['held_back']:.0%} of what was found. If little is "
             "learned, train longer; `method.cooling=false` leaves sigma as it was found."
         )
 
