@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 from serve_helpers import loaded, task_rows
 
 from varlora.prompt import _CACHE, encode
-from varlora.serve.asking import Asker, parse
+from varlora.serve.asking import Ask, Asker, parse
 from varlora.serve.base import Limits, Refused
 from varlora.tasks import TASKS, get_task
 
@@ -72,6 +73,38 @@ def test_a_wrong_shape_has_its_reason(body, reason):
 
 def test_a_reason_does_not_repeat_the_request():
     assert "secret" not in str(refused('{"question": ["the secret"], "answers": ["a", "b"]}'))
+
+
+UNKNOWN = {f"k{i}": 1 for i in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"questions": [{}] * 80_000}, "Expected 1 to 64 rows, but got 80000."),
+        ({"rows": [1] * 80_000}, "Expected 1 to 64 rows, but got 80000."),
+        ({"questions": [{}] * 64}, "`questions.0.question`: field required; `questions.0.answers`: field required."),
+        ({"rows": [1] * 64}, "`rows.0`: input should be a valid dictionary."),
+        ({"question": "q", "answers": [1] * 80_000}, "`answers.0`: input should be a valid string."),
+        ({"questions": [{"question": "q", "answers": [1] * 1000}] * 64}, "`questions.0.answers.0`: input"),
+        (UNKNOWN, "`k4`: extra inputs are not permitted."),
+        ({"questions": [{"question": "q", "answers": ["a", "b"], **UNKNOWN}]}, "`questions.0.k4`: extra inputs"),
+    ],
+)
+def test_of_thousands_of_mistakes_few_are_looked_at(body, reason, monkeypatch):
+    """All of it happens in the event loop, where tens of thousands of errors take most of a second."""
+    validate, counts = Ask.model_validate, []
+
+    def counted(given):
+        try:
+            return validate(given)
+        except ValidationError as error:
+            counts.append(error.error_count())
+            raise
+
+    monkeypatch.setattr(Ask, "model_validate", counted)
+    assert reason in str(refused(json.dumps(body)))
+    assert sum(counts) <= 5
 
 
 def test_limits_are_those_given():

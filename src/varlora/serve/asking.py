@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from varlora.errors import TaskError, VarloraError
 from varlora.prompt import Encoded, encode, prompt_ids
@@ -29,8 +30,14 @@ DEPTH = 12
 """Objects and lists within each other, at the most."""
 LONGEST_ID = 200
 """Characters."""
+TOLD = 5
+"""Reasons that a refusal names at the most."""
+
+FIRST = Field(fail_fast=True)
+"""Of a list's wrong items the first is told: a body has room for a hundred thousand."""
 
 Id = Annotated[str, Field(max_length=LONGEST_ID)]
+Texts = Annotated[list[str], FIRST]
 
 _Make = Callable[[Any, int], tuple[Example, tuple[str, ...]]]
 
@@ -38,13 +45,22 @@ _Make = Callable[[Any, int], tuple[Example, tuple[str, ...]]]
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, given: Any) -> Any:
+        """Leave out all but a few of the unknown keys: each becomes an error."""
+        if not isinstance(given, dict):
+            return given
+        known = {name: given[name] for name in cls.model_fields if name in given}
+        return known | dict(islice(((name, value) for name, value in given.items() if name not in known), TOLD))
+
 
 class Question(_Shape):
     """A question and its answers."""
 
     id: Id | None = Field(None, description="Comes back with the answer; left out: the number of the question.")
     question: str
-    answers: list[str]
+    answers: Texts
 
 
 class Ask(_Shape):
@@ -52,9 +68,11 @@ class Ask(_Shape):
 
     id: Id | None = Field(None, description="Of the one question; comes back with the answer.")
     question: str | None = Field(None, description="One question; `answers` belong to it.")
-    answers: list[str] | None = None
-    questions: list[Question] | None = Field(None, description="Several questions.")
-    rows: list[dict[str, Any]] | None = Field(None, description="Rows of the run's task, as `varlora predict` takes.")
+    answers: Texts | None = None
+    questions: Annotated[list[Question], FIRST] | None = Field(None, description="Several questions.")
+    rows: Annotated[list[dict[str, Any]], FIRST] | None = Field(
+        None, description="Rows of the run's task, as `varlora predict` takes."
+    )
     tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="Factor of the trained posterior's variance, without the rest of what `calibrate` chose."
     )
@@ -101,13 +119,15 @@ def parse(body: bytes, limits: Limits) -> Ask:
     try:
         found = json.loads(body, parse_constant=_no_constant)
         _check_depth(found)
-        ask = Ask.model_validate(found)
-    except ValidationError as error:
-        reasons = "; ".join(_reason(problem) for problem in error.errors(include_url=False, include_input=False)[:5])
-        raise Refused(422, "wrong_shape", f"Expected a question with answers, but {reasons}.") from None
     except (ValueError, RecursionError) as error:  # the texts of json name places and no contents
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Refused(422, "wrong_shape", f"Expected a JSON object as body, but {why}.") from None
+    _check_many(found, limits)
+    try:
+        ask = Ask.model_validate(found)
+    except ValidationError as error:
+        reasons = "; ".join(_reason(problem) for problem in error.errors(include_url=False, include_input=False)[:TOLD])
+        raise Refused(422, "wrong_shape", f"Expected a question with answers, but {reasons}.") from None
     given = [name for name in ("question", "questions", "rows") if getattr(ask, name) is not None]
     if len(given) != 1:
         raise Refused(
@@ -119,8 +139,8 @@ def parse(body: bytes, limits: Limits) -> Ask:
         raise Refused(422, "answers", 'Expected `answers`, a list of texts such as ["yes", "no"], but got none.')
     if ask.question is None and not (ask.answers is None and ask.id is None):
         raise Refused(422, "wrong_shape", f"Expected `answers` and `id` within each of `{given[0]}`, not beside them.")
-    if not 1 <= ask.count <= limits.max_rows:
-        raise Refused(422, "too_many_rows", f"Expected 1 to {limits.max_rows} rows, but got {ask.count}.")
+    if not ask.count:
+        raise _count_refused(0, limits)
     if ask.tau is not None and ask.tau > limits.max_tau:
         raise Refused(422, "tau", f"Expected `tau` within 0 and {limits.max_tau:g}, but got {ask.tau:g}.")
     return ask
@@ -130,12 +150,24 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _check_many(found: Any, limits: Limits) -> None:
+    """Refuse more rows than are taken before anything looks at each of them."""
+    lists = [found.get(name) for name in ("questions", "rows")] if isinstance(found, dict) else []
+    most = max((len(one) for one in lists if isinstance(one, list)), default=0)
+    if most > limits.max_rows:
+        raise _count_refused(most, limits)
+
+
+def _count_refused(count: int, limits: Limits) -> Refused:
+    return Refused(422, "too_many_rows", f"Expected 1 to {limits.max_rows} rows, but got {count}.")
+
+
 def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(DEPTH):
-        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-        level = [value for values in inner for value in values]
-    if any(isinstance(one, dict | list) for one in level):
+    level: list[Any] = [[value]]
+    for _ in range(DEPTH + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    if level:
         raise ValueError(f"it is nested more than {DEPTH} deep")
 
 
