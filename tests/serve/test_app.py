@@ -439,6 +439,25 @@ def test_paths_and_methods_that_are_not_there(service):
     assert service.get("/docs").code == "not_found"
 
 
+@pytest.mark.parametrize("path", [path for path in app.PATHS if path != "/v1/answer"])
+def test_head_is_answered_as_get_is_without_a_body(service, path):
+    reply, got = service.send("HEAD", path), service.get(path)
+    assert reply.status == 200
+    assert reply.headers["content-type"] == got.headers["content-type"]
+    assert int(reply.headers["content-length"]) > 0
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        assert b"".join(iter(lambda: client.recv(1 << 16), b"")).endswith(b"\r\n\r\n")
+
+
+def test_head_is_no_way_around_the_guard():
+    with live(hosts=["localhost"]) as service:
+        for path, host, status in (("/healthz", "evil.example", 400), ("/v1/answer", "localhost", 405)):
+            assert service.send("HEAD", path, Host=host).status == status
+        service.service.engine.close()
+        assert service.send("HEAD", "/readyz", Host="localhost").status == 503
+
+
 # --- what strangers are shown
 
 

@@ -1,4 +1,4 @@
-"""What stands before every request: the Host header, security headers, counting, and no traceback to anybody.
+"""What stands before every request: the Host header, security headers, HEAD, counting, and no traceback to anybody.
 
 An ASGI middleware, around the whole application.
 """
@@ -71,6 +71,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         begun, status = time.perf_counter(), 0
+        is_head = scope["method"] == "HEAD"
+        asked = {**scope, "method": "GET"} if is_head else scope  # FastAPI's routes of GET do not take HEAD
 
         async def guarded(message: Message) -> None:
             nonlocal status
@@ -79,11 +81,13 @@ class Guard:
                 given = {name for name, _ in message.get("headers", ())}
                 more = [(name, value) for name, value in HEADERS if name not in given]
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             if self._is_welcome(scope):
-                await self.app(scope, receive, guarded)
+                await self.app(asked, receive, guarded)
             else:
                 await _answer(guarded, 400, error_json("host", "The Host header names no host of this service."))
         except Exception as error:
