@@ -349,14 +349,20 @@ def test_a_stopping_service_refuses_and_finishes(held):
     assert first.result().status == 200
 
 
-def test_a_client_that_has_gone_is_not_worked_for(held, caplog):
-    service, held, first = held
+def asking(service):
+    """Return a connection on which a question was asked."""
     body = json.dumps(ASK).encode()
     head = (
         f"POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     )
-    with socket.create_connection(("127.0.0.1", service.port)) as gone:
-        gone.sendall(head.encode() + b"\r\n\r\n" + body)
+    client = socket.create_connection(("127.0.0.1", service.port), timeout=30)
+    client.sendall(head.encode() + b"\r\n\r\n" + body)
+    return client
+
+
+def test_a_client_that_has_gone_is_not_worked_for(held, caplog):
+    service, held, first = held
+    with asking(service):
         until(lambda: service.service.engine.waiting == 1)
     until(lambda: service.service.engine.waiting == 0)
     held.go.set()
@@ -364,6 +370,34 @@ def test_a_client_that_has_gone_is_not_worked_for(held, caplog):
     assert len(held.batches) == 1
     until(lambda: service.metric("rows_total", outcome="dropped") == 1)
     until(lambda: service.metric("requests_total", path="/v1/answer", status="499") == 1)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_client_that_has_gone_before_its_tokens_are_made_keeps_no_place(fresh, monkeypatch, caplog):
+    ready, made, go = Asker.ready, [], threading.Event()
+
+    def held_up(self, ask):
+        made.append(ask)
+        assert go.wait(timeout=60)
+        return ready(self, ask)
+
+    monkeypatch.setattr(Asker, "ready", held_up)
+    engine, stays = fresh.service.engine, ThreadPoolExecutor(1)
+    with asking(fresh):  # is begun
+        until(lambda: made)
+        with asking(fresh):  # waits for its turn
+            until(lambda: engine.waiting == 2)
+            answer = stays.submit(fresh.ask, **ASK)
+            until(lambda: engine.waiting == 3)
+        until(lambda: engine.waiting == 2)
+    until(lambda: engine.waiting == 1)
+    go.set()
+    assert answer.result().status == 200
+    assert len(made) == 2
+    assert fresh.metric("rows_total", outcome="answered") == 1
+    until(lambda: fresh.metric("rows_total", outcome="dropped") == 2)
+    until(lambda: fresh.metric("requests_total", path="/v1/answer", status="499") == 2)
     gc.collect()
     assert "never retrieved" not in caplog.text
 

@@ -85,14 +85,22 @@ def make_app(parts: Parts) -> FastAPI:
         use = parts.default if ask.tau is None else parts.by_hand(ask.tau)
         risk, with_draws = parts.risk if ask.risk is None else ask.risk, ask.draws
         loop = asyncio.get_running_loop()
-        with parts.engine.reserved(ask.count) as slots:
-            rows = await loop.run_in_executor(parts.tokenizing, parts.asker.ready, ask)
-            futures = slots.submit([row.encoded for row in rows if not isinstance(row, Refused)], use)
-        ids = [ask.id_of(i) if isinstance(row, Refused) else row.id for i, row in enumerate(rows)]
-        del ask  # many may wait, and texts are larger than their tokens
-        if not await _done(futures, request):
-            parts.engine.cancel(futures)
-            return Response(status_code=499)  # nobody is there to read it
+        gone = asyncio.ensure_future(request.receive())  # the body is read: the next message is a disconnect
+        try:
+            with parts.engine.reserved(ask.count) as slots:
+                ready = loop.run_in_executor(parts.tokenizing, parts.asker.ready, ask)
+                if not await _done(ready, gone):
+                    parts.counters.rows("dropped", ask.count)
+                    return Response(status_code=499)  # nobody is there to read it
+                rows = ready.result()
+                futures = slots.submit([row.encoded for row in rows if not isinstance(row, Refused)], use)
+            ids = [ask.id_of(i) if isinstance(row, Refused) else row.id for i, row in enumerate(rows)]
+            del ask  # many may wait, and texts are larger than their tokens
+            if futures and not await _done(_all(futures), gone):
+                parts.engine.cancel(futures)
+                return Response(status_code=499)
+        finally:
+            gone.cancel()
         waiting = iter(futures)
         outcomes = [row if isinstance(row, Refused) else _outcome(next(waiting)) for row in rows]
 
@@ -194,21 +202,19 @@ async def _body_of(request: Request, limits: Limits) -> bytes:
             return b"".join(chunks)
 
 
-async def _done(futures: Sequence[Future[Drawn]], request: Request) -> bool:
-    """Wait for the rows; return whether the client is still there."""
-    if not futures:
-        return True
-    gone: asyncio.Future[Any] = asyncio.ensure_future(
-        request.receive()
-    )  # the body is read: the next message is a disconnect
+async def _done(work: asyncio.Future[Any], gone: asyncio.Future[Any]) -> bool:
+    """Wait for work as long as the client is there, and cancel it else; return whether it is done."""
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return work.done()
+    finally:
+        work.cancel()
+
+
+def _all(futures: Sequence[Future[Drawn]]) -> asyncio.Future[Any]:
     rows: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
     rows.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs that nobody asked
-    try:
-        await asyncio.wait({gone, rows}, return_when=asyncio.FIRST_COMPLETED)
-        return rows.done()
-    finally:
-        for waiting in (gone, rows):
-            waiting.cancel()
+    return rows
 
 
 # --- answering
