@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -132,45 +133,131 @@ def test_a_second_signal_ends_the_process_within_a_pass():
     assert out.endswith("Ended at once: what was taken is not answered.\n")
 
 
+MUCH = 20_000_000
+"""Bytes: more than sockets hold."""
+
+
 @pytest.fixture
-def server():
-    """A server of one thing, whose clients have one second to read it; and its loop."""
+def serving():
+    """Run servers of three things, each in a loop of its own."""
 
-    async def much(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"x" * 20_000_000})  # more than sockets hold
+    async def app(scope, receive, send):
+        if scope["path"] == "/slow":
+            await asyncio.sleep(1.5)
+        body = b"x" * (MUCH if scope["path"] == "/much" else 2)
+        length = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": body})
 
-    with listen("127.0.0.1", 0) as sock:
-        found = Server(much, stop=lambda: None, busy=lambda: False, connections=3, patience=1)
+    def started(**settings):
+        sock = stack.enter_context(listen("127.0.0.1", 0))
+        found = Server(app, stop=lambda: None, busy=lambda: False, **{"connections": 3, "patience": 1, **settings})
         found.port, found.loop = sock.getsockname()[1], asyncio.new_event_loop()
         thread = threading.Thread(target=lambda: found.loop.run_until_complete(found.serve(sockets=[sock])))
         thread.start()
+        stack.callback(ended, found, thread)
         until(lambda: found.started)
-        yield found
+        return found
+
+    def ended(found, thread):
         found.loop.call_soon_threadsafe(found.finish)
         thread.join(timeout=20)
         assert not thread.is_alive()
         found.loop.close()
 
+    with contextlib.ExitStack() as stack:
+        yield started
+
+
+@pytest.fixture
+def server(serving):
+    return serving()
+
+
+def connected(server, *sent):
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    client.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode() for path in sent))
+    return client
+
 
 def test_a_client_that_does_not_read_is_cut_off_when_the_service_stops(server):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as lazy:
-        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    with connected(server, "/much") as lazy:
         until(lambda: server.server_state.tasks)
         server.loop.call_soon_threadsafe(server.finish)
         until(lambda: not server.loop.is_running(), seconds=15)
         read = 0
         while chunk := lazy.recv(1 << 20):
             read += len(chunk)
-        assert read < 20_000_000
+        assert read < MUCH
 
 
 def test_connections_beyond_the_limit_are_refused(server):
     with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3)]
+        made = [stack.enter_context(connected(server)) for _ in range(3)]
         until(lambda: len(server.server_state.connections) == 3)
         made[2].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert made[2].recv(100).startswith(b"HTTP/1.1 503")
+
+
+# --- clients that keep it waiting
+
+
+def is_closed(client):
+    try:
+        return not client.recv(1000)
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize("before", [(), ("/",)])
+@pytest.mark.parametrize(("begin", "drip"), [(b"", b""), (b"GET / HTTP/1.1\r\nHost: loc", b""), (b"GET /", b"x")])
+def test_a_connection_on_which_no_head_comes_is_closed(serving, before, begin, drip):
+    with connected(serving(head=0.5), *before) as client:
+        if before:
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        client.sendall(begin)
+        client.settimeout(0.05)
+        end = time.monotonic() + 10
+        while not is_closed(client):
+            assert time.monotonic() < end
+            with contextlib.suppress(ConnectionError):
+                client.sendall(drip)
+
+
+@pytest.mark.parametrize("asked", [("/much",), ("/much", "/much")])
+def test_a_client_that_reads_nothing_is_cut_off(serving, asked):
+    server = serving(head=0.5)
+    with connected(server, *asked):
+        until(lambda: server.server_state.total_requests)
+        until(lambda: not server.server_state.connections, seconds=10)
+
+
+def test_a_client_that_reads_slowly_gets_all(serving):
+    read = 0
+    with connected(serving(head=1), "/much", "/much") as slow:
+        while read < 2 * MUCH:
+            chunk = slow.recv(1_000_000, socket.MSG_WAITALL)
+            assert chunk
+            read += len(chunk)
+            time.sleep(0.06)
+
+
+def test_requests_are_answered_however_slowly_and_one_after_the_other(serving):
+    def answered(count):
+        read = b""
+        while read.count(b"\r\n\r\nxx") < count:
+            chunk = client.recv(1000)
+            assert chunk
+            read += chunk
+
+    with connected(serving(head=1), "/slow", "/", "/slow") as client:
+        answered(3)
+        for _ in range(4):
+            time.sleep(0.4)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answered(1)
 
 
 @pytest.mark.parametrize(

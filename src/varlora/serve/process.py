@@ -1,4 +1,4 @@
-"""The process: a socket, uvicorn on it, and what a signal does.
+"""The process: a socket, uvicorn on it, how long it waits for clients, and what a signal does.
 
 At the first SIGTERM or SIGINT new requests are refused with 503 while those that were taken are finished; then the
 sockets close and the process ends with status 0. At the second it ends at once. uvicorn's own handling raises the
@@ -12,9 +12,11 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from varlora.errors import VarloraError
 
@@ -23,6 +25,10 @@ __all__ = ["Server", "listen"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 10
 """Seconds in which clients have to read what was answered, once the service stops."""
+KEEP_ALIVE = 30
+"""Seconds after an answer in which the next request has to begin."""
+HEAD = 60
+"""Seconds in which the head of a request has to come, and a part of an answer to be read; more than `KEEP_ALIVE`."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -51,6 +57,51 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+class Impatient(H11Protocol):
+    """uvicorn's own waits forever for a first request, for the rest of a head, and for clients that read nothing.
+
+    Here a connection is cut some seconds after it was made, or an answer given, unless a request is being answered or
+    the client goes on reading. That bodies come in time is the application's part.
+
+    Args:
+        args: see uvicorn.
+        seconds: how many; more than an idle connection is kept.
+        more: see uvicorn.
+    """
+
+    def __init__(self, *args: Any, seconds: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._seconds = seconds
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        """Expect that the answer is read, and the next request."""
+        self._late.cancel()
+        self._wait()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._late = self.loop.call_later(self._seconds, self._look)
+
+    def _look(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if unread < self._unread:
+            self._wait()
+        elif unread or not answering:
+            self.transport.abort()
+
+
 class Server(uvicorn.Server):
     """uvicorn, with a stop that finishes what was taken.
 
@@ -60,6 +111,7 @@ class Server(uvicorn.Server):
         busy: whether what was taken is not done yet.
         connections: so many at a time; beyond, requests get 503.
         patience: seconds in which the answers have to be read, once all is done; then connections are cut.
+        head: seconds in which the head of a request has to come, and a part of an answer to be read.
     """
 
     def __init__(
@@ -70,9 +122,11 @@ class Server(uvicorn.Server):
         busy: Callable[[], bool],
         connections: int,
         patience: int = PATIENCE,
+        head: float = HEAD,
     ) -> None:
         config = uvicorn.Config(
             app,
+            http=partial(Impatient, seconds=head),  # type: ignore[arg-type]
             log_config=None,
             log_level="error",
             access_log=False,
@@ -80,7 +134,7 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             lifespan="off",
             ws="none",
-            timeout_keep_alive=30,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=patience,
             limit_concurrency=connections,
         )
