@@ -243,6 +243,14 @@ def test_the_mean_is_kept_where_one_seed_or_task_differs_or_the_method_stands_al
     assert table.notes == ()
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, "nothing of other seeds"), (2, "Of 2 seeds"), (5, None)])
+def test_the_caption_says_what_intervals_of_few_seeds_leave_out(count: int, said: str | None):
+    runs = [evaluated("boolq", method, seed) for method in ("adamw", "ivon") for seed in range(count)]
+    caption = table1(rows(*runs), **FAST).caption
+    assert said is None or said in caption
+    assert ("too narrow" in caption) == (count == 2)
+
+
 def test_the_baseline_can_be_another_row_and_has_to_be_one():
     runs = [*seeds(), *seeds(method="ivon", noise=2.0, own=0.5)]
     table = table1(rows(*runs), baseline="ivon@mean", **FAST)

@@ -45,6 +45,8 @@ ORDER = (
 TEMPERED, CALIBRATED = "Tempered", "Calibrated"
 SETTINGS = ("steps", "batch_size", "accumulation", "calibration_fraction", "lora", "model", "dtype", "quantization")
 """Settings of a run, beside the method's own, that Table 3 shows."""
+FEW_SEEDS = 5
+"""Below so many the bootstrap takes their spread for smaller than it is, by far."""
 
 # --- Table 1
 
@@ -308,6 +310,7 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
             f"With a sign: the change against {_title(method)}{mean}. It is noise if its 95 % interval, from "
             f"{replicates} bootstrap replicates over seeds and rows, contains 0"
             + ("; the average's interval follows from those of its tasks." if averaged else ".")
+            + _of_few_seeds(min(len(row.runs) for row in rows))
         )
     if any(row.tempered for row in rows):
         parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
@@ -317,6 +320,12 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
             "of draws that were chosen on held-out rows."
         )
     return " ".join(parts) if rows else ""
+
+
+def _of_few_seeds(seeds: int) -> str:
+    if seeds == 1:
+        return " Of one seed, it says how far other rows would move the change, and nothing of other seeds."
+    return f" Of {seeds} seeds, it is too narrow where seeds differ much." if seeds < FEW_SEEDS else ""
 
 
 def _over_seeds(rows: Sequence[Row]) -> str:
