@@ -21,6 +21,8 @@ from varlora.calibration import (
     SEARCH_DRAWS,
     Calibration,
     Search,
+    Trial,
+    _share,
     calibrate,
     load_calibration,
     save_calibration,
@@ -409,6 +411,24 @@ def test_what_so_few_rows_do_not_set_is_said() -> None:
     assert len(doubts) == 3
     assert all("Hold out more rows" in words for words in doubts)
     assert Search(replace(chosen, tau=1.0, temperature=2.0), (), rows=100, passes=1).doubts() == []
+
+
+@pytest.mark.parametrize(("gain", "pruned"), [(0.05, 0.0), (0.09, 0.0), (0.11, 0.05), (0.3, 0.05)])
+def test_a_gain_within_its_standard_error_prunes_nothing(gain: float, pruned: float) -> None:
+    """Some share of the weights is always better to leave out on few rows, by chance."""
+    swing = torch.tensor([1.0, -1.0] * 50)  # of 100 rows: a standard error of 0.1
+    losses = {0.0: torch.full((100,), 2.0), 0.05: 2.0 - gain + swing, 0.1: torch.full((100,), 3.0)}
+
+    class Trials:
+        posterior = Linear(noise=0.0).posterior
+
+        def made(self, tau: float, pruned: float = 0.0) -> Trial:
+            return Trial(tau, pruned, SEARCH_DRAWS, 1.0, losses[pruned].mean().item())
+
+        def losses(self, trial: Trial) -> Tensor:
+            return losses[trial.pruned]
+
+    assert _share(Trials(), 1.0) == pruned  # type: ignore[arg-type]
 
 
 def test_one_row_prunes_nothing() -> None:

@@ -142,6 +142,12 @@ def test_where_the_kl_stops_growing_below_the_bound_it_is_where_half_of_it_is_re
     assert 0.05 < sigma < 0.4
 
 
+@pytest.mark.parametrize("beta1", [0.9, 0.99])
+def test_nothing_wanders_further_than_it_could_go_straight(beta1: float) -> None:
+    assert scale.walk(2, beta1) == 1.5
+    assert scale.walk(3, beta1) == 2.0
+
+
 def test_where_draws_overflow_it_is_smaller_and_where_nothing_changes_larger() -> None:
     narrow, _ = scale.largest_sigma(lambda sigma: math.inf if sigma > 0.1 else sigma**2, 0.1, 10.0)
     assert narrow < 1.0

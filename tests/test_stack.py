@@ -774,6 +774,20 @@ def test_settled_needs_a_lead_and_a_small_error():
     assert stack.settled(logits, 0.05).tolist() == [True, False, False, False, False]
 
 
+def test_the_lead_has_to_be_more_than_two_of_its_standard_errors():
+    wider, ratios = 1 / math.sqrt(scipy.stats.chi2.ppf(0.05, 7) / 7), []
+    for center in torch.linspace(0.1, 1.0, 40).tolist():
+        apart = torch.tensor([0.5, -0.5] * 4)
+        lead = (2 * (center + wider * apart).double().sigmoid() - 1).numpy()
+        ratio = lead.mean() / (lead.std(ddof=1) / math.sqrt(8))
+        if abs(ratio - 2) > 0.1:  # the quantile is known to some per cent
+            ratios.append(ratio)
+            logits = torch.stack([center + apart, torch.zeros(8)], 1)[:, None]
+            assert stack.settled(logits, 1.0).item() == (ratio > 2)
+    assert any(1.7 < ratio < 2 for ratio in ratios)
+    assert any(2 < ratio < 2.3 for ratio in ratios)
+
+
 def test_mirrored_draws_are_judged_by_pairs():
     """Their average hardly moves, which single draws do not show; and where both of a pair are the same, it does."""
     swing = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).repeat(4, 1)[:, None]  # (8, 1, 2): up and down

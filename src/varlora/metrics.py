@@ -420,7 +420,9 @@ def uncertainty(logits: Tensor) -> Uncertainty:
     .. math:: H[\bar p] = \frac{1}{S} \sum_s H[p_s] + I, \qquad H[p] = -\sum_c p_c \log p_c
 
     The entropy of the averaged probabilities (total) is the draws' average entropy (aleatoric: they agree that it is
-    open) plus the mutual information of answer and draw (epistemic: they disagree), which is at least 0.
+    open) plus the mutual information of answer and draw (epistemic: they disagree), which is at least 0. Of S draws it
+    is on average some 1/S of itself too small, as their average is nearer to them than that of all would be: compare
+    what was made of as many draws.
 
     Args:
         logits: (S, N, C), S draws; -inf where a row does not have the class.
