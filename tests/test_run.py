@@ -185,6 +185,39 @@ def test_json_that_is_nested_without_end_is_named(tmp_path):
         read_json(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize(
+    "value", ['{"a":' * 101 + "1" + "}" * 101, "[" * 900 + "]" * 900, '["\\ud800"]', '{"\\udfff": 1}']
+)
+def test_json_that_could_not_be_gone_through_or_written_again_is_named(tmp_path, value):
+    (tmp_path / "x.json").write_text(value)
+    with pytest.raises(DamagedFileError, match=r"x\.json, but it cannot be read"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_of_many_levels_and_characters_beyond_the_first_plane_is_read(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 100 + r'"\ud83d\ude00"' + "]" * 100)
+    value = read_json(tmp_path / "x.json")
+    for _ in range(100):
+        (value,) = value
+    assert value == "😀"
+
+
+def test_what_does_not_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**24 + 1)
+    for name, why in (("pipe", "no file"), ("device", "no file"), ("large", "more than 16,777,216 bytes")):
+        with pytest.raises(DamagedFileError, match=rf"{name}, but it cannot be read \(it .*{why}"):
+            read_json(tmp_path / name)
+    for name in ("pipe", "device"):
+        with pytest.raises(DamagedFileError, match=rf"{name}, but it is damaged"):
+            load_tensors(tmp_path / name)
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(DamagedFileError, match="has no manifest"):
+        verify_manifest(tmp_path)
+
+
 def test_json_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DamagedFileError, match=r"absent\.json, but it is absent"):
         read_json(tmp_path / "absent.json")

@@ -50,6 +50,8 @@ __all__ = [
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STEP = re.compile(r"checkpoint-\d+")
+LARGEST_STATE = 2**30
+"""Bytes of a state's JSON, which names each of its tensors: megabytes for large models, more for mixtures of experts."""
 WRITING = ".checkpoint.tmp"
 """Where in a run directory a checkpoint is written, by all ranks, before it is renamed."""
 
@@ -220,7 +222,7 @@ def load_state(folder: Path, name: str) -> Any:
             return tuple(value(item) for item in tree["tuple"])
         return {value(key): value(item) for key, item in tree["dict"]}
 
-    tree = read_json(folder / f"{name}.json")
+    tree = read_json(folder / f"{name}.json", LARGEST_STATE)
     with _damaged_if_it_fails(folder / f"{name}.json"):
         return value(tree)
 

@@ -57,6 +57,7 @@ __all__ = [
     "is_run",
     "load_tensors",
     "origin",
+    "parse_json",
     "prepare_run_dir",
     "read_json",
     "save_tensors",
@@ -69,6 +70,10 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+LARGEST = 2**24
+"""Bytes of a JSON file that is read; ours have some thousand, and a stranger's may have any number."""
+DEEPEST = 100
+"""Levels of JSON, one within the other; ours has 20 at the most. What goes through them calls itself once for each."""
 PACKAGES = ("varlora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
@@ -208,18 +213,57 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: int = LARGEST) -> Any:
     """Read JSON.
 
+    Args:
+        path: the file.
+        largest: bytes that it may have.
+
     Raises:
-        DamagedFileError: the file is absent, cut short or no JSON.
+        DamagedFileError: the file is absent, cut short, too large, no file that ends, or no JSON that `parse_json` reads.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        _check_ends(path)
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            raise ValueError(f"it has more than {largest:,} bytes")
+        return parse_json(content.decode("utf-8"))
     except FileNotFoundError:
         raise DamagedFileError(f"Expected a file {path}, but it is absent. Is {path.parent} complete?") from None
-    except (OSError, RecursionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedFileError(f"Expected JSON in {path}, but it cannot be read ({error}).") from error
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON that anyone may have written: what it holds can be gone through, and written again.
+
+    Raises:
+        ValueError: it is no JSON, has too many levels, or has half a character, which UTF-8 cannot hold.
+
+    Example:
+        >>> parse_json('{"a": [1]}')
+        {'a': [1]}
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it has more than {DEEPEST} levels, one within the other") from error
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [item for items in inner for item in items]
+        if not level:
+            json.dumps(value, ensure_ascii=False).encode()  # raises where there is half a character
+            return value
+    raise ValueError(f"it has more than {DEEPEST} levels, one within the other")
+
+
+def _check_ends(path: Path) -> None:
+    """Raise if a path is there and no file: to read a pipe or a device, a stranger's link to one say, may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -247,6 +291,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         DamagedFileError: the file is absent, cut short or no safetensors file.
     """
     try:
+        _check_ends(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
