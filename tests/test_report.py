@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
+from varlora.curves import training
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.evaluated import Skipped, read_run
+from varlora.evaluated import Skipped, read_run, read_runs
 from varlora.report import build_report, to_table
 from varlora.run import load_tensors, save_tensors
 from varlora.typeset import to_markdown
@@ -528,6 +529,109 @@ def test_damaged_files_are_named(tmp_path, name):
     file = "config.json" if name.startswith("config") else "predictions.safetensors"
     with pytest.raises(DamagedFileError, match=str(run / file)):
         build_report([run], tmp_path / "out")
+
+
+def with_config(**changes):
+    def change(run: Path) -> None:
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def with_meta(**changes):
+    return lambda run: damage(run, lambda tensors, meta: meta.update(changes))
+
+
+def with_tensors(**changes):
+    """Replace tensors by what functions make of them."""
+    return lambda run: damage(
+        run, lambda tensors, meta: tensors.update({n: f(tensors[n]).contiguous() for n, f in changes.items()})
+    )
+
+
+def texts(text: object) -> str:
+    return json.dumps([text] * 60)
+
+
+STRANGE = {
+    "a temperature that is none": with_meta(temperature="abc", temperature_mean="1"),
+    "a temperature of 0": with_meta(temperature="0", temperature_mean="1"),
+    "a temperature that overflows": with_meta(temperature="1", temperature_mean="1e-40"),
+    "a temperature that is NaN": with_meta(temperature="nan", temperature_mean="1"),
+    "one temperature of two": with_meta(temperature="1"),
+    "tau NaN": with_meta(tau="nan"),
+    "tau infinite": with_meta(tau="inf"),
+    "tau below 0": with_meta(tau="-1"),
+    "labels with fractions": with_tensors(labels=torch.Tensor.float),
+    "labels of 8 bits": with_tensors(labels=lambda labels: labels.to(torch.uint8)),
+    "labels true or false": with_tensors(labels=torch.Tensor.bool),
+    "complex logits": with_tensors(logits=lambda logits: logits.to(torch.complex64)),
+    "logits of whole numbers": with_tensors(logits=torch.Tensor.int, logits_mean=torch.Tensor.int),
+    "a mask of numbers": with_tensors(mask=torch.Tensor.float),
+    "no draws": with_tensors(logits=lambda logits: logits[:0]),
+    "no answers": with_tensors(**dict.fromkeys(("logits", "logits_mean", "mask"), lambda values: values[..., :0])),
+    "ids without end": with_meta(ids="[" * 100_000 + "]" * 100_000),
+    "ids that are no list": with_meta(ids="1"),
+    "ids that are mappings": with_meta(ids=texts({})),
+    "slices that are numbers": with_meta(slices=texts(1)),
+    "half a character in slices": with_meta(slices=texts("\ud800")),
+    "prompts that are numbers": with_meta(prompts=texts(1)),
+    "half a character in prompts": with_meta(prompts=texts("\ud800")),
+    "answers that are texts": with_meta(answers=texts("abcd")),
+    "config without end": with_config(deep=json.loads('{"a":' * 900 + "1" + "}" * 900)),
+    "half a character in config": with_config(commit="\ud800"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strangers_files_that_cannot_be_used_are_named(tmp_path, name):
+    good, bad = write_run(tmp_path / "good", n=60), write_run(tmp_path / "bad", n=60)
+    STRANGE[name](bad)
+    runs, (skipped,) = read_runs([bad, good])
+    assert [run.run for run in runs] == [good]
+    assert skipped.run == str(bad)
+    assert str(bad / ("config.json" if "config" in name else "predictions.safetensors")) in skipped.reason
+    assert len(skipped.reason) < 1000
+
+
+@pytest.mark.parametrize(
+    "change", [with_meta(ids=texts("x")), with_meta(tau="nan"), with_tensors(labels=torch.neg), cut]
+)
+def test_a_run_whose_calibrated_predictions_cannot_be_used_is_skipped(tmp_path, change):
+    good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad")
+    whole = (bad / "predictions.safetensors").read_bytes()
+    change(bad)
+    (bad / "predictions.safetensors").rename(bad / "predictions-calibrated.safetensors")
+    (bad / "predictions.safetensors").write_bytes(whole)
+    _, (skipped,) = read_runs([bad, good])
+    assert skipped.run == str(bad)
+    assert "predictions-calibrated.safetensors" in skipped.reason
+
+
+def test_a_report_goes_on_without_what_cannot_be_used(runs, tmp_path):
+    bad = [write_run(tmp_path / str(i), n=60) for i, _ in enumerate(STRANGE)]
+    for run, change in zip(bad, STRANGE.values()):
+        change(run)
+    odd = write_run(tmp_path / "odd", seed=1, lora={"x": [math.inf, {"y": [math.nan]}]}, samples=0)
+    (odd / "adapter").mkdir()
+    (odd / "adapter" / "posterior_config.json").write_text("[]")
+    (odd / "training.jsonl").write_text(
+        '[]\n1\n"loss"\nnull\n{"loss": 1, "step": 1e400}\n{"loss": 1, "step": NaN}\n{"loss": 1}\n'
+        + '{"loss": 1, "step": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
+        + '{"loss": ' + "9" * 400 + ', "step": 2}\n{"loss": 1e308, "step": 3}\n{"loss": -1e308, "step": 4}\n'
+        + '{"loss": 0.25, "step": 5, "sigma": "a", "loss_under_noise": "a", "loss_at_mean": 1}\n'
+        + '{"loss": 0.5, "step": 6, "sigma/layer_00": "x", "sigma/layer_xx": 1, "sigma/layer_100": 2, "sigma/q": {}, '
+        + '"sigma/layer_01": 1, "sigma/layer_02": Infinity, "sigma/layer_99": 3}\n'
+    )  # fmt: skip
+    report = build_report([*runs[:3], odd, *bad], tmp_path / "out")
+    assert [skip.run for skip in report.skipped] == list(map(str, bad))
+    assert {str(run.run) for row in report.rows for run in row.runs} == {str(run) for run in [*runs[:3], odd]}
+    shown = training([read_run(odd)])
+    assert (shown.loss.x, shown.loss.y) == ((5, 6), (0.25, 0.5))
+    assert (shown.layers.x, shown.layers.y) == ((1, 99, 100), (1, 3, 2))
+    settings = json.loads(report.files["report.json"].read_text())["rows"][-1]["runs"][0]["config"]["settings"]
+    assert settings["lora"] == {"x": ["Infinity", {"y": ["NaN"]}]}
 
 
 def test_labels_all_unknown(tmp_path):

@@ -51,7 +51,7 @@ __all__ = [
 ADAPTER_FILE = "adapter_model.safetensors"
 STEP = re.compile(r"checkpoint-\d+")
 LARGEST_STATE = 2**30
-"""Bytes of a state's JSON, which names each of its tensors: megabytes for large models, more for mixtures of experts."""
+"""Bytes of a state's JSON, which names all its tensors: megabytes for large models, more for mixtures of experts."""
 WRITING = ".checkpoint.tmp"
 """Where in a run directory a checkpoint is written, by all ranks, before it is renamed."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from varlora import metrics
 from varlora.evaluated import EvaluatedRun
 from varlora.predictions import Predictions, made_unlike
 from varlora.results import Row, Stat
+from varlora.run import parse_json
 
 __all__ = [
     "Curve",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 POINTS = 100  # of a curve, at most: more cannot be told apart on a screen
+LARGEST = torch.finfo(torch.float32).max
+"""Of what is logged: more no training computes, and no average of it or length on a chart would be finite."""
+LAYER, KIND = re.compile(r"sigma/layer_([0-9]{2,4})"), re.compile(r"sigma/(?!layer_).*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,23 +146,24 @@ def training(runs: Sequence[EvaluatedRun]) -> Training | None:
     loss = _mean_by_step(logs, "loss")
     sigma = _mean_by_step(logs, "sigma")
     ends = [log[-1] for log in logs]
-    names = sorted({name for end in ends for name in end if name.startswith("sigma/layer_")})
-    values = [[end[name] for end in ends if name in end] for name in names]
-    layers = Curve(tuple(float(name[-2:]) for name in names), tuple(map(_average, values))) if names else None
     for log in logs:
         for entry in log:
-            if "loss_under_noise" in entry and "loss_at_mean" in entry:
-                entry["rise"] = entry["loss_under_noise"] - entry["loss_at_mean"]
-    kinds = sorted({name for end in ends for name in end if name.startswith("sigma/") and name not in names})
+            noisy, at_mean = entry.get("loss_under_noise"), entry.get("loss_at_mean")
+            if _is_number(noisy) and _is_number(at_mean):
+                entry["rise"] = noisy - at_mean
+    end = {name: _average([entry[name] for entry in ends if name in entry]) for name in _numbers(ends)}
+    by_layer = sorted((int(found[1]), end[name]) for name in end if (found := LAYER.fullmatch(name)))
+    by_matrix = sorted({name for entry in ends for name in entry if KIND.fullmatch(name)})
+    matrices = {name.removeprefix("sigma/"): _mean_by_step(logs, name) for name in by_matrix}
     return Training(
         loss,
         _if_any(sigma),
-        layers,
+        Curve(*zip(*by_layer)) if by_layer else None,
         signal=_if_any(_mean_by_step(logs, "signal_above_noise")),
         rise=_if_any(_mean_by_step(logs, "rise")),
         hessian=_if_any(_mean_by_step(logs, "hessian_over_first")),
-        matrices={name.removeprefix("sigma/"): _mean_by_step(logs, name) for name in kinds},
-        end={name: _average([end[name] for end in ends if name in end]) for name in _numbers(ends)},
+        matrices={kind: curve for kind, curve in matrices.items() if curve.x},
+        end=end,
     )
 
 
@@ -167,10 +172,15 @@ def _if_any(curve: Curve) -> Curve | None:
 
 
 def _numbers(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names under which entries have finite numbers."""
+    """Return the names under which entries have numbers alone."""
     names = {name for entry in entries for name in entry}
     values = {name: [entry[name] for entry in entries if name in entry] for name in names}
-    return sorted(n for n in names if all(isinstance(v, int | float) and math.isfinite(v) for v in values[n]))
+    return sorted(n for n in names if all(map(_is_number, values[n])))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number, and none that only a damaged line has."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def out_of_distribution(row: Row) -> tuple[list[Outside], list[str]]:
@@ -211,28 +221,28 @@ def _logs(run_dir: Path) -> list[Path]:
     return members or [run_dir / "training.jsonl"]
 
 
-def _log(path: Path) -> list[dict[str, float]]:
+def _log(path: Path) -> list[dict[str, Any]]:
     """Return the lines that have a loss, by step."""
     if not path.is_file():
         return []
     found = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
-            if "loss" in entry:
-                found[int(entry["step"])] = entry  # of a step logged twice, by a resumed run, the last counts
-        except (ValueError, KeyError, TypeError):
+            entry = parse_json(line)
+        except ValueError:
             continue
+        if isinstance(entry, dict) and "loss" in entry and _is_number(entry.get("step")):
+            found[int(entry["step"])] = entry  # of a step logged twice, by a resumed run, the last counts
     return [found[step] for step in sorted(found)]
 
 
-def _mean_by_step(logs: Sequence[Sequence[dict[str, float]]], name: str) -> Curve:
+def _mean_by_step(logs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Curve:
     """Return the average over the logs that have a step; neighbouring steps are averaged where they are many."""
     values: dict[int, list[float]] = {}
     for log in logs:
         for entry in log:
             value = entry.get(name)
-            if isinstance(value, int | float) and math.isfinite(value):
+            if _is_number(value):
                 values.setdefault(int(entry["step"]), []).append(value)
     steps = sorted(values)
     size = math.ceil(len(steps) / POINTS)

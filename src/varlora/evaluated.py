@@ -32,6 +32,8 @@ class EvaluatedRun:
     """Its config.json: settings, versions, commit, task and prompt version."""
     predictions: Predictions
     """Its predictions, with task, split, tau and samples in `meta`."""
+    tuned: Predictions | None = None
+    """Predictions of the same rows by its calibrated posterior, if it has them."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -61,24 +63,9 @@ class EvaluatedRun:
         paths = sorted(self.run.glob(f"{start}*.safetensors"))
         return {path.stem.removeprefix(start): load_predictions(path) for path in paths}
 
-    @property
-    def _calibrated(self) -> Path:
-        return self.run / f"predictions{CALIBRATED}.safetensors"
-
-    @property
-    def has_calibrated(self) -> bool:
-        """Whether the run has predictions of its calibrated posterior."""
-        return self._calibrated.is_file()
-
     def calibrated(self) -> EvaluatedRun | None:
-        """Return the run with the predictions of its calibrated posterior in place of its own, if it has them.
-
-        Raises:
-            DamagedFileError: the file is cut short or altered.
-        """
-        if not self.has_calibrated:
-            return None
-        return dataclasses.replace(self, predictions=load_predictions(self._calibrated))
+        """Return the run with the predictions of its calibrated posterior in place of its own, if it has them."""
+        return None if self.tuned is None else dataclasses.replace(self, predictions=self.tuned)
 
     def probs(self, drawn: bool, tempered: bool = False) -> Tensor:
         """(N, C) probabilities averaged over the draws, or at the mean; with the fitted temperature, or without."""
@@ -178,20 +165,29 @@ def read_run(run_dir: Path) -> EvaluatedRun:
     path = run_dir / "predictions.safetensors"
     if not path.is_file():
         raise VarloraError(f"{run_dir} has no predictions: run `varlora evaluate {run_dir}` first.")
-    predictions = load_predictions(path)
-    try:
-        (
-            int(predictions.meta["samples"]),
-            float(predictions.meta["tau"]),
-            predictions.meta["task"],
-            predictions.meta["split"],
+    predictions = _read_predictions(path)
+    tuned_path = run_dir / f"predictions{CALIBRATED}.safetensors"
+    tuned = _read_predictions(tuned_path) if tuned_path.is_file() else None
+    if tuned and (tuned.ids != predictions.ids or not torch.equal(tuned.labels, predictions.labels)):
+        raise DamagedFileError(
+            f"Expected predictions of the same rows in {path} and {tuned_path.name}, but they differ. Run "
+            f"`varlora evaluate --calibrate {run_dir}` again."
         )
+    return EvaluatedRun(run_dir, config, predictions, tuned)
+
+
+def _read_predictions(path: Path) -> Predictions:
+    """Read predictions that say how they were made."""
+    predictions = load_predictions(path)
+    meta = predictions.meta
+    try:
+        int(meta["samples"]), float(meta["tau"]), meta["task"], meta["split"]
     except (KeyError, ValueError) as error:
         raise DamagedFileError(
             f"{path} does not say how it was made ({error}): it is damaged, or of an older version than this report "
-            f"reads. Run `varlora evaluate {run_dir}` again."
+            f"reads. Run `varlora evaluate {path.parent}` again."
         ) from error
-    return EvaluatedRun(run_dir, config, predictions)
+    return predictions
 
 
 # --- checks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError
 from varlora.metrics import Uncertainty, average_probs, uncertainty
-from varlora.run import load_tensors, save_tensors
+from varlora.run import load_tensors, parse_json, save_tensors
 
 __all__ = [
     "CALIBRATED",
@@ -136,30 +137,42 @@ def load_predictions(path: Path) -> Predictions:
     """Read what `save_predictions` wrote.
 
     Raises:
-        DamagedFileError: the file is absent, cut short, or does not hold predictions.
+        DamagedFileError: the file is absent, cut short, or does not hold predictions: what is returned has the types,
+            shapes and numbers that a report goes by.
     """
     tensors, meta = load_tensors(path)
     try:
         logits, mean, mask, labels = (tensors[name] for name in ("logits", "logits_mean", "mask", "labels"))
-        ids, slices = tuple(json.loads(meta.pop("ids"))), tuple(json.loads(meta.pop("slices", "[]")))
-        prompts = tuple(json.loads(meta.pop("prompts", "[]")))
-        answers = tuple(map(tuple, json.loads(meta.pop("answers", "[]"))))
-    except (KeyError, TypeError, ValueError) as error:
+        ids, slices, prompts, answers = (
+            parse_json(meta.pop(name, "[]")) for name in ("ids", "slices", "prompts", "answers")
+        )
+    except (KeyError, ValueError) as error:
         raise DamagedFileError(
             f"Expected predictions in {path}, but {error} is missing or unreadable. "
             "An older version may have written it, or it is damaged. Run `varlora evaluate` again."
         ) from error
-    problem = _problem(logits, mean, mask, labels, ids) or _texts_problem(mask, slices, prompts, answers)
+    problem = (
+        _problem(logits, mean, mask, labels)
+        or _texts_problem(mask, ids, slices, prompts, answers)
+        or _numbers_problem(meta, logits, mean)
+    )
     if problem:
         raise DamagedFileError(f"Expected predictions in {path}, but {problem}. Run `varlora evaluate` again.")
-    return Predictions(logits, mean, labels, ids, slices, prompts, answers, meta)
+    return Predictions(
+        logits, mean, labels, tuple(ids), tuple(slices), tuple(prompts), tuple(map(tuple, answers)), meta
+    )
 
 
-def _problem(logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tuple[Any, ...]) -> str | None:
+def _problem(logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor) -> str | None:
+    types = [str(tensor.dtype).removeprefix("torch.") for tensor in (logits, mean, mask, labels)]
+    if types != ["float32", "float32", "bool", "int64"]:
+        return f"logits, mean, mask and labels are {', '.join(types)}"
     if mean.ndim != 2 or logits.ndim != 3 or logits.shape[1:] != mean.shape or mask.shape != mean.shape:
         return f"the shapes {tuple(logits.shape)}, {tuple(mean.shape)} and {tuple(mask.shape)} do not fit"
-    if labels.shape != mean.shape[:1] or len(ids) != len(mean):
-        return f"there are {len(mean)} rows, {len(labels)} labels and {len(ids)} ids"
+    if labels.shape != mean.shape[:1]:
+        return f"there are {len(mean)} rows and {len(labels)} labels"
+    if not len(logits) or not mean.shape[1]:
+        return f"there are {len(logits)} draws of {mean.shape[1]} answers"
     if not ((logits.isfinite() == mask).all() and (mean.isfinite() == mask).all()):
         return "logits are not finite exactly where a row has the answer"
     known = labels >= 0
@@ -171,12 +184,33 @@ def _problem(logits: Tensor, mean: Tensor, mask: Tensor, labels: Tensor, ids: tu
     return None
 
 
-def _texts_problem(
-    mask: Tensor, slices: tuple[Any, ...], prompts: tuple[Any, ...], answers: tuple[Any, ...]
-) -> str | None:
-    for name, texts in (("slices", slices), ("prompts", prompts), ("lists of answers", answers)):
-        if texts and len(texts) != len(mask):
-            return f"there are {len(mask)} rows and {len(texts)} {name}"
+def _texts_problem(mask: Tensor, ids: Any, slices: Any, prompts: Any, answers: Any) -> str | None:
+    of_rows = {"ids": ids, "slices": slices, "prompts": prompts, "lists of answers": answers}
+    for name, texts in of_rows.items():
+        if not isinstance(texts, list) or (len(texts) != len(mask) and (texts or name == "ids")):
+            count = len(texts) if isinstance(texts, list) else "no"
+            return f"there are {len(mask)} rows and {count} {name}"
+    if not all(isinstance(texts, list) for texts in answers):
+        return "its answers are no lists"
+    if not all(isinstance(text, str) for texts in (ids, slices, prompts, *answers) for text in texts):
+        return "its ids, slices, prompts or answers are not all texts"
     if answers and [len(texts) for texts in answers] != mask.sum(1).tolist():
         return "a row has another number of answers than of logits"
+    return None
+
+
+def _numbers_problem(meta: Mapping[str, str], logits: Tensor, mean: Tensor) -> str | None:
+    """Return what is wrong with the numbers of the meta data, as far as they are there."""
+    divided = {"temperature": logits, "temperature_mean": mean}
+    if ("temperature" in meta) != ("temperature_mean" in meta):
+        return "one of its two temperatures is missing"
+    for name in meta.keys() & {"samples", "tau", *divided}:
+        try:
+            number = float(meta[name])
+        except ValueError:
+            number = math.nan
+        of = divided.get(name)
+        overflows = of is not None and not torch.equal((of / number).isfinite(), of.isfinite())
+        if overflows or not 0 <= number < math.inf:
+            return f"its {name} is {meta[name][:40]!r}"
     return None

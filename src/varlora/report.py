@@ -266,6 +266,8 @@ def _strict(value: Any) -> Any:
     """JSON has no infinity, which a setting may be; a token, which a run of an older version may have, is left out."""
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items() if not str(key).endswith("_token")}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

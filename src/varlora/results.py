@@ -334,9 +334,10 @@ def _range(sizes: Sequence[int]) -> str:
 
 def _is_point(run_dir: Path) -> bool:
     try:
-        return read_json(run_dir / "adapter" / "posterior_config.json").get("kind") == "point"
+        config = read_json(run_dir / "adapter" / "posterior_config.json")
     except VarloraError:  # without the adapter's files the predictions still stand
         return False
+    return isinstance(config, Mapping) and config.get("kind") == "point"
 
 
 def _asked(run: EvaluatedRun, told: bool) -> frozenset[tuple[str, int, str]]:
@@ -359,7 +360,7 @@ def _notes(groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
             notes.append(f"{name}: the seeds were evaluated on different rows.")
         for what, there in (
             ("temperature", [run.predictions.temperatures is not None for run in group]),
-            ("calibrated posterior", [run.has_calibrated for run in group]),
+            ("calibrated posterior", [run.tuned is not None for run in group]),
         ):
             lacking = [str(run.run) for run, has in zip(group, there) if not has]
             if 0 < len(lacking) < len(group):

@@ -221,7 +221,7 @@ def read_json(path: Path, largest: int = LARGEST) -> Any:
         largest: bytes that it may have.
 
     Raises:
-        DamagedFileError: the file is absent, cut short, too large, no file that ends, or no JSON that `parse_json` reads.
+        DamagedFileError: the file is absent, cut short, too large, no regular file, or no JSON for `parse_json`.
     """
     try:
         _check_ends(path)
