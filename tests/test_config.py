@@ -305,6 +305,28 @@ def test_a_recipe_that_is_absent_or_wrong(tmp_path):
         read_recipe(tmp_path / "nowhere" / "ivon.yaml")
 
 
+ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(8))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (ALIASES, "without aliases"),
+        ("[" * 2000 + "]" * 2000, "of at most 20 levels"),
+        ('{"a": ' * 2000 + "1" + "}" * 2000, "of at most 20 levels"),
+        ("#" * 300_000, "at most 262,144 bytes"),
+        ("seed: 2020-99-99", "cannot be read as YAML"),
+    ],
+    ids=["aliases", "lists", "mappings", "large", "date"],
+)
+def test_a_strangers_recipe_or_plan_is_refused_in_few_words(tmp_path, text, why):
+    (tmp_path / "r.yaml").write_text(text)
+    for read in (load_settings, lambda path: plan_from(path, tmp_path, {})):
+        with pytest.raises(ConfigError, match=why) as raised:
+            read(tmp_path / "r.yaml")
+        assert len(str(raised.value)) < 500
+
+
 def test_yaml_runs_no_code(tmp_path):
     (tmp_path / "r.yaml").write_text("task: !!python/object/apply:os.getcwd []\nmodel: m\n")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):

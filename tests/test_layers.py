@@ -30,7 +30,7 @@ LAYERS = {
         "draws",
         "client",
     },
-    1: {"tasks", "prompt", "data", "adapter", "model"},
+    1: {"plain_yaml", "tasks", "prompt", "data", "adapter", "model"},
     2: {"methods"},
     3: {"run", "predictions", "checkpoint", "trainer", "fit", "overhead", "predict", "calibration"},
     4: {
@@ -82,6 +82,7 @@ WITHIN = {
     "temperature": {"metrics"},
     "draws": {"drawing", "posterior"},
     "metrics": {"errors"},
+    "tasks": {"plain_yaml"},
     "prompt": {"tasks"},
     "data": {"tasks", "prompt"},
     "model": {"adapter"},

@@ -1,6 +1,6 @@
 """Settings of a training run: a frozen dataclass, read from YAML recipes and the command line.
 
-This is the only module besides the command line that knows YAML. All problems of a configuration are reported together.
+All problems of a configuration are reported together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from varlora.errors import ConfigError, DamagedFileError, VarloraError, did_you_
 from varlora.fit import check_method, check_training_arguments
 from varlora.methods import METHODS, Method, Plan
 from varlora.model import LoRA
+from varlora.plain_yaml import read_yaml
 from varlora.run import read_json
 from varlora.tasks import get_task, is_task_file
 
@@ -150,14 +151,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe: a YAML mapping of settings.
 
     Raises:
-        ConfigError: the file is absent, no YAML or no mapping.
+        ConfigError: the file is absent, no YAML, no mapping, or more than `read_yaml` reads.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = read_yaml(path)
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise ConfigError([f"There is no recipe {path}. {near}".strip()]) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"{path} cannot be read as YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(recipe, dict):
         raise ConfigError([f"Expected a mapping of settings in {path}, but got {type(recipe).__name__}."])

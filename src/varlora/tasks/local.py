@@ -16,7 +16,8 @@ be two of these, as 1 with the answers "1" and "2", it is refused until `label_a
 Optional: `version`; `cut`, the field that is shortened (from its left end) if a prompt is too long, by default the
 longest of the row; `id`, a field; `slice`, a field by whose values a report divides the rows; `evaluation`, the split
 reported on (default `dev`); `limit: {train: 1000}`, which keeps the first 1000 rows of a permutation with seed 0.
-YAML's aliases (`*name`) are refused: a file may come from a stranger, and a few lines of them fill any memory.
+YAML's aliases (`*name`) and large files are refused: a file may come from a stranger, and a few lines of aliases fill
+any memory.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 import yaml
 
 from varlora.errors import ConfigError, TaskError, did_you_mean
+from varlora.plain_yaml import read_yaml
 from varlora.tasks.base import LETTERS, Example, Row, Task, label_index, lettered, text_field
 
 __all__ = ["load_task"]
@@ -43,15 +45,6 @@ KEYS = (
 )
 MOST = 20
 """Problems of a file that are told."""
-DEEPEST = 20
-"""Levels of a file's YAML; it has two. The parser's time grows with their square."""
-BEGINS = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-)
-ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
@@ -133,19 +126,6 @@ class _Schema:
         return None if found is None else list(known.values())[found]
 
 
-def _check_bounded(text: str, path: Path) -> None:
-    """Raise where a few lines of YAML would take more time or memory than anyone has."""
-    depth = 0
-    for token in yaml.scan(text):
-        if isinstance(token, yaml.AliasToken):
-            raise ConfigError([f"Expected {path} without aliases (*name). Write out what they stand for."])
-        depth += isinstance(token, BEGINS) - isinstance(token, ENDS)
-        if depth > DEEPEST:
-            raise ConfigError([f"Expected {path} to be YAML of at most {DEEPEST} levels, one within the other."])
-        if depth < 0:
-            return  # the parser stops here and says so
-
-
 def load_task(path: Path) -> Task:
     """Read a task file.
 
@@ -159,9 +139,7 @@ def load_task(path: Path) -> Task:
         ConfigError: the file is absent or no YAML, or all its problems together.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_bounded(text, path)
-        config = yaml.safe_load(text)
+        config = read_yaml(path)
     except ConfigError:
         raise
     except OSError as error:
