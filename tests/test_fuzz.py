@@ -19,7 +19,7 @@ from varlora.errors import DamagedFileError
 from varlora.methods import METHODS
 from varlora.params import trainable
 from varlora.posterior import POSTERIORS
-from varlora.run import write_manifest
+from varlora.run import load_tensors, save_tensors, write_manifest
 
 TIMES = 150
 
@@ -101,6 +101,20 @@ def test_a_damaged_posterior_is_refused_or_whole(model: Any, run_dir: Path, fitt
         mend()
         (folder / "manifest.json").write_bytes(manifest)
     assert refused > TIMES / 4
+
+
+def test_a_posterior_that_cannot_be_drawn_from_is_refused(model: Any, run_dir: Path) -> None:
+    path = run_dir / "adapter" / "posterior.safetensors"
+    whole = path.read_bytes()
+    tensors, _ = load_tensors(path)
+    changes = [{name: value.to(dtype) for name, value in tensors.items()} for dtype in (torch.int32, torch.bool)]
+    changes += [{**tensors, name: -tensors[name]} for name in tensors if "variance." in name or name.endswith("rest")]
+    for changed in changes:
+        save_tensors(path, changed)
+        write_manifest(path.parent)
+        assert str(path) in str(attempt(load_posterior, model, path.parent)[1])
+    path.write_bytes(whole)
+    write_manifest(path.parent)
 
 
 def test_a_damaged_adapter_is_refused_and_leaves_the_model(model: Any, run_dir: Path) -> None:

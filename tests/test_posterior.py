@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -269,6 +270,22 @@ class TestEveryPosterior:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(DamagedFileError, match="`diagonal_gaussian`"):
         posterior_from_tensors("diagonal_gausian", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+@pytest.mark.parametrize("kind", ALL)
+def test_what_no_noise_is_made_of_is_not_rebuilt(kind: str, dtype: torch.dtype) -> None:
+    tensors = {name: v if name.startswith("keep.") else v.to(dtype) for name, v in ALL[kind]().tensors().items()}
+    with pytest.raises(DamagedFileError, match="floating-point, but `"):
+        posterior_from_tensors(kind, tensors)
+
+
+@pytest.mark.parametrize("change", [{"rest": torch.tensor(-1.0)}, {"rest": torch.ones(2)}, {"variance": None}])
+def test_kronecker_variances_are_no_less_than_zero(change: dict[str, Any]) -> None:
+    right = kronecker()
+    negative = {name: -value for name, value in right.variance.items()}
+    with pytest.raises(VarloraError, match="Expected variances >= 0"):
+        dataclasses.replace(right, **({"variance": negative} if "variance" in change else change))
 
 
 @pytest.mark.parametrize("kind", ["diagonal_gaussian", "low_rank_gaussian", "kronecker_gaussian", "dropout"])
@@ -772,7 +789,7 @@ def test_members_have_equal_shares_also_where_one_draws_more() -> None:
 
 
 def test_a_mixture_of_more_than_ten_comes_back_in_order() -> None:
-    many = Mixture([constant(k) for k in range(12)])
+    many = Mixture([constant(float(k)) for k in range(12)])
     again = posterior_from_tensors("mixture", dict(sorted(many.tensors().items())))
     assert [member.mean["a.weight"][0, 0].item() for member in again.members] == list(range(12))  # type: ignore[attr-defined]
 

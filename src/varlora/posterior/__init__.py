@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varlora.drawing import Forward
@@ -54,6 +55,8 @@ POSTERIORS: dict[str, Any] = {
     )
 }
 """Every kind of posterior that a checkpoint can hold, by its name."""
+DRAWN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types of numbers that torch makes noise of."""
 
 
 def posterior_from_tensors(kind: str, tensors: Mapping[str, Tensor]) -> Posterior:
@@ -64,7 +67,7 @@ def posterior_from_tensors(kind: str, tensors: Mapping[str, Tensor]) -> Posterio
         tensors: what `tensors()` gave.
 
     Raises:
-        DamagedFileError: the kind is unknown.
+        DamagedFileError: the kind is unknown, or the tensors' types are none that can be drawn from.
 
     Example:
         >>> import torch
@@ -75,4 +78,10 @@ def posterior_from_tensors(kind: str, tensors: Mapping[str, Tensor]) -> Posterio
         raise DamagedFileError(
             f"Expected a known kind of posterior, but got {kind!r}. {did_you_mean(kind, POSTERIORS)}"
         )
+    for name, value in tensors.items():
+        bits_or_within = kind == Pruned.kind or "/" in name  # posteriors within this one come here by themselves
+        if not bits_or_within and value.dtype not in DRAWN:
+            raise DamagedFileError(
+                f"Expected a posterior's numbers to be floating-point, but `{name}` is {value.dtype}. Train again."
+            )
     return POSTERIORS[kind].from_tensors(tensors)

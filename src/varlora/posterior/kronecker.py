@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varlora.drawing import Source, normal
+from varlora.errors import VarloraError
 from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefixed, without_prefix
 
 __all__ = ["KroneckerGaussian"]
@@ -56,6 +57,12 @@ class KroneckerGaussian(WeightPosterior):
             check_fits(self.mean, what, shapes, vectors)
         ranks = {n: (self.left[n].shape[1], self.right[n].shape[1]) for n in self.mean}
         check_fits(self.mean, "variance", ranks, self.variance)
+        for what, value in {"rest": self.rest, **self.variance}.items():
+            if (value < 0).any() or (what == "rest" and value.dim()):
+                raise VarloraError(
+                    f"Expected variances >= 0, and `rest` to be one, but got {value.min().item()} of shape "
+                    f"{tuple(value.shape)} in `{what}`."
+                )
 
     def draw(self, generator: Source) -> dict[str, Tensor]:
         """Return one draw of the weights by parameter name."""
