@@ -449,6 +449,17 @@ def test_predict_refuses(varlora_, trained, arguments, stdin, text):
     assert text in error_of(varlora_("predict", trained, *arguments, stdin=stdin))
 
 
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+def test_names_that_are_not_utf8_are_refused_before_the_base_is_loaded(varlora_, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("varlora.training.load_base", None)
+    monkeypatch.chdir(tmp_path)
+    for more in (["--run-dir", NOT_UTF8], ["--model", NOT_UTF8], ["--data-dir", NOT_UTF8]):
+        assert r"whose name is UTF-8, but got 'caf\udce9'. Rename it." in error_of(varlora_("train", *options, *more))
+    assert not list(tmp_path.iterdir())
+
+
 # --- ls, validate, help ----------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -632,6 +633,18 @@ def test_a_report_goes_on_without_what_cannot_be_used(runs, tmp_path):
     assert (shown.layers.x, shown.layers.y) == ((1, 99, 100), (1, 3, 2))
     settings = json.loads(report.files["report.json"].read_text())["rows"][-1]["runs"][0]["config"]["settings"]
     assert settings["lora"] == {"x": ["Infinity", {"y": ["NaN"]}]}
+
+
+def test_a_run_whose_name_is_not_utf8_is_left_out_in_words(tmp_path):
+    good, bad = write_run(tmp_path / "good", seed=42), tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(good, bad)
+    with pytest.raises(VarloraError, match="Expected a path whose name is UTF-8") as raised:
+        build_report([bad], tmp_path / "out")
+    assert not isinstance(raised.value, DamagedFileError)
+    report = build_report([good, bad], tmp_path / "out")
+    assert [skip.run for skip in report.skipped] == [str(bad)]
+    for name in ("report.html", "report.md", "report.json"):
+        assert "caf?" in report.files[name].read_text(encoding="utf-8"), name
 
 
 def test_labels_all_unknown(tmp_path):

@@ -27,7 +27,7 @@ from varlora.fit import check_method, check_training_arguments
 from varlora.methods import METHODS, Method, Plan
 from varlora.model import LoRA
 from varlora.plain_yaml import read_yaml
-from varlora.run import read_json
+from varlora.run import check_name, read_json
 from varlora.tasks import get_task, is_task_file
 
 __all__ = [
@@ -285,7 +285,10 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = (), *, st
         found += _try(lambda: check_method(method, _plan(known), arguments), found, "`method`: ") or []
     if found:
         raise ConfigError(found)
-    return Settings(**known | _absolute(known))
+    known |= _absolute(known)
+    for path in (known["task"], known["model"], known.get("data_dir") or "", *known.get("sources", ())):
+        check_name(path)
+    return Settings(**known)
 
 
 def settings_of(run_dir: Path) -> Settings:

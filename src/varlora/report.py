@@ -120,13 +120,14 @@ def build_report(
     if compare == "paper":
         tables = [beside_paper(table) for table in tables]
     report = Report(tuple(rows), (*skipped, *repeated, *failed), tuple(notes), bins, files, tuple(tables))
-    contents = {
-        "report.html": html_page(report.rows, report.skipped, notes, bins, tables).encode(),
-        "report.md": _markdown(report).encode(),
-        "report.json": _json(report).encode(),
-        "table1.tex": to_latex(tables[0]).encode(),
-        **figures,
+    texts = {
+        "report.html": html_page(report.rows, report.skipped, notes, bins, tables),
+        "report.md": _markdown(report),
+        "report.json": _json(report),
+        "table1.tex": to_latex(tables[0]),
     }
+    # a path that is not UTF-8, as one that was left out may be, has a ? there
+    contents = {name: text.encode(errors="replace") for name, text in texts.items()} | figures
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():

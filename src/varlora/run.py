@@ -49,6 +49,7 @@ except ImportError:  # on Windows
 __all__ = [
     "alone",
     "atomic_folder",
+    "check_name",
     "check_place",
     "check_writable",
     "checksums",
@@ -77,12 +78,26 @@ DEEPEST = 100
 PACKAGES = ("varlora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
+def check_name(path: str | Path) -> None:
+    """Refuse a path that is not UTF-8: safetensors opens none, and JSON and reports cannot name it.
+
+    Raises:
+        VarloraError: it is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise VarloraError(f"Expected a path whose name is UTF-8, but got {str(path)!r}. Rename it.") from None
+
+
 def check_place(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Refuse a run directory that `prepare_run_dir` would refuse, and change nothing.
 
     Raises:
-        VarloraError: it exists and neither `resume` nor `overwrite` is given, or one of them on some other folder.
+        VarloraError: it exists and neither `resume` nor `overwrite` is given, or one of them on some other folder; or
+            its name is not UTF-8.
     """
+    check_name(path)
     if resume and overwrite:
         raise VarloraError("Expected `resume` or `overwrite`, but got both. Pass one of them.")
     if path.exists() and not path.is_dir():
@@ -289,7 +304,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         DamagedFileError: the file is absent, cut short or no safetensors file.
+        VarloraError: its path is not UTF-8.
     """
+    check_name(path)
     try:
         _check_ends(path)
         with safe_open(path, framework="pt") as file:
