@@ -413,6 +413,14 @@ def test_predict_from_standard_input(varlora_, trained):
     assert json.loads(mean.out.splitlines()[0])["uncertainty"]["epistemic"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("stream", "name"), [("<&-", "standard input"), (">&-", "standard output")])
+def test_predict_where_a_stream_is_closed(trained, stream, name):
+    command = f"exec {sys.executable} -m varlora.cli predict {trained} {stream}"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, input=QUESTIONS, cwd=ROOT)
+    assert f"{name}, but it is closed" in found.stderr
+    assert (found.returncode, found.stdout, "Traceback" in found.stderr) == (1, "", False)
+
+
 def test_predict_reads_tables(varlora_, trained):
     result = varlora_("predict", trained, "--format", "csv", stdin='question,passage\n"is it, so",It is.\n')
     assert result.code == 0

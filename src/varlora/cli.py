@@ -277,6 +277,10 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         raise VarloraError(f"Expected `--output` to be a file, but {output} is a folder. Add a file name.")
     if output and output.exists() and not output.is_file():
         raise VarloraError(f"Expected `--output` to be a file, but {output} is none. Leave it out, and redirect.")
+    if arguments.input == "-" and sys.stdin is None:  # as Python has it where it is closed
+        raise VarloraError("Expected rows in standard input, but it is closed. Give a file by `--input`, or pipe rows.")
+    if output is None and sys.stdout is None:
+        raise VarloraError("Expected to write to standard output, but it is closed. Give a file by `--output`.")
     try:
         stream = sys.stdin.buffer if arguments.input == "-" else io.BytesIO(Path(source).read_bytes())
         lines = stream.readlines()
