@@ -64,6 +64,16 @@ def test_the_run_directory_holds_what_the_architecture_says(run_dir):
     assert all(entry["sigma"] > 0 for entry in logged if "loss" in entry)
 
 
+def test_signs_that_a_scale_does_not_suit_are_said_at_the_end(base, tmp_path):
+    """Also of a scale that was given."""
+    said: list[str] = []
+    given = {"ess": 100.0, "hess_init": 1e-3, "lr": 1e-6}  # sigma 3
+    settings = {**base, "run_dir": str(tmp_path / "run"), "steps": 15, "method_settings": given}
+    train(settings_from(settings), say=said.append)
+    assert [words for words in said if "raise sigma" in words.lower() or "lower sigma" in words.lower()]
+    assert "hardly anything was learned" in " ".join(said)
+
+
 def test_load_gives_model_and_posterior(run_dir):
     model, posterior = varlora.load(run_dir)
     assert isinstance(posterior, varlora.DiagonalGaussian)

@@ -628,7 +628,7 @@ def test_a_report_goes_on_without_what_cannot_be_used(runs, tmp_path):
     report = build_report([*runs[:3], odd, *bad], tmp_path / "out")
     assert [skip.run for skip in report.skipped] == list(map(str, bad))
     assert {str(run.run) for row in report.rows for run in row.runs} == {str(run) for run in [*runs[:3], odd]}
-    shown = training([read_run(odd)])
+    shown = training([odd])
     assert (shown.loss.x, shown.loss.y) == ((5, 6), (0.25, 0.5))
     assert (shown.layers.x, shown.layers.y) == ((1, 99, 100), (1, 3, 2))
     settings = json.loads(report.files["report.json"].read_text())["rows"][-1]["runs"][0]["config"]["settings"]

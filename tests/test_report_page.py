@@ -210,7 +210,7 @@ def test_risk_at_full_coverage_is_the_error_rate(rows):
 
 
 def test_training_curves_are_means_over_seeds(rows):
-    by_method = {row.method: training(row.runs) for row in rows if row.task == "arc_easy"}
+    by_method = {row.method: training([run.run for run in row.runs]) for row in rows if row.task == "arc_easy"}
     assert by_method["adamw"].loss.x == (10, 20)
     assert by_method["adamw"].loss.y == pytest.approx((1.0, 0.75))
     assert by_method["adamw"].sigma is None
@@ -227,14 +227,17 @@ def test_the_scale_is_shown_and_a_sign_that_it_does_not_suit(tmp_path):
         for step in (10, 20)
     ]
     (run / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = training(read_runs([run])[0])
+    found = training([run])
     assert found.rise.y == pytest.approx((0.1, 0.2))
     assert found.hessian.y == pytest.approx((2, 3))
     assert found.signal.y == pytest.approx((0.2, 0.2))
     assert found.matrices["q_proj.lora_A"].y == pytest.approx((1, 2))
-    text = build_report([run], tmp_path / "report").files["report.html"].read_text()
+    report = build_report([run], tmp_path / "report")
+    for name in ("report.html", "report.md", "report.json"):
+        assert "moved to 3 times its first value" in report.files[name].read_text()
+    assert {(task, method) for task, method, _ in report.signs} == {("boolq", "ivon")}
+    text = report.files["report.html"].read_text()
     assert "Signs that a scale does not suit" in text
-    assert "moved to 3 times its first value" in text
     assert "Noise takes back more than half" in text
     assert "σ by kind of matrix" in text
     assert "q_proj.lora_A" in text
@@ -243,7 +246,7 @@ def test_the_scale_is_shown_and_a_sign_that_it_does_not_suit(tmp_path):
 def test_long_logs_are_averaged_to_what_a_screen_shows(tmp_path):
     run = write_run(tmp_path / "run")
     log(run, [float(i) for i in range(1000)])
-    curve = training(read_runs([run])[0]).loss
+    curve = training([run]).loss
     assert len(curve.x) == 100
     assert curve.y[0] == pytest.approx(4.5)
     assert curve.x[0] == pytest.approx(55)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from varlora import metrics
-from varlora.evaluated import EvaluatedRun
 from varlora.predictions import Predictions, made_unlike
 from varlora.results import Row, Stat
 from varlora.run import parse_json
@@ -135,12 +134,23 @@ def over_draws(row: Row) -> dict[str, Curve]:
     }
 
 
-def training(runs: Sequence[EvaluatedRun]) -> Training | None:
+def logged(rows: Sequence[Row]) -> dict[str, dict[str, Training]]:
+    """Return by task and method what was logged in training, where there is a log."""
+    return {
+        task: {one.name: log for one in series if (log := training([run.run for run in one.mean.runs]))}
+        for task, series in series_of(rows).items()
+    }
+
+
+def training(runs: Sequence[Path]) -> Training | None:
     """Return what training.jsonl says, averaged over the seeds that have one; an ensemble's members count as seeds.
 
     Lines that cannot be read are left out: a run that was interrupted may have half a line.
+
+    Args:
+        runs: run directories, one for each seed.
     """
-    logs = [log for run in runs for path in _logs(run.run) if (log := _log(path))]
+    logs = [log for run in runs for path in _logs(run) if (log := _log(path))]
     if not logs:
         return None
     loss = _mean_by_step(logs, "loss")

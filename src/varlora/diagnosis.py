@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-__all__ = ["signs"]
+if TYPE_CHECKING:
+    from varlora.curves import Training
+
+__all__ = ["signs", "signs_of"]
 
 HELD_BACK = 0.5
 """Share of σ below which holding it back is worth a word."""
@@ -19,6 +23,16 @@ BY_HEART = 0.05
 """Share of chance's loss that rows learned by heart have."""
 TAKEN = 0.5
 """Share of what training gained that noise may take back."""
+
+
+def signs_of(logs: Mapping[str, Mapping[str, Training]]) -> list[tuple[str, str, str]]:
+    """Return task, method and sentence for each warning sign in what was logged, by task and method."""
+    return [
+        (task, method, sentence)
+        for task, of_task in logs.items()
+        for method, log in of_task.items()
+        for sentence in signs(log.end)
+    ]
 
 
 def signs(end: Mapping[str, float]) -> list[str]:

@@ -12,17 +12,8 @@ from markupsafe import Markup, escape
 
 from varlora import __version__, charts, typeset
 from varlora.charts import Look
-from varlora.curves import (
-    Curve,
-    Series,
-    Training,
-    out_of_distribution,
-    over_draws,
-    risk_by_coverage,
-    series_of,
-    training,
-)
-from varlora.diagnosis import signs
+from varlora.curves import Curve, Series, Training, logged, out_of_distribution, over_draws, risk_by_coverage, series_of
+from varlora.diagnosis import signs_of
 from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
 from varlora.evaluated import Skipped
@@ -78,6 +69,7 @@ def html_page(
     bins: int,
     tables: Sequence[ResultTable] = (),
     limit: int = ROWS,
+    logs: Mapping[str, Mapping[str, Training]] | None = None,
 ) -> str:
     """Return the page.
 
@@ -88,13 +80,14 @@ def html_page(
         bins: number of bins of ECE and reliability diagrams.
         tables: the paper's tables.
         limit: rows of a task to list with their probabilities, at most.
+        logs: what `logged` returns for the rows, if that is known.
     """
     tasks = series_of(rows)
     names = list(dict.fromkeys(one.name for series in tasks.values() for one in series))
     styles = charts.looks(names)
-    logged = _logs(tasks)
+    logs = logged(rows) if logs is None else logs
     outside, problems = _outside(rows)
-    matrices, kinds = _matrices(logged)
+    matrices, kinds = _matrices(logs)
     templates = environment(autoescape=True)
     templates.filters |= {"short": _short, "breakable": _breakable, "percent": lambda value: f"{100 * value:.0f}"}
     runs = list({run.run: run for row in rows for run in row.runs}.values())
@@ -104,7 +97,7 @@ def html_page(
         methods=list(dict.fromkeys(row.method for row in rows)),
         seeds=len({str(run.settings["seed"]) for run in runs}),
         runs=runs,
-        legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks, logged).items()}
+        legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks, logs).items()}
         | {"matrices": kinds},
         bins=bins,
         results=_typeset([table for table in tables if table.name != "table3"]),
@@ -120,9 +113,9 @@ def html_page(
         trade_off=_trade_off(tasks, styles),
         coverage=_coverage(tasks, styles),
         draws=_draws(tasks, styles),
-        training=_training(logged, styles),
+        training=_training(logs, styles),
         matrices=matrices,
-        signs=_signs(logged),
+        signs=signs_of(logs),
         outside=outside,
         slices=_slices(rows),
         slice_rows=[_slice_cells(row) for row in rows if row.slices],
@@ -239,16 +232,9 @@ def _draws(tasks: Mapping[str, Sequence[Series]], styles: Mapping[str, Look]) ->
     return found
 
 
-def _logs(tasks: Mapping[str, Sequence[Series]]) -> dict[str, dict[str, Training]]:
-    """Return by task and method what was logged in training, where there is a log."""
-    return {
-        task: {one.name: log for one in series if (log := training(one.mean.runs))} for task, series in tasks.items()
-    }
-
-
-def _training(logged: Mapping[str, Mapping[str, Training]], styles: Mapping[str, Look]) -> Charts:
+def _training(by_task: Mapping[str, Mapping[str, Training]], styles: Mapping[str, Look]) -> Charts:
     found = {}
-    for task, of_task in logged.items():
+    for task, of_task in by_task.items():
         logs = {name: vars(log) for name, log in of_task.items()}
         parts = (
             ("loss", "Loss", "step", "loss (nats)", "", False),
@@ -269,13 +255,13 @@ def _training(logged: Mapping[str, Mapping[str, Training]], styles: Mapping[str,
     return found
 
 
-def _matrices(logged: Mapping[str, Mapping[str, Training]]) -> tuple[Charts, list[tuple[str, Markup]]]:
+def _matrices(by_task: Mapping[str, Mapping[str, Training]]) -> tuple[Charts, list[tuple[str, Markup]]]:
     """Return σ of each kind of matrix by step, a chart for each method, and what the lines are."""
     names = list(
-        dict.fromkeys(name for of_task in logged.values() for log in of_task.values() for name in log.matrices)
+        dict.fromkeys(name for of_task in by_task.values() for log in of_task.values() for name in log.matrices)
     )
     styles, found = charts.looks(names), {}
-    for task, of_task in logged.items():
+    for task, of_task in by_task.items():
         figures = [
             _chart(method, "", charts.lines(log.matrices, styles, f"matrices {method} {task}", f"{method}: σ by step",
                                             x="step", y="σ", log="y", markers=False))
@@ -287,18 +273,8 @@ def _matrices(logged: Mapping[str, Mapping[str, Training]]) -> tuple[Charts, lis
     return found, _legend("matrices", set(names), styles)
 
 
-def _signs(logged: Mapping[str, Mapping[str, Training]]) -> list[tuple[str, str, str]]:
-    """Return task, method and sentence for each warning sign."""
-    return [
-        (task, name, sentence)
-        for task, of_task in logged.items()
-        for name, log in of_task.items()
-        for sentence in signs(log.end)
-    ]
-
-
 def _legends(
-    tasks: Mapping[str, Sequence[Series]], logged: Mapping[str, Mapping[str, Training]]
+    tasks: Mapping[str, Sequence[Series]], by_task: Mapping[str, Mapping[str, Training]]
 ) -> dict[str, set[str]]:
     """Return the methods that the charts of each section show."""
     every = [one for series in tasks.values() for one in series]
@@ -307,7 +283,7 @@ def _legends(
         "trade-off": names,
         "coverage": names,
         "draws": {one.name for one in every if one.drawn},
-        "training": {name for of_task in logged.values() for name in of_task},
+        "training": {name for of_task in by_task.values() for name in of_task},
     }
 
 

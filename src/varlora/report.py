@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from varlora import __version__
+from varlora.curves import logged
+from varlora.diagnosis import signs_of
 from varlora.diagram import reliability_diagram, slices_diagram
 from varlora.errors import VarloraError
 from varlora.evaluated import EvaluatedRun, Skipped, read_runs
@@ -53,6 +55,8 @@ class Report:
     slices.png and .svg if a task slices its rows."""
     tables: tuple[ResultTable, ...]
     """The paper's tables, Table 1 first."""
+    signs: tuple[tuple[str, str, str], ...] = ()
+    """Task, method and sentence of each sign that a scale does not suit."""
 
     @property
     def tempered(self) -> bool:
@@ -119,9 +123,11 @@ def build_report(
     tables = paper_tables(rows, failed, bins)
     if compare == "paper":
         tables = [beside_paper(table) for table in tables]
-    report = Report(tuple(rows), (*skipped, *repeated, *failed), tuple(notes), bins, files, tuple(tables))
+    logs = logged(rows)
+    left_out = (*skipped, *repeated, *failed)
+    report = Report(tuple(rows), left_out, tuple(notes), bins, files, tuple(tables), tuple(signs_of(logs)))
     texts = {
-        "report.html": html_page(report.rows, report.skipped, notes, bins, tables),
+        "report.html": html_page(report.rows, report.skipped, notes, bins, tables, logs=logs),
         "report.md": _markdown(report),
         "report.json": _json(report),
         "table1.tex": to_latex(tables[0]),
@@ -197,6 +203,7 @@ def _markdown(report: Report) -> str:
         footnotes=report.footnotes,
         diagram="reliability.png",
         notes=report.notes,
+        signs=report.signs,
         skipped=report.skipped,
         runs=[origin_cells(run) for run in _runs(report.rows)],
     )
@@ -215,6 +222,7 @@ def _json(report: Report) -> str:
         "rows": [_row_json(row) for row in report.rows],
         "skipped": [{"run": skip.run, "reason": skip.reason} for skip in report.skipped],
         "notes": report.notes,
+        "signs": [{"task": task, "method": method, "sign": sentence} for task, method, sentence in report.signs],
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from varlora import curves
 from varlora.config import TASK_FILE, Settings, settings_from, settings_of
+from varlora.diagnosis import signs
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.fit import check_start, conclude, fit, start_of
 from varlora.loading import (
@@ -133,6 +135,9 @@ def train(
             callbacks=callbacks,
             **common,
         )
+        if log := curves.training([run_dir]):
+            for sentence in signs(log.end):
+                say(sentence)
         return run_dir
 
 
