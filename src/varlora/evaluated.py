@@ -205,13 +205,15 @@ def _what(run_dir: Path) -> tuple[str, str]:
 def _wrong_types(config: Mapping[str, Any]) -> list[str]:
     """Return what of a config.json is of a type that it never has."""
     settings, members = config["settings"], config.get("concluded_from") or []
+    own = settings.get("method_settings") or {}
     right = {
         **{f"settings.{name}": isinstance(settings[name], str) for name in ("task", "model", "method")},
         "settings.seed": isinstance(settings["seed"], int),
-        "settings.method_settings": isinstance(settings.get("method_settings") or {}, Mapping),
+        "settings.method_settings": isinstance(own, Mapping) and isinstance(own.get("of"), str | None),
         "versions": isinstance(config.get("versions") or {}, Mapping),
         **{name: isinstance(config.get(name, 0), int) for name in COUNTS},
         "concluded_from": isinstance(members, list)
-        and all(isinstance(member, Mapping) and {"method", "method_settings"} <= member.keys() for member in members),
+        and all(isinstance(member, Mapping) and isinstance(member.get("method"), str) for member in members)
+        and all("method_settings" in member for member in members),
     }
     return [name for name, is_right in right.items() if not is_right]
