@@ -109,11 +109,14 @@ def test_answers_that_a_row_lacks_do_not_matter() -> None:
 # --- the ends of the range ---
 
 
-@pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])
+@pytest.mark.parametrize("gap", [0.001, 0.5, 3.0, 1000.0])
 @pytest.mark.parametrize("draws", [1, 3])
-def test_a_model_that_is_always_right_gets_the_lowest(gap: float, draws: int) -> None:
+def test_a_model_that_is_always_right_is_as_sure_as_so_few_rows_allow(gap: float, draws: int) -> None:
+    """Four rows that are right say no more than five in six."""
     logits = torch.tensor([[gap, 0.0]] * 4).expand(draws, 4, 2)
-    assert fit_temperature(logits, torch.zeros(4, dtype=torch.long)) == pytest.approx(RANGE[0], rel=1e-9)
+    temperature = fit_temperature(logits, torch.zeros(4, dtype=torch.long))
+    expected = min(max(gap / math.log(5), RANGE[0]), 1.0)
+    assert temperature == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])

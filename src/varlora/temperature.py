@@ -33,7 +33,9 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
     """Return the temperature T that minimises the NLL of `mean_s softmax(logits_s / T)`.
 
     The best of 21 temperatures from 0.05 to 50 is refined by golden sections, so several draws, for which the NLL need
-    not have one minimum, are no problem; where the NLL keeps falling to an end of that range, the end is returned.
+    not have one minimum, are no problem; where the NLL keeps rising up to 50, that is returned. Where it keeps falling
+    down to 0.05, as it does where all n rows are right, nothing says how sure the model may be: then it is as sure as
+    Laplace's rule of succession allows, (n + 1) / (n + 2) on average, or stays as it is if it is surer than that.
 
     Args:
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
@@ -68,9 +70,31 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, right) if loss(left) <= loss(right) else (left, high)
     temperature = math.exp((low + high) / 2)
+    if temperature < 1 and at_an_end(temperature):
+        if say:
+            say(
+                f"The {len(labels)} held-out rows set no temperature: the surer the model, the better, as far as they "
+                "tell. Hold out more rows (`calibration_fraction`)."
+            )
+        return _as_sure_as(logits, (len(labels) + 1) / (len(labels) + 2))
     if say and at_an_end(temperature):
         say(
             f"The temperature is at the end of its range, {temperature:.3g}: the {len(labels)} held-out rows do not "
             "set it. Hold out more rows (`calibration_fraction`)."
         )
     return temperature
+
+
+def _as_sure_as(logits: Tensor, share: float) -> float:
+    """Return the temperature up to 1 at which the likeliest answers have some probability on average; 1 if more."""
+
+    def sure(log_temperature: float) -> float:
+        return metrics.average_probs(logits.double() / math.exp(log_temperature)).amax(1).mean().item()
+
+    low, high = math.log(RANGE[0]), 0.0
+    if sure(high) >= share:
+        return 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sure(middle) >= share else (low, middle)
+    return math.exp(high)
