@@ -402,6 +402,32 @@ def test_predict_from_a_file_to_a_file(varlora_, trained, tmp_path):
         assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
 
 
+def test_predict_does_not_write_over_what_it_reads(varlora_, trained, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(QUESTIONS)
+    before = rows.read_bytes()
+    result = varlora_("predict", trained, "--input", rows, "--output", tmp_path / "." / "rows.jsonl")
+    assert result.code == 1
+    assert "another file than `--input`" in result.err
+    assert rows.read_bytes() == before
+
+
+def test_what_was_evaluated_is_shown_though_another_run_fails(varlora_, run, trained, tmp_path):
+    (run / "adapter" / "posterior.safetensors").unlink()
+    result = varlora_("evaluate", trained, run, "--samples", "2", "--calibrate")
+    assert result.code == 1
+    assert "posterior.safetensors" in result.err
+    assert f"{trained} held no rows out, so it is not calibrated" in result.out
+    table = result.out[result.out.index("ACC %") :]
+    assert str(trained) in "".join(line.split("│")[1].strip() for line in table.splitlines() if line.count("│") > 2)
+
+
+def test_commands_to_go_on_with_can_be_pasted(varlora_, options, tmp_path):
+    folder = tmp_path / "my runs" / "one"
+    result = varlora_("train", *options, "--run-dir", folder)
+    assert f"Next: varlora evaluate '{folder}'" in result.out
+
+
 def test_predict_from_standard_input(varlora_, trained):
     result = varlora_("predict", trained, stdin=QUESTIONS)
     assert result.code == 0

@@ -284,6 +284,17 @@ def test_of_paths_that_differ_only_the_end_is_shown_that_tells_them_apart(tmp_pa
     assert "/home/me" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_file_of_somebody_elses_is_not_replaced(runs, tmp_path):
+    build_report(runs[:1], tmp_path)
+    build_report(runs[:2], tmp_path)  # its own are
+    (tmp_path / "mine").mkdir()
+    for name, text in (("report.md", "mine"), ("report.json", "[1]")):
+        (tmp_path / "mine" / name).write_text(text)
+        with pytest.raises(VarloraError, match=r"has a file report.*, but no earlier report, so it is not replaced"):
+            build_report(runs[:1], tmp_path / "mine")
+        assert (tmp_path / "mine" / name).read_text() == text
+
+
 def test_rows_that_have_other_labels_are_different(tmp_path):
     """Where ids are the numbers of rows, a file that was replaced has the same."""
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from varlora.arguments import LISTS, PLAN_OPTIONS, SETTINGS_OPTIONS, command_line
@@ -105,7 +106,12 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
             done.append(train(settings, **how, say=say, callbacks=[progress]))
     for folder in done:
         say(f"The adapter and its posterior are in {folder / 'adapter'}.")
-    say(f"Next: varlora evaluate {' '.join(map(str, done))}")
+    say(f"Next: varlora evaluate {_typed(*done)}")
+
+
+def _typed(*paths: Path) -> str:
+    """Return paths as a shell takes them."""
+    return shlex.join(map(str, paths))
 
 
 def _settings(
@@ -130,7 +136,7 @@ def _settings(
 def _tune(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import recipe_of
     from varlora.diagram import scale_diagram
-    from varlora.run import write_bytes, write_text
+    from varlora.run import check_writable, write_bytes, write_text
     from varlora.training import tune
 
     say = _speaker(console)
@@ -141,6 +147,7 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
     for path in (out, picture):
         if path.exists() and not arguments.overwrite:
             raise VarloraError(f"{path} exists already. Pass `--overwrite`, or another `--out`.")
+    check_writable(out)
     tuned, prepared = tune(settings, say=say)
     found, written = prepared.found, [out]
     if "trials" in found:
@@ -161,16 +168,18 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
         written.append(picture)
     write_text(out, f"# Found by `varlora tune`, at the cost of {prepared.steps:.0f} steps.\n" + recipe_of(tuned))
     say(f"Written: {', '.join(map(str, written))}")
-    say(f"Next: varlora train {out}")
+    say(f"Next: varlora train {_typed(out)}")
 
 
 def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import calibrate
     from varlora.loading import trained_settings
+    from varlora.run import check_writable
 
     say = _speaker(console)
     for run_dir in arguments.runs:  # before the work on the first one
         trained_settings(run_dir)
+        check_writable(run_dir / "adapter" / "calibration.json")
     for run_dir in arguments.runs:
         search = calibrate(
             run_dir,
@@ -206,12 +215,15 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.predictions import CALIBRATION
     from varlora.progress import rows_progress
     from varlora.report import TEMPERED
+    from varlora.run import check_writable
 
     say = _speaker(console)
-    table = Table("run", "split", "rows", "draws", "ACC %", "ECE x100", "NLL", "Brier")
+    table = Table(Column("run", overflow="fold"), "split", "rows", "draws", "ACC %", "ECE x100", "NLL", "Brier")
     for run_dir in arguments.runs:  # before the work on the first one
         trained_settings(run_dir)
-    for run_dir in arguments.runs:
+        check_writable(run_dir / "metrics.json")
+
+    def evaluated(run_dir: Path) -> None:
         results = evaluate(
             run_dir,
             split=arguments.split,
@@ -248,8 +260,14 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
             table.caption = TEMPERED
             at_mean, of_draws = temperatures["mean"], temperatures["draws"]
             say(f"{run_dir}: temperature {at_mean:.2f} at the mean, {of_draws:.2f} of the draws")
-    console.print(table)
-    runs, suffix = " ".join(map(str, arguments.runs)), CALIBRATION if arguments.split == "calibration" else ""
+
+    try:
+        for run_dir in arguments.runs:
+            evaluated(run_dir)
+    finally:  # what was done is shown, and is in its run directory, if another run fails
+        if table.row_count:
+            console.print(table)
+    runs, suffix = _typed(*arguments.runs), CALIBRATION if arguments.split == "calibration" else ""
     say(f"Written: predictions{suffix}.safetensors and metrics{suffix}.json in {runs}")
     say("No report shows them: these rows are there to choose on." if suffix else f"Next: varlora report {runs}")
 
@@ -286,6 +304,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         lines = stream.readlines()
     except OSError as error:
         raise VarloraError(f"Expected rows in {source}, but it cannot be read ({error.strerror}).") from error
+    if output and arguments.input != "-" and output.exists() and output.samefile(source):
+        raise VarloraError(f"Expected `--output` to be another file than `--input`, but both are {output}.")
     task = trained_task(arguments.run_dir, settings_of(arguments.run_dir))
     rows = make_examples(task, parse_rows(lines, suffix), source, labelled=False, skip_bad_rows=arguments.skip_bad_rows)
     if rows.skipped:
@@ -441,7 +461,8 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
     )
     names = ", ".join(draw["name"] for draw in manifest["draws"])
     say(f"Written: {arguments.to}; its client averages {names}.")
-    say(f"Next: {arguments.to / 'serve_vllm.sh'}, then python {arguments.to / 'client.py'} --help")
+    server, client = _typed(arguments.to / "serve_vllm.sh"), _typed(arguments.to / "client.py")
+    say(f"Next: {server}, then python {client} --help")
 
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:

@@ -181,6 +181,8 @@ def evaluate(
         rows = rows_of(task, "calibration")[1].rows
         search = _calibrate(run_dir, loaded, rows, seed=seed, token_budget=token_budget, say=say)
         loaded = dataclasses.replace(loaded, calibration=search.chosen)
+    elif calibrated and loaded.calibration is None:
+        say(f"{run_dir} held no rows out, so it is not calibrated. Train with `--calibration-fraction 0.1`.")
     found = {"": predicted(split)}
     for other in others:
         found[f"-ood-{other.name}"] = predicted(other.evaluation, other)

@@ -21,11 +21,12 @@ from varlora import __version__
 from varlora.curves import logged
 from varlora.diagnosis import signs_of
 from varlora.diagram import reliability_diagram, slices_diagram
-from varlora.errors import VarloraError
+from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluated import EvaluatedRun, Skipped, read_runs
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import Row, Slice, Stat, origin_cells, rows_of_runs
+from varlora.run import read_json
 from varlora.table import ResultTable
 from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment
@@ -108,14 +109,16 @@ def build_report(
 
     Raises:
         DamagedFileError: the only run has a damaged file.
-        VarloraError: no run, none that can be used, or `out_dir` cannot be written to.
+        VarloraError: no run, none that can be used, or `out_dir` cannot be written to, or holds files of the same names
+            that are of no report.
 
     References:
         Guo et al., On calibration of modern neural networks, 2017 (reliability diagrams).
     """
+    out_dir = Path(out_dir)
+    _check_replaceable(out_dir)
     runs, skipped = read_runs(run_dirs)
     rows, repeated, notes = rows_of_runs(runs, bins)
-    out_dir = Path(out_dir)
     figures = {f"reliability.{kind}": image for kind, image in reliability_diagram(rows, bins).items()}
     if any(row.slices for row in rows):
         figures |= {f"slices.{kind}": image for kind, image in slices_diagram(rows).items()}
@@ -143,6 +146,21 @@ def build_report(
     except OSError as error:
         raise VarloraError(f"Expected `out_dir` to be a folder that can be written to, but: {error}.") from error
     return report
+
+
+def _check_replaceable(out_dir: Path) -> None:
+    """Raise where files of a report's names are there, but no report."""
+    there = [name for name in ("report.html", "report.md", "report.json", "table1.tex") if (out_dir / name).exists()]
+    if not there:
+        return
+    try:
+        earlier = read_json(out_dir / "report.json")
+    except DamagedFileError:
+        earlier = None
+    if not (isinstance(earlier, dict) and {"varlora", "ece"} <= earlier.keys()):
+        raise VarloraError(
+            f"{out_dir} has a file {there[0]}, but no earlier report, so it is not replaced. Give another folder."
+        )
 
 
 def to_table(report: Report) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,7 +141,7 @@ def run_demo(
     console.print(_in_words(rows, chance, quick))
     question = json.loads(_first_line(tasks / f"{task}.dev.jsonl"))
     say(f"\nReport: {report.files['report.html']} (open it in a browser), and as report.md with pictures")
-    say(f"Ask the model: echo '{json.dumps(question)}' | varlora predict {runs / 'ivon'}")
+    say(f"Ask the model: echo '{json.dumps(question)}' | varlora predict {shlex.quote(str(runs / 'ivon'))}")
     say(f"Your own data and model (take {tasks / f'{task}.yaml'} as a pattern):")
     say("  varlora train --task my-task.yaml --model path/to/my-model --method ivon")
     whisper(f"All of this took {time.monotonic() - started:.0f} s.")
