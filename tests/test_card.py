@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_numbers_have_their_errors_and_text_stays_text(run: tuple[Path, Settings
     for language, code in ((t.info, t.content) for t in MarkdownIt().parse(text) if t.type == "fence"):
         assert language == "python"
         compile(code, "card", "exec")
+
+
+def test_what_was_found_is_told_and_how_many_rows_were_held_out(run: tuple[Path, Settings]) -> None:
+    run_dir, settings = run
+    settings = dataclasses.replace(settings, method="ivon", method_settings={"lr": "auto", "ess": "auto", "beta1": 0.9})
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**config, "held_out_rows": 17}))
+    (run_dir / "tuned.json").write_text(json.dumps({"settings": {"lr": 0.43219, "ess": 891.7}}))
+    text = model_card(run_dir, NAME, settings)[0].replace("\\", "")
+    assert "| lr | 0.4322 (found) |" in text
+    assert "| ess | 891.7 (found) |" in text
+    assert "| beta1 | 0.9 |" in text
+    assert "17 more were held out" in text
 
 
 def test_without_predictions_there_are_no_numbers(run: tuple[Path, Settings]) -> None:

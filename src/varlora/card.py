@@ -22,6 +22,7 @@ from varlora.bootstrap import standard_errors
 from varlora.config import Settings
 from varlora.diagram import reliability_diagram
 from varlora.evaluated import read_run
+from varlora.fit import TUNED
 from varlora.results import Row, rows_of_runs
 from varlora.run import read_json
 from varlora.tasks import Task, get_task
@@ -74,9 +75,10 @@ def model_card(run_dir: Path, name: str, settings: Settings) -> tuple[str, bytes
     body = templates.get_template("card.md.jinja").render(
         name=name,
         settings=settings,
-        method=settings.to_dict()["method_settings"],
+        method=_method_settings(run_dir, settings),
         task=task,
         config=config,
+        held_out=config.get("held_out_rows"),
         answers=_answers(rows),
         split=rows[0].runs[0].meta["split"] if rows else "",
         size=rows[0].size if rows else "",
@@ -99,6 +101,20 @@ def escaped(value: object) -> str:
         \<b\>\*a\* \# b
     """
     return MARKS.sub(lambda mark: f"\\{mark[0]}", " ".join(str(value).split()))
+
+
+def _method_settings(run_dir: Path, settings: Settings) -> dict[str, Any]:
+    """Return the method's settings, what was left to it as it was found."""
+    given, path = settings.to_dict()["method_settings"], run_dir / TUNED
+    found = read_json(path)["settings"] if path.is_file() else {}
+
+    def told(name: str, value: Any) -> Any:
+        if value != "auto" or name not in found:
+            return value
+        number = found[name]
+        return f"{number:.4g} (found)" if isinstance(number, float) else f"{number} (found)"
+
+    return {name: told(name, value) for name, value in given.items()}
 
 
 def _rows(run_dir: Path) -> list[Row]:
