@@ -413,13 +413,15 @@ def test_predict_does_not_write_over_what_it_reads(varlora_, trained, tmp_path):
 
 
 def test_what_was_evaluated_is_shown_though_another_run_fails(varlora_, run, trained, tmp_path):
+    good = tmp_path / "good"
+    shutil.copytree(trained, good)
     (run / "adapter" / "posterior.safetensors").unlink()
-    result = varlora_("evaluate", trained, run, "--samples", "2", "--calibrate")
+    result = varlora_("evaluate", good, run, "--samples", "2", "--calibrate")
     assert result.code == 1
     assert "posterior.safetensors" in result.err
-    assert f"{trained} held no rows out, so it is not calibrated" in result.out
+    assert f"{good} held no rows out, so it is not calibrated" in result.out
     table = result.out[result.out.index("ACC %") :]
-    assert str(trained) in "".join(line.split("│")[1].strip() for line in table.splitlines() if line.count("│") > 2)
+    assert str(good) in "".join(line.split("│")[1].strip() for line in table.splitlines() if line.count("│") > 2)
 
 
 def test_commands_to_go_on_with_can_be_pasted(varlora_, options, tmp_path):

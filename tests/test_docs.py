@@ -29,8 +29,10 @@ NO_EXAMPLE = {
     "evaluate": "needs a trained run: tests/test_main_job.py",
     "from_pretrained": "needs a pushed run: tests/test_hub.py",
     "load": "needs a trained run: tests/test_main_job.py",
+    "load_posterior": "needs what `save_adapter` wrote: tests/test_plain_trainer.py",
     "load_rows": "needs data: `make_examples` shows the rows",
     "push_to_hub": "needs a trained run: tests/test_hub.py",
+    "save_adapter": "needs a base with an adapter: tests/test_plain_trainer.py",
     "train": "needs a model and data: tests/test_main_job.py",
     "Posterior": "a protocol: its implementations show it",
 }

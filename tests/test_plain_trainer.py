@@ -7,12 +7,13 @@ import copy
 import helpers
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from varlora import IVON
+from varlora import IVON, load_posterior, save_adapter
 from varlora.demo.run import one_thread
+from varlora.errors import VarloraError
 
 DATA = [{"input_ids": list(row.input_ids[:3]), "labels": list(row.input_ids[:3])} for row in helpers.make_rows(12)]
 
@@ -21,6 +22,25 @@ DATA = [{"input_ids": list(row.input_ids[:3]), "labels": list(row.input_ids[:3])
 def _one_thread():
     with one_thread():
         yield
+
+
+def test_the_posterior_is_kept_beside_the_adapter_and_loaded_in_plain_peft(tmp_path):
+    """As the README says."""
+    model = make_model(lora=True)
+    trainer = make_trainer(model, tmp_path / "trainer")
+    trainer.train()
+    posterior = trainer.optimizer.optimizer.posterior()
+    save_adapter(model, posterior, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(make_model(lora=False), tmp_path / "out", is_trainable=True)
+    found = load_posterior(loaded, tmp_path / "out")
+    assert helpers.same(found.tensors(), posterior.tensors())
+    with found.sampled(loaded, torch.Generator().manual_seed(0)), torch.no_grad():
+        drawn = loaded(torch.tensor([[5, 6, 7]])).logits
+    with posterior.sampled(model, torch.Generator().manual_seed(0)), torch.no_grad():
+        torch.testing.assert_close(drawn, model.eval()(torch.tensor([[5, 6, 7]])).logits)
+    frozen = PeftModel.from_pretrained(make_model(lora=False), tmp_path / "out")
+    with pytest.raises(VarloraError, match="is_trainable=True"):
+        load_posterior(frozen, tmp_path / "out")
 
 
 class Watch(TrainerCallback):

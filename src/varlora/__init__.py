@@ -12,6 +12,7 @@ from varlora.optim.ivon import IVON
 from varlora.posterior import DiagonalGaussian, Mixture, Point, Posterior
 
 if TYPE_CHECKING:
+    from varlora.checkpoint import load_posterior, save_adapter
     from varlora.config import Settings
     from varlora.evaluation import evaluate
     from varlora.hub import from_pretrained, push_to_hub
@@ -41,12 +42,15 @@ __all__ = [
     "get_task",
     "load",
     "load_model",
+    "load_posterior",
     "load_rows",
     "push_to_hub",
+    "save_adapter",
     "train",
 ]
 
 _HOMES = {
+    "checkpoint": ("load_posterior", "save_adapter"),
     "config": ("Settings",),
     "evaluation": ("evaluate",),
     "hub": ("from_pretrained", "push_to_hub"),

@@ -119,7 +119,14 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
 
     Raises:
         DamagedFileError: a file is absent, altered or of another model.
+        VarloraError: nothing in the model can be trained, by which its adapter would be known.
     """
+    parameters = trainable(model)
+    if not parameters:
+        raise VarloraError(
+            "Expected an adapter that can be trained, but all of the model is frozen. Load it by "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+        )
     verify_manifest(folder)
     config = read_json(folder / "posterior_config.json")
     kind = config.get("kind") if isinstance(config, Mapping) else None
@@ -129,7 +136,6 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
             f"{did_you_mean(str(kind), POSTERIORS)}"
         )
     tensors, _ = load_tensors(folder / "posterior.safetensors")
-    parameters = trainable(model)
     device = next(iter(parameters.values())).device
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
     if lost := not_finite(tensors):
