@@ -369,7 +369,7 @@ def test_files_of_older_versions_have_no_texts(tmp_path):
         ({"prompts": '["one"]'}, "3 rows and 1 prompts"),
         ({"answers": '[["yes", "no"]]'}, "3 rows and 1 lists of answers"),
         ({"answers": '[["yes", "no"], ["yes", "no"], ["yes"]]'}, "another number of answers"),
-        ({"answers": "[1, 2, 3]"}, "unreadable"),
+        ({"answers": "[1, 2, 3]"}, "its answers are no lists"),
         ({"prompts": '["on'}, "unreadable"),
     ],
 )
@@ -393,8 +393,8 @@ def tensors_of(logits=None, mean=None, mask=None, labels=None):
     [
         ({"logits": torch.zeros(1)}, "[]", "logits_mean"),
         (tensors_of(logits=torch.zeros(2, 3, 4)), '["a", "b", "c"]', "shapes"),
-        (tensors_of(labels=torch.tensor([0])), '["a", "b", "c"]', "3 rows, 1 labels"),
-        (tensors_of(), '["a"]', "3 rows, 3 labels and 1 ids"),
+        (tensors_of(labels=torch.tensor([0])), '["a", "b", "c"]', "3 rows and 1 labels"),
+        (tensors_of(), '["a"]', "3 rows and 1 ids"),
         (tensors_of(), '["a", ', "unreadable"),
         (tensors_of(), None, "ids"),
         (tensors_of(logits=torch.full((2, 3, 2), math.nan)), '["a", "b", "c"]', "not finite"),
