@@ -71,6 +71,7 @@ class Model:
             self.backward()
         elif what == "zero_grad":
             self.optimizer.zero_grad()
+            self.strayed = False
         elif what == "save and load":
             self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         elif what == "a draw and backward":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -378,8 +379,46 @@ def test_parameters_that_were_replaced_by_a_flat_copy_are_refused() -> None:
     optimizer = make()[1]
     for group in optimizer.param_groups:
         group["params"] = [torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()]
-    with pytest.raises(RuntimeError, match=r"of other shapes, as DeepSpeed's ZeRO does.*FSDP2"):
+    with pytest.raises(RuntimeError, match=r"tensors were put in their place, as DeepSpeed's ZeRO does.*FSDP2"):
         optimizer.train()
+
+
+def test_parameters_may_come_and_go_and_mere_tensors_be_given() -> None:
+    parameters, optimizer = make()
+    run(optimizer, parameters, range(1))
+    copied = copy.deepcopy(optimizer)
+    copied.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
+    copied.train()
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
+    optimizer.train()
+    del optimizer.param_groups[0]["params"][0]
+    optimizer.train()
+    IVON([torch.ones(3, requires_grad=True)], lr=0.1, ess=10.0, hess_init=1.0).train()
+    IVON(nn.LazyLinear(2).parameters(), lr=0.1, ess=10.0, hess_init=1.0)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_where_gradients_are_cleared_it_does_not_matter_where_they_were_taken(set_to_none: bool) -> None:
+    parameters, optimizer = make()
+    optimizer.train()
+    optimizer.eval()
+    make_loss(parameters, 0)().backward()
+    optimizer.train()
+    optimizer.zero_grad(set_to_none)
+    make_loss(parameters, 1)().backward()
+    optimizer.step()
+
+    def closure() -> torch.Tensor:  # Lightning's, which clears the gradients itself
+        optimizer.zero_grad(set_to_none)
+        loss = make_loss(parameters, 2)()
+        loss.backward()
+        return loss
+
+    optimizer.train()
+    optimizer.eval()
+    make_loss(parameters, 3)().backward()
+    optimizer.train()
+    optimizer.step(closure)
 
 
 SCHEDULES: dict[str, dict[str, float]] = {

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bucket import EVAL, Bucket, capturing, kernels_for, make_buckets, place_of, plain
 from .noise import mix
@@ -134,6 +134,8 @@ class IVON(torch.optim.Optimizer):
     # The ranks that average their gradients, and whether they have the same seed for sure. A copy begins anew.
     _process_group: Any = None
     _agreed = False
+    # Whether the parameters were given as mere tensors, or may have been: of what was unpickled nobody knows.
+    _tensors = False
     # Whether the last draw for training was captured in a CUDA graph.
     _captures = False
 
@@ -162,7 +164,6 @@ class IVON(torch.optim.Optimizer):
         if seed is None:
             device = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
-        self._shapes: list[list[torch.Size]] = []  # of the parameters of each group, as they were given
         self._buckets: list[Bucket] = []  # changed in place: wrappers like Lightning's copy no more than the reference
         self._process_group = process_group
         settings = {
@@ -216,7 +217,7 @@ class IVON(torch.optim.Optimizer):
             raise
         for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "strayed", "perturbed", "averages"):
             group[name] = first[name]
-        self._shapes.append([p.shape for p in group["params"]])
+        self._tensors |= not all(isinstance(p, nn.Parameter) for p in group["params"])
 
     # --- the posterior -----------------------------------------------------------------------------------------------
 
@@ -338,6 +339,11 @@ class IVON(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.check_capturable()
         return buckets
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them what is known of where they were taken."""
+        super().zero_grad(set_to_none)
+        self._set(strayed=False)
 
     def _were_cleared(self, buckets: Sequence[Bucket]) -> bool:
         """Return whether there are no gradients, so that it does not matter any more where they were taken."""
@@ -548,7 +554,7 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("noise_per_rank", False)
             group.setdefault("strayed", False)
         self.__dict__.setdefault("_buckets", []).clear()
-        self.__dict__.setdefault("_shapes", [])
+        self._tensors = True
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
 
@@ -595,7 +601,7 @@ class IVON(torch.optim.Optimizer):
         wanted = {place_of(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
         if wanted != {place for bucket in self._buckets for place in bucket.places}:
             perturbed = self.param_groups[0]["perturbed"]
-            self._check_shapes()
+            self._check_parameters()
             if capturing():
                 raise RuntimeError(
                     "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
@@ -614,16 +620,12 @@ class IVON(torch.optim.Optimizer):
             bucket.follow_weight_decay()
         return self._buckets
 
-    def _check_shapes(self) -> None:
-        """Raise where parameters are not the model's any more, but copies of another form: no forward pass sees those.
-
-        Not of an optimizer that was unpickled: it does not know what it was given.
-        """
-        if self._shapes and self._shapes != [[p.shape for p in group["params"]] for group in self.param_groups]:
+    def _check_parameters(self) -> None:
+        """Raise where mere tensors were put in the place of parameters: no forward pass sees what is drawn there."""
+        if not self._tensors and any(not isinstance(p, nn.Parameter) for g in self.param_groups for p in g["params"]):
             raise RuntimeError(
-                "Expected the parameters that the optimizer was given, but others were put in their place, of other "
-                "shapes, as DeepSpeed's ZeRO does: a draw would be in these, and gradients be taken at the mean. Use "
-                "DDP, or FSDP2 for large models."
+                "Expected the model's parameters, but tensors were put in their place, as DeepSpeed's ZeRO does: a "
+                "draw would be in these, and gradients be taken at the mean. Use DDP, or FSDP2 for large models."
             )
 
     def _adopt_outside_changes(self) -> None:
