@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -127,7 +128,7 @@ def test_also_where_the_power_changes_on_the_way(start: float) -> None:
     assert kl(sigma) == pytest.approx(0.1, rel=0.1)
 
 
-@pytest.mark.parametrize("start", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("start", [0.02, 0.1, 0.3, 2.0, 10.0])
 @pytest.mark.parametrize("beyond", [0.0, -0.1])
 def test_where_the_kl_stops_growing_below_the_bound_it_is_where_half_of_it_is_reached(
     start: float, beyond: float
@@ -140,6 +141,14 @@ def test_where_the_kl_stops_growing_below_the_bound_it_is_where_half_of_it_is_re
     sigma, trials = scale.largest_sigma(kl, 0.09, start)
     assert sigma <= max(trial.sigma for trial in trials)
     assert 0.05 < sigma < 0.4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_trials_that_are_nearly_one_do_not_look_flat(seed: int) -> None:
+    """What rounding does to the KL of two nearly equal scales says nothing of how it grows."""
+    source = random.Random(seed)
+    sigma, _ = scale.largest_sigma(lambda sigma: 30 * sigma**2 * source.gauss(1, 0.003), 0.1, math.sqrt(0.1 / 30))
+    assert sigma == pytest.approx(math.sqrt(0.1 / 30), rel=0.02)
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.99])

@@ -68,11 +68,12 @@ MOST_APART = 2.0
 STEPS_APART = 2
 """Between 1 and 2 times, steps that the layers' σ are rounded to: few different ones make few optimizer groups."""
 TRIALS, MOST_TRIALS = 3, 6
-"""Scales that are tried: KL grows as a power of σ, so each is a good guess at the next. More where that leads far."""
+"""Scales that are tried: KL grows as a power of σ, so each is a good guess at the next; more where that leads far."""
 FAR = 1.5
-"""What is found beyond so many times the largest scale that was tried is tried as well: the KL may stop growing."""
-FLAT = 0.5
-"""Power of σ below which the KL no longer grows: predictions of a base that knows little change no further."""
+"""What is found so many times beyond all that was tried is tried as well."""
+FLAT, APART = 0.5, 1.1
+"""Power of σ below which the KL no longer grows, as predictions of a base that knows little change no further; and how
+far apart two scales have to be to show it."""
 SATURATED = 0.5
 """Share of that KL that noise may take instead of the bound: where it stops growing, the noise is all that is left."""
 FURTHEST = 4.0
@@ -134,10 +135,16 @@ def largest_sigma(kl: Callable[[float], float], bound: float, start: float) -> t
     """
     trials: list[Trial] = []
     sigma = start
-    while len(trials) < TRIALS or (len(trials) < MOST_TRIALS and sigma > FAR * max(trials).sigma and trials[-1].kl):
+    while len(trials) < TRIALS or (len(trials) < MOST_TRIALS and _is_far(sigma, trials)):
         trials.append(Trial(sigma, kl(sigma)))
         sigma = _next(sorted(trial for trial in trials if 0 < trial.kl < math.inf), bound, trials[-1])
     return sigma, trials
+
+
+def _is_far(sigma: float, trials: Sequence[Trial]) -> bool:
+    """Whether a σ lies far from all that was tried, where the KL may stop growing, or has done so already."""
+    tried = [trial.sigma for trial in trials]
+    return bool(trials[-1].kl) and not min(tried) / FAR < sigma < max(tried) * FAR
 
 
 def _next(known: list[Trial], bound: float, last: Trial) -> float:
@@ -147,6 +154,8 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
     rising = _rising(known)
     if len(rising) < len(known):
         bound = min(bound, SATURATED * max(trial.kl for trial in known))
+        if len(rising) == 1 and rising[0].kl > bound:  # all of what was tried is where the KL does not grow any more
+            return rising[0].sigma / FURTHEST
     nearest = sorted(rising, key=lambda trial: abs(math.log(trial.kl / bound)))[:2]
     power = 2.0
     if len(nearest) == 2 and nearest[0].sigma != nearest[1].sigma:
@@ -158,9 +167,10 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
 
 def _rising(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials up to where the KL stops growing; they are sorted."""
-    pairs = itertools.pairwise(trials)
-    flat = (at for at, (a, b) in enumerate(pairs) if math.log(b.kl / a.kl) < FLAT * math.log(b.sigma / a.sigma))
-    return list(trials[: next(flat, len(trials)) + 1])
+    for at, (a, b) in enumerate(itertools.pairwise(trials)):
+        if b.sigma > APART * a.sigma and math.log(b.kl / a.kl) < FLAT * math.log(b.sigma / a.sigma):
+            return list(trials[: at + 1])
+    return list(trials)
 
 
 def layer_share(gradient: float, whole: float) -> float:
