@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -370,13 +371,19 @@ def test_a_full_disk_costs_no_results(copy: Path, monkeypatch: pytest.MonkeyPatc
     assert files_of(copy) == before
 
 
+@pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("verb", [evaluate, calibrate_run])
-def test_of_an_adapter_that_was_replaced_meanwhile_nothing_is_written(copy: Path, verb: Any, monkeypatch: Any) -> None:
+def test_of_an_adapter_that_was_replaced_meanwhile_nothing_is_written(
+    copy: Path, verb: Any, gone: bool, monkeypatch: Any
+) -> None:
     evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
     before, manifest, inner = files_of(copy), copy / "adapter" / "manifest.json", evaluation._predict
 
     def predict_slowly(*args: Any, **settings: Any) -> Any:
-        manifest.write_text(manifest.read_text() + " ")
+        if gone:  # as `train --overwrite` begins
+            shutil.rmtree(copy / "adapter", ignore_errors=True)
+        else:
+            manifest.write_text(manifest.read_text() + " ")
         return inner(*args, **settings)
 
     monkeypatch.setattr(evaluation, "_predict", predict_slowly)
@@ -407,7 +414,7 @@ def test_a_wrong_factor_costs_no_results(copy: Path, wrong: list[str]) -> None:
 
 def test_what_so_few_rows_do_not_set_is_said() -> None:
     chosen = Calibration(tau=16.0, pruned=0.0, temperature=50.0, temperature_mean=1.0, samples=2)
-    doubts = Search(chosen, (), rows=1, passes=1).doubts()
+    doubts = Search(chosen, (), rows=1, passes=1, told=("Of the temperature. Hold out more rows",)).doubts()
     assert len(doubts) == 3
     assert all("Hold out more rows" in words for words in doubts)
     assert Search(replace(chosen, tau=1.0, temperature=2.0), (), rows=100, passes=1).doubts() == []
@@ -429,6 +436,13 @@ def test_a_gain_within_its_standard_error_prunes_nothing(gain: float, pruned: fl
             return losses[trial.pruned]
 
     assert _share(Trials(), 1.0) == pruned  # type: ignore[arg-type]
+
+
+def test_rows_that_are_all_right_are_doubted() -> None:
+    problem = Linear(noise=0.0)
+    right = problem.draw(problem.posterior, 0)[0][0].argmax(1)
+    search = calibrate(problem.posterior, lambda posterior, n: (problem.draw(posterior, n)[0], right), samples=4)
+    assert any("do not set the temperature" in words for words in search.doubts())
 
 
 def test_one_row_prunes_nothing() -> None:

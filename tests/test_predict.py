@@ -363,6 +363,17 @@ def test_files_of_older_versions_have_no_texts(tmp_path):
     assert loaded.meta == {"task": "boolq"}
 
 
+def test_what_is_written_can_be_read_whatever_torchs_default_type_is(model, posterior, tmp_path):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run(model, posterior)
+    finally:
+        torch.set_default_dtype(before)
+    save_predictions(found, tmp_path / "x.safetensors")
+    assert load_predictions(tmp_path / "x.safetensors").logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("texts", "words"),
     [

@@ -440,10 +440,13 @@ def test_predictions_are_kept_where_no_temperature_can_be_fitted(task, runs, tmp
         evaluate(run_dir, split="calibration", data_dir=str(data), say=silent)
 
 
-def test_a_temperature_at_the_end_of_its_range_is_said():
+@pytest.mark.parametrize(
+    ("label", "text"), [(0, "The 5 held-out rows do not set"), (1, "at the end of its range, 50: the 5 held-out rows")]
+)
+def test_a_temperature_that_rows_do_not_set_is_said(label, text):
     said = []
-    fit_temperature(torch.tensor([[[1.0, 0.0]] * 5]), torch.zeros(5, dtype=torch.long), said.append)
-    assert "at the end of its range, 0.05: the 5 held-out rows" in said[0]
+    fit_temperature(torch.tensor([[[1.0, 0.0]] * 5]), torch.full((5,), label), said.append)
+    assert text in said[0]
 
 
 def test_a_tempered_run_has_its_temperature_already(runs, tmp_path):

@@ -803,7 +803,7 @@ def test_mirrored_draws_are_judged_by_pairs():
 
 @pytest.mark.parametrize(("center", "spread"), [(4, 4), (2, 2), (1, 0.5), (1, 0.1), (6, 1)])
 @pytest.mark.parametrize(("draws", "tolerance"), [(64, 0.01), (64, 0.03), (16, 0.03)])
-def test_an_early_stop_keeps_the_error_it_promises(center: float, spread: float, draws: int, tolerance: float):
+def test_an_early_stop_is_off_by_no_more_than_promised(center: float, spread: float, draws: int, tolerance: float):
     """Of all rows together there is next to no bias: rows do not stop where draws happen to agree."""
     one, rows = nn.Linear(1, 1, bias=False), 4000
     weights = torch.arange(float(draws)).split(1)
@@ -818,7 +818,8 @@ def test_an_early_stop_keeps_the_error_it_promises(center: float, spread: float,
     with torch.no_grad():
         found = drawn.logits(one, torch.arange(rows)[:, None], forward).double().softmax(-1)[..., 0].mean(0)
     off = found - all_logits.double().sigmoid().mean(0)
-    assert off.square().mean().sqrt() < max(tolerance, 0.018)
+    # With sigma 4 logits of few draws hardly show how far apart they are: an error of 0.017 where 0.01 is promised.
+    assert off.square().mean().sqrt() < max(tolerance, 0.018 if spread == 4 else tolerance)
     assert off.mean().abs() < 0.006
 
 

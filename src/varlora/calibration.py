@@ -25,7 +25,7 @@ from varlora.errors import DamagedFileError, VarloraError
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import MOST_DRAWS, check_draws
 from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
-from varlora.temperature import at_an_end, fit_temperature
+from varlora.temperature import fit_temperature
 
 __all__ = ["MOST_CHOSEN", "Calibration", "Search", "Trial", "calibrate", "load_calibration", "save_calibration"]
 
@@ -101,6 +101,8 @@ class Search:
     """Held-out rows."""
     passes: int
     """Passes of a model over them."""
+    told: tuple[str, ...] = ()
+    """What was said of the temperature."""
 
     def doubts(self) -> list[str]:
         """Return in words what the held-out rows were too few to tell."""
@@ -111,10 +113,7 @@ class Search:
             )
         if chosen.samples and chosen.tau in TAUS:
             found.append(f"tau is at the end of its range, {chosen.tau:g}: the held-out rows do not set it.")
-        temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
-        if at_an_end(temperature):
-            found.append(f"The temperature is at the end of its range, {temperature:.3g}: these rows do not set it.")
-        return [f"{words} Hold out more rows (`calibration_fraction`)." for words in found]
+        return [*(f"{words} Hold out more rows (`calibration_fraction`)." for words in found), *self.told]
 
 
 def calibrate(posterior: Posterior, draw: Draw, samples: int = MOST_CHOSEN, how: Drawing = PLAIN) -> Search:
@@ -136,11 +135,13 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = MOST_CHOSEN, how:
     drawing = trials.made(0.0).nll > (1 + BEARABLE) * trials.made(tau, n=samples).nll
     pruned = _share(trials, tau if drawing else 0.0)
     mean, drawn = trials.made(0.0, pruned), trials.made(tau, pruned, samples)
+    told: list[str] = []
+    fit_temperature(trials.logits[drawn if drawing else mean], trials.labels, told.append)
     if drawing:
         drawn = _fewest(trials, drawn)
     noise, number = how.noise or "independent", drawn.samples if drawing else 0
     chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, number, how.last_layers, noise)
-    return Search(chosen, trials.trials, len(trials.labels), trials.passes)
+    return Search(chosen, trials.trials, len(trials.labels), trials.passes, tuple(told))
 
 
 class _Trials:

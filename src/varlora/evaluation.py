@@ -118,8 +118,8 @@ def evaluate(
             "on and is not reported. Leave them out, or the split."
         )
     check_draws(samples, what="samples")
+    adapter = _adapter(run_dir)
     loaded = load(run_dir, model=model)
-    adapter = file_digest(run_dir / "adapter" / MANIFEST)
     for factor in (tau, *taus):
         loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
 
@@ -179,7 +179,7 @@ def evaluate(
         rows_of(other, other.evaluation)  # which raises before any is worked on
     if calibrated and loaded.calibration is None and settings.calibration_fraction:
         rows = rows_of(task, "calibration")[1].rows
-        search = _calibrate(run_dir, loaded, rows, seed=seed, token_budget=token_budget, say=say)
+        search = _calibrate(run_dir, adapter, loaded, rows, seed=seed, token_budget=token_budget, say=say)
         loaded = dataclasses.replace(loaded, calibration=search.chosen)
     elif calibrated and loaded.calibration is None:
         say(f"{run_dir} held no rows out, so it is not calibrated. Train with `--calibration-fraction 0.1`.")
@@ -260,14 +260,16 @@ def calibrate(
         settings = dataclasses.replace(settings, data_dir=data_dir)
     task = get_task(settings.task)
     examples = rows_of_split(task, "calibration", settings, say)
+    adapter = _adapter(run_dir)
     loaded = load(run_dir, model=model, calibrated=False)
     rows = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say).rows
     check_same(run_dir, "held_out", checksum_of(rows), f"the held-out rows of {task.name}")
-    return _calibrate(run_dir, loaded, rows, samples, how, seed, token_budget, say)
+    return _calibrate(run_dir, adapter, loaded, rows, samples, how, seed, token_budget, say)
 
 
 def _calibrate(
     run_dir: Path,
+    adapter: str,
     loaded: Loaded,
     rows: Sequence[Encoded],
     samples: int = MOST_CHOSEN,
@@ -276,8 +278,7 @@ def _calibrate(
     token_budget: int = 4096,
     say: Say = print,
 ) -> Search:
-    """Choose on a loaded run's held-out rows."""
-    adapter = file_digest(run_dir / "adapter" / MANIFEST)
+    """Choose on a loaded run's held-out rows; `adapter` is what `_adapter` returned before it was loaded."""
 
     def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
         one = dataclasses.replace(loaded, posterior=posterior)
@@ -294,9 +295,15 @@ def _calibrate(
     return search
 
 
+def _adapter(run_dir: Path) -> str:
+    """Return by what a run's adapter is known: the digest of its manifest, or nothing where there is none."""
+    path = run_dir / "adapter" / MANIFEST
+    return file_digest(path) if path.is_file() else ""
+
+
 def _check_still(run_dir: Path, adapter: str) -> None:
-    """Raise unless a run's adapter is still what was loaded, by the digest of its manifest."""
-    if file_digest(run_dir / "adapter" / MANIFEST) != adapter:
+    """Raise unless a run's adapter is still what was loaded."""
+    if _adapter(run_dir) != adapter:
         raise VarloraError(f"{run_dir} was trained anew meanwhile, so nothing is written. Do it again.")
 
 

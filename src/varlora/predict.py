@@ -140,7 +140,7 @@ def predict(
     predictor = Predictor(model, posterior, samples, tau, seed, how)
     classes = max(len(row.label_tokens) for row in rows)
     drawn: Tensor | None = None
-    mean = torch.full((len(rows), classes), -torch.inf)
+    mean = torch.full((len(rows), classes), -torch.inf, dtype=torch.float32)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -153,7 +153,7 @@ def predict(
                 # all draws of a point are the mean: no second pass
                 logits = at_mean if predictor.draws is None else predictor.logits(batch)  # (S, B, C)
                 if drawn is None:
-                    drawn = torch.full((len(logits), len(rows), classes), -torch.inf)
+                    drawn = torch.full((len(logits), len(rows), classes), -torch.inf, dtype=torch.float32)
                 drawn[:, batch_rows, :width] = logits
             if progress:
                 progress(len(batch_rows))

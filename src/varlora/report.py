@@ -21,18 +21,20 @@ from varlora import __version__
 from varlora.curves import logged
 from varlora.diagnosis import signs_of
 from varlora.diagram import reliability_diagram, slices_diagram
-from varlora.errors import DamagedFileError, VarloraError
+from varlora.errors import VarloraError
 from varlora.evaluated import EvaluatedRun, Skipped, read_runs
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import Row, Slice, Stat, origin_cells, rows_of_runs
-from varlora.run import read_json
 from varlora.table import ResultTable
 from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment
 from varlora.typeset import to_latex, to_markdown
 
 __all__ = ["CALIBRATED", "TEMPERED", "Report", "build_report", "paper_tables", "to_table"]
+
+BEGINS = b'{\n  "varlora": '
+"""What a report.json begins with."""
 
 COLUMNS = (("accuracy", 100, 1), ("ece", 100, 1), ("nll", 1, 3), ("brier", 1, 3))  # name, factor, decimals
 TEMPERED = "+T: with the logits divided by a temperature that is fitted on the held-out rows"
@@ -130,9 +132,9 @@ def build_report(
     left_out = (*skipped, *repeated, *failed)
     report = Report(tuple(rows), left_out, tuple(notes), bins, files, tuple(tables), tuple(signs_of(logs)))
     texts = {
+        "report.json": _json(report),  # first: it tells what is written after it for a report's
         "report.html": html_page(report.rows, report.skipped, notes, bins, tables, logs=logs),
         "report.md": _markdown(report),
-        "report.json": _json(report),
         "table1.tex": to_latex(tables[0]),
     }
     # a path that is not UTF-8, as one that was left out may be, has a ? there
@@ -153,11 +155,8 @@ def _check_replaceable(out_dir: Path) -> None:
     there = [name for name in ("report.html", "report.md", "report.json", "table1.tex") if (out_dir / name).exists()]
     if not there:
         return
-    try:
-        earlier = read_json(out_dir / "report.json")
-    except DamagedFileError:
-        earlier = None
-    if not (isinstance(earlier, dict) and {"varlora", "ece"} <= earlier.keys()):
+    path = out_dir / "report.json"
+    if not (path.is_file() and path.read_bytes().startswith(BEGINS)):
         raise VarloraError(
             f"{out_dir} has a file {there[0]}, but no earlier report, so it is not replaced. Give another folder."
         )

@@ -170,7 +170,8 @@ def alone(path: Path) -> Iterator[None]:
 
 def _tidy(folder: Path) -> None:
     """Remove what a process left that was killed while writing; what it was about to replace stays."""
-    for old in folder.glob(f".?*.{'[0-9a-f]' * 8}.old"):
+    put_aside = folder.glob(f".?*.{'[0-9a-f]' * 8}.old")
+    for old in sorted(put_aside, key=lambda path: path.lstat().st_ctime, reverse=True):  # the last one first
         name = folder / old.name[1:].rsplit(".", 2)[0]
         _remove(old) if name.exists() else old.rename(name)
     for leftover in folder.glob(".*.tmp"):
@@ -383,8 +384,8 @@ def atomic_folder(
 def written_together(folder: Path, last: str, then: str) -> Iterator[Path]:
     """Give an empty folder to write files to; on success they take the places of those in `folder`, else none does.
 
-    The file `last` is away meanwhile, and comes last: where it is, all are there. `then` is what a user is to do once
-    they can be written.
+    (But for what a system that stops in the middle of renaming them leaves.) The file `last` is away meanwhile, and
+    comes last: where it is, all are there. `then` is what a user is to do once they can be written.
     """
     temporary = _temporary(folder / "files")
     try:

@@ -363,7 +363,7 @@ def settled(logits: Tensor, tolerance: float, paired: bool = False) -> Tensor:
     their standard deviation, which is 3.0 times what is seen of 4 draws, and 1.4 times of 16.
 
     Args:
-        logits: (n, B, C), n >= 2; -inf for an answer that a row does not have.
+        logits: (n, B, C), of at least 4 draws or pairs; -inf for an answer that a row does not have.
         tolerance: standard error that every averaged probability is to have at the most; the first answer's lead over
             the second has to be more than two of its own.
         paired: every second draw depends on the one before it, so that pairs are what is independent.

@@ -73,8 +73,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
     if temperature < 1 and at_an_end(temperature):
         if say:
             say(
-                f"The {len(labels)} held-out rows set no temperature: the surer the model, the better, as far as they "
-                "tell. Hold out more rows (`calibration_fraction`)."
+                f"The {len(labels)} held-out rows do not set the temperature: the surer the model, the better, as far "
+                "as they tell. Hold out more rows (`calibration_fraction`)."
             )
         return _as_sure_as(logits, (len(labels) + 1) / (len(labels) + 2))
     if say and at_an_end(temperature):

@@ -61,7 +61,7 @@ class Impatient(H11Protocol):
     """uvicorn's own waits forever for a first request, for the rest of a head, and for clients that read nothing.
 
     Here a connection is cut some seconds after it was made, or an answer given, unless a request is being answered or
-    the client goes on reading. That bodies come in time is the application's part.
+    the client goes on reading. That bodies come in time is the application's part; answers are in one piece.
 
     Args:
         args: see uvicorn.
