@@ -451,6 +451,12 @@ def test_deviations_are_of_at_least_two_snapshots_and_as_many_for_all(ranks: dic
         LowRankGaussian(mean, mean, {name: torch.ones(rank, 2) for name, rank in ranks.items()})
 
 
+def test_to_print_one_says_how_many_weights_it_is_over() -> None:
+    one = DiagonalGaussian({"w": torch.zeros(30, 50)}, {"w": torch.ones(30, 50)})
+    assert repr(one) == "DiagonalGaussian(1,500 weights)"
+    assert repr(Mixture([one])) == "Mixture(members=[DiagonalGaussian(1,500 weights)])"
+
+
 # --- KroneckerGaussian ---
 
 SIDES = {"full": (3, 4), "input of rank 2": (3, 2), "output of rank 1": (1, 4), "both of low rank": (2, 3)}

@@ -93,6 +93,10 @@ class WeightPosterior(Posterior, Protocol):
     mean: Mapping[str, Tensor]
     """The weights' mean by parameter name."""
 
+    def __repr__(self) -> str:
+        """Say how many weights it is over, and not what they are: they may be millions."""
+        return f"{type(self).__name__}({sum(value.numel() for value in self.mean.values()):,} weights)"
+
     @property
     def varies(self) -> bool:
         """Whether draws differ from one another."""

@@ -17,7 +17,7 @@ from varlora.posterior.base import WeightPosterior, check_tau, prefixed, without
 __all__ = ["Dropout"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dropout(WeightPosterior):
     r"""Bernoulli masks over the inputs of some weight matrices: `W diag(z)/(1 − p)` with z ~ Bernoulli(1 − p).
 

@@ -16,7 +16,7 @@ from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefi
 __all__ = ["DiagonalGaussian"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiagonalGaussian(WeightPosterior):
     r"""A Gaussian with a mean and a variance for each weight, `q(θ) = N(m, diag(v))` (the paper, section 2).
 

@@ -16,7 +16,7 @@ from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefi
 __all__ = ["KroneckerGaussian"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KroneckerGaussian(WeightPosterior):
     r"""For each weight matrix W (out, in) a Gaussian whose covariance has eigenvectors `uⱼ vᵢᵀ`.
 

@@ -17,7 +17,7 @@ from varlora.posterior.base import WeightPosterior, check_fits, check_tau, prefi
 __all__ = ["LowRankGaussian"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRankGaussian(WeightPosterior):
     r"""SWAG's Gaussian, `N(θ̄, ½ (diag(σ²) + D Dᵀ/(K − 1)))`, half of it diagonal and half of rank K.
 

@@ -14,7 +14,7 @@ from varlora.posterior.base import WeightPosterior, check_tau, prefixed, without
 __all__ = ["Point"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Point(WeightPosterior):
     """All mass on one value of the weights: what AdamW ends with. Every draw is the mean.
 

@@ -20,7 +20,7 @@ KEEP, KEPT = "keep.", "kept/"
 """Starts of the names under which a file has the bits, and what is left."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pruned(WeightPosterior):
     """Another posterior over weights, of which some are 0 in every draw.
 
