@@ -162,6 +162,15 @@ def edited(run_dir: Path, tmp_path: Path) -> Path:
     return copied
 
 
+def test_metrics_of_before_the_calibration_are_said_to_be(run_dir: Path, tmp_path: Path) -> None:
+    copied, said = shutil.copytree(run_dir, tmp_path / "copied"), []
+    push_to_hub(copied, NAME, base_model=BASE, folder=tmp_path / "one", say=said.append)
+    assert not [words for words in said if "calibrated after" in words]
+    (copied / "predictions-calibrated.safetensors").unlink()  # as `calibrate` leaves it
+    push_to_hub(copied, NAME, base_model=BASE, folder=tmp_path / "other", say=said.append)
+    assert [words for words in said if "calibrated after it was evaluated" in words and "varlora evaluate" in words]
+
+
 # --- there and back ---
 
 

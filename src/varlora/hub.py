@@ -39,6 +39,7 @@ from varlora.card import PICTURE, model_card
 from varlora.config import TASK_FILE, Settings, settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.loading import Loaded, kept_task, load_parts, trained_settings
+from varlora.predictions import CALIBRATED
 from varlora.run import (
     MANIFEST,
     atomic_folder,
@@ -110,8 +111,14 @@ def push_to_hub(
         settings = dataclasses.replace(settings, model=base_model, revision=None)  # which is of the other base
     settings = dataclasses.replace(settings, task=kept_task(run_dir, settings))
     _check_name("base_model", settings.model, "meta-llama/Llama-3.2-1B")
+    chosen, as_chosen = run_dir / "adapter" / CALIBRATION, run_dir / f"predictions{CALIBRATED}.safetensors"
     if not (run_dir / "predictions.safetensors").is_file():
         say(f"{run_dir} is not evaluated, so its card has no metrics. `varlora evaluate {run_dir}` gives them.")
+    elif chosen.is_file() and not as_chosen.is_file():
+        say(
+            f"{run_dir} was calibrated after it was evaluated: its card has no metrics of it as it will be used. "
+            f"`varlora evaluate {run_dir}` gives them."
+        )
     if folder is not None:
         folder = Path(folder).resolve()  # `.` has no name, and what a link leads to is meant
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
