@@ -54,6 +54,7 @@ __all__ = [
     "check_writable",
     "checksums",
     "complete",
+    "deeper_than",
     "file_digest",
     "is_run",
     "load_tensors",
@@ -266,14 +267,24 @@ def parse_json(text: str) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"it has more than {DEEPEST} levels, one within the other") from error
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-        level = [item for items in inner for item in items]
-        if not level:
-            json.dumps(value, ensure_ascii=False).encode()  # raises where there is half a character
-            return value
-    raise ValueError(f"it has more than {DEEPEST} levels, one within the other")
+    if deeper_than(value, DEEPEST):
+        raise ValueError(f"it has more than {DEEPEST} levels, one within the other")
+    json.dumps(value, ensure_ascii=False).encode()  # raises where there is half a character
+    return value
+
+
+def deeper_than(value: Any, levels: int) -> bool:
+    """Whether JSON has more levels of lists and objects, one within the other; found without calling itself.
+
+    Example:
+        >>> deeper_than([[1]], 2), deeper_than([[1]], 1)
+        (False, True)
+    """
+    level: list[Any] = [[value]]
+    for _ in range(levels + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _check_ends(path: Path) -> None:

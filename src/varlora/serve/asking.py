@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from varlora.errors import TaskError, VarloraError
 from varlora.prompt import Encoded, encode, prompt_ids
+from varlora.run import deeper_than
 from varlora.serve.base import Limits, Refused, safe
 from varlora.tasks import Example, Task
 
@@ -118,7 +119,8 @@ def parse(body: bytes, limits: Limits) -> Ask:
     """
     try:
         found = json.loads(body, parse_constant=_no_constant)
-        _check_depth(found)
+        if deeper_than(found, DEPTH):
+            raise ValueError(f"it is nested more than {DEPTH} deep")
     except (ValueError, RecursionError) as error:  # the texts of json name places and no contents
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise Refused(422, "wrong_shape", f"Expected a JSON object as body, but {why}.") from None
@@ -160,15 +162,6 @@ def _check_many(found: Any, limits: Limits) -> None:
 
 def _count_refused(count: int, limits: Limits) -> Refused:
     return Refused(422, "too_many_rows", f"Expected 1 to {limits.max_rows} rows, but got {count}.")
-
-
-def _check_depth(value: Any) -> None:
-    level: list[Any] = [[value]]
-    for _ in range(DEPTH + 1):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
-    if level:
-        raise ValueError(f"it is nested more than {DEPTH} deep")
 
 
 def _reason(problem: Mapping[str, Any]) -> str:
