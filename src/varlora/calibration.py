@@ -135,13 +135,12 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = MOST_CHOSEN, how:
     drawing = trials.made(0.0).nll > (1 + BEARABLE) * trials.made(tau, n=samples).nll
     pruned = _share(trials, tau if drawing else 0.0)
     mean, drawn = trials.made(0.0, pruned), trials.made(tau, pruned, samples)
-    told: list[str] = []
-    fit_temperature(trials.logits[drawn if drawing else mean], trials.labels, told.append)
+    told = tuple(trials.told[drawn if drawing else mean])
     if drawing:
         drawn = _fewest(trials, drawn)
     noise, number = how.noise or "independent", drawn.samples if drawing else 0
     chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, number, how.last_layers, noise)
-    return Search(chosen, trials.trials, len(trials.labels), trials.passes, tuple(told))
+    return Search(chosen, trials.trials, len(trials.labels), trials.passes, told)
 
 
 class _Trials:
@@ -151,6 +150,7 @@ class _Trials:
         self.posterior, self.draw, self.samples = posterior, draw, samples
         self.by_setting: dict[tuple[float, float, int], Trial] = {}
         self.logits: dict[Trial, Tensor] = {}
+        self.told: dict[Trial, list[str]] = {}
         self.labels = torch.empty(0)
         self.passes = 0
 
@@ -165,11 +165,12 @@ class _Trials:
         if (tau, pruned, n) not in self.by_setting:
             logits, self.labels = self.draw(_changed(self.posterior, tau, pruned), n)
             self.passes += min(len(logits), max(n, 1))
-            temperature, losses = _fitted(logits, self.labels)
+            told: list[str] = []
+            temperature, losses = _fitted(logits, self.labels, told.append)
             drawn = n if len(logits) > 1 or n == 1 else 0  # more that are one: the mean
             trial = Trial(tau, pruned, drawn, temperature, losses.mean().item())
             self.by_setting[tau, pruned, n] = trial
-            self.logits[trial] = logits
+            self.logits[trial], self.told[trial] = logits, told
         return self.by_setting[tau, pruned, n]
 
     def losses(self, trial: Trial) -> Tensor:
@@ -177,11 +178,11 @@ class _Trials:
         return _fitted(self.logits[trial], self.labels)[1]
 
 
-def _fitted(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+def _fitted(logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None) -> tuple[float, Tensor]:
     """Return the best temperature of some draws and each row's NLL at it, which is infinite where a draw overflows."""
     if logits.isnan().any() or (logits == math.inf).any():
         return 1.0, torch.full((len(labels),), math.inf)
-    temperature = fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels, say)
     probs = metrics.average_probs(logits.double() / temperature)
     return temperature, -probs.gather(1, labels[:, None])[:, 0].log()
 
