@@ -461,11 +461,10 @@ def test_files_are_replaced_whole(runs, tmp_path, monkeypatch):
         "table1.tex",
     ]
 
-    def full(self: Path, data: bytes) -> int:
-        self.touch()
+    def full(handle: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("varlora.run.os.fsync", full)
     with pytest.raises(VarloraError, match="No space left"):
         build_report(runs, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from varlora.evaluated import EvaluatedRun, Skipped, read_runs
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import Row, Slice, Stat, origin_cells, rows_of_runs
+from varlora.run import write_bytes
 from varlora.table import ResultTable
 from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment
@@ -142,7 +142,7 @@ def build_report(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write(files[name], content)
+            write_bytes(files[name], content)
         for name in {"slices.png", "slices.svg"} - contents.keys():  # of an earlier report
             (out_dir / name).unlink(missing_ok=True)
     except OSError as error:
@@ -156,7 +156,11 @@ def _check_replaceable(out_dir: Path) -> None:
     if not there:
         return
     path = out_dir / "report.json"
-    if not (path.is_file() and path.read_bytes().startswith(BEGINS)):
+    begins = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            begins = file.read(len(BEGINS))
+    if begins != BEGINS:
         raise VarloraError(
             f"{out_dir} has a file {there[0]}, but no earlier report, so it is not replaced. Give another folder."
         )
@@ -295,12 +299,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list):
         return [_strict(item) for item in value]
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
