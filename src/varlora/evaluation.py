@@ -264,7 +264,8 @@ def calibrate(
     loaded = load(run_dir, model=model, calibrated=False)
     rows = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say).rows
     check_same(run_dir, "held_out", checksum_of(rows), f"the held-out rows of {task.name}")
-    return _calibrate(run_dir, adapter, loaded, rows, samples, how, seed, token_budget, say)
+    of_draws: dict[str, Any] = {"samples": samples, "how": how, "seed": seed, "token_budget": token_budget}
+    return _calibrate(run_dir, adapter, loaded, rows, **of_draws, say=say)
 
 
 def _calibrate(
@@ -272,11 +273,12 @@ def _calibrate(
     adapter: str,
     loaded: Loaded,
     rows: Sequence[Encoded],
+    *,
+    seed: int,
+    token_budget: int,
+    say: Say,
     samples: int = MOST_CHOSEN,
     how: Drawing = LATIN,
-    seed: int = 0,
-    token_budget: int = 4096,
-    say: Say = print,
 ) -> Search:
     """Choose on a loaded run's held-out rows; `adapter` is what `_adapter` returned before it was loaded."""
 
