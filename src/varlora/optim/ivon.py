@@ -346,8 +346,9 @@ class IVON(torch.optim.Optimizer):
         self._set(strayed=False)
 
     def _were_cleared(self, buckets: Sequence[Bucket]) -> bool:
-        """Return whether there are no gradients, so that it does not matter any more where they were taken."""
-        if any(bucket.has_gradients for bucket in buckets):
+        """Return whether there are no gradients any more, so that it does not matter where they were taken."""
+        taken = any(group["used"] or group["strayed"] for group in self.param_groups)  # else nobody has to look
+        if not taken or any(bucket.has_gradients for bucket in buckets):
             return False
         self._set(strayed=False)
         return True
