@@ -40,7 +40,7 @@ from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
 from varlora.run import read_json, write_json
-from varlora.trainer import MethodTrainer, Watch, stop_on_signals
+from varlora.trainer import MethodTrainer, Watch, of_first_rank, stop_on_signals
 
 __all__ = [
     "NotFiniteError",
@@ -199,7 +199,7 @@ def fit(
             f"All {len(rows)} training rows have the same answer, number {rows[0].label}: to give it always is all "
             "that can be learned. Check the labels; where each row lists its right answer first, shuffle the answers."
         )
-    watch = Watch(method, optimizer, params, state, max_not_finite, chance, warn)
+    watch = Watch(method, optimizer, params, state, max_not_finite, chance, begin)
     collator = partial(collate, pad_token_id=pad_token_id)
     trainer = MethodTrainer(
         model=model,
@@ -286,19 +286,20 @@ def _prepared(method: Method, start: Start, run_dir: Path, resume: bool) -> Meth
     They are written to `tuned.json`; ranks take the first one's.
     """
     path = run_dir / TUNED
-    told: list[Any] = [None]
-    if ranks()[0] == 0:
+
+    def settings() -> dict[str, Any]:
         if resume and path.is_file():
-            told = [_stored_settings(path)]
-        elif (found := method.prepare(start)) is not None:
-            told = [dict(found.settings)]
-            write_json(path, {"settings": told[0], "found": found.found, "steps": found.steps})
-    if ranks()[1] > 1:
-        dist.broadcast_object_list(told)
-    if told[0] is None:
+            return _stored_settings(path)
+        if (found := method.prepare(start)) is None:
+            return {}
+        write_json(path, {"settings": dict(found.settings), "found": found.found, "steps": found.steps})
+        return dict(found.settings)
+
+    told = of_first_rank(settings)
+    if not told:
         return method
     try:
-        return cast(Method, replace(cast(Any, method), **told[0]))
+        return cast(Method, replace(cast(Any, method), **told))
     except TypeError as error:
         raise DamagedFileError(f"{path} does not hold settings of {method.name}: {error}. Train a new run.") from error
 

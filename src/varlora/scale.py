@@ -38,6 +38,7 @@ from torch import Tensor
 
 __all__ = [
     "BOUND",
+    "RECHECK",
     "Trial",
     "bound",
     "first_hessian",
@@ -71,6 +72,8 @@ TRIALS, MOST_TRIALS = 3, 6
 """Scales that are tried: KL grows as a power of σ, so each is a good guess at the next; more where that leads far."""
 FAR = 1.5
 """What is found so many times beyond all that was tried is tried as well."""
+RECHECK = 0.25
+"""Share of training after which σ is tried again; B has left zero by then, and it stands unless it is so far off."""
 FLAT, APART = 0.5, 1.1
 """Power of σ below which the KL no longer grows, as predictions of a base that knows little change no further; and how
 far apart two scales have to be to show it."""
@@ -120,13 +123,16 @@ def bound(answers: Sequence[int], epochs: float) -> float:
     return BOUND * statistics.fmean(map(math.log, answers)) * math.sqrt(epochs)
 
 
-def largest_sigma(kl: Callable[[float], float], bound: float, start: float) -> tuple[float, list[Trial]]:
+def largest_sigma(
+    kl: Callable[[float], float], bound: float, start: float, least: int = TRIALS
+) -> tuple[float, list[Trial]]:
     """Return the σ at which the KL meets a bound, and what was tried.
 
     Args:
         kl: KL at a σ, with the same noise for each.
         bound: in nats.
         start: σ to begin with.
+        least: trials at the least.
 
     Example:
         >>> sigma, trials = largest_sigma(lambda sigma: 30 * sigma**2, bound=0.1, start=0.01)
@@ -135,7 +141,7 @@ def largest_sigma(kl: Callable[[float], float], bound: float, start: float) -> t
     """
     trials: list[Trial] = []
     sigma = start
-    while len(trials) < TRIALS or (len(trials) < MOST_TRIALS and _is_far(sigma, trials)):
+    while len(trials) < least or (len(trials) < MOST_TRIALS and _is_far(sigma, trials)):
         trials.append(Trial(sigma, kl(sigma)))
         sigma = _next(sorted(trial for trial in trials if 0 < trial.kl < math.inf), bound, trials[-1])
     return sigma, trials

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,14 @@ from transformers import TrainerCallback
 
 from varlora.checkpoint import CheckpointTrainer
 from varlora.data import Batch
-from varlora.methods import Comparison, Method
+from varlora.methods import Comparison, Method, Start
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
 from varlora.run import write_text
 
-__all__ = ["MethodTrainer", "Watch", "class_loss", "left_to_parent", "stop_on_signals"]
+__all__ = ["MethodTrainer", "Watch", "class_loss", "left_to_parent", "of_first_rank", "stop_on_signals"]
+
+T = TypeVar("T")
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -124,10 +126,10 @@ class Watch(TrainerCallback):
         state: dict[str, Any],
         max_not_finite: int,
         chance: float,
-        say: Callable[[str], None],
+        start: Start,
     ) -> None:
         self.method, self.optimizer, self.params, self.state = method, optimizer, params, state
-        self.max_not_finite, self.chance, self.say = max_not_finite, chance, say
+        self.max_not_finite, self.chance, self.start = max_not_finite, chance, start
         self.every = 0
         """Steps between comparisons of the mean with a draw."""
         self.comparison: Tensor | None = None
@@ -150,8 +152,11 @@ class Watch(TrainerCallback):
         return bool(self.every) and step % self.every == 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the method change what it will."""
-        self.method.before_step(self.optimizer, state.global_step + 1, state.max_steps, self.state)
+        """Let the method look once more, where it is time, and change what it will."""
+        step = state.global_step + 1
+        if step == self.method.look_again_at(state.max_steps):
+            self.state |= of_first_rank(lambda: self.method.look_again(self.start, self.optimizer, self.state))
+        self.method.before_step(self.optimizer, step, state.max_steps, self.state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a step out whose losses or gradients are not finite."""
@@ -196,7 +201,15 @@ class Watch(TrainerCallback):
         if math.isfinite(at_mean) and math.isfinite(under_noise):
             words = self.method.compared(Comparison(step, total_steps, at_mean, under_noise, self.chance), self.state)
             if words and ranks()[0] == 0:
-                self.say(words)
+                self.start.say(words)
+
+
+def of_first_rank(find: Callable[[], T]) -> T:
+    """Return on all ranks what the first one finds."""
+    told: list[Any] = [find() if ranks()[0] == 0 else None]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(told)
+    return cast(T, told[0])
 
 
 def left_to_parent(number: int, frame: Any) -> None:

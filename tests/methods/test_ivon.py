@@ -25,6 +25,7 @@ from varlora.methods.ivon import BATCHES, BEARABLE, COLDEST, MEMORY, PAPER, PROB
 from varlora.model import class_logits
 from varlora.params import copied, trainable
 from varlora.posterior import DiagonalGaussian
+from varlora.predict import predict
 
 ROWS = helpers.make_rows(64)
 
@@ -80,9 +81,10 @@ def test_seeds_find_much_the_same_sigma_where_noise_shifts_all_rows_alike() -> N
         return torch.stack([shift, 0 * shift], -1)[:, None].expand(-1, len(rows), -1), torch.zeros(len(rows))
 
     begin = start(steps=800)
-    twos = [replace(row, label_tokens=(1, 2), label=0) for row in ROWS]
+    twos = [replace(row, label_tokens=(1, 2), label=0) for row in ROWS] * 50  # one epoch
+    noisy = partial(_noisy, copied(begin.model))
     sigmas = [
-        _probe(replace(begin, rows=twos, seed=seed, draw=partial(shifted, seed=seed)), epochs=1.0)[0]
+        _probe(replace(begin, rows=twos, seed=seed, draw=partial(shifted, seed=seed)), noisy, first=0.1)[0]
         for seed in range(20)
     ]
     # of n draws the root of a mean square is off by 1/√(2n)
@@ -280,6 +282,7 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"clip_radius": math.inf}, "cannot be foreseen"),
         ({"mc_samples": 2}, "`accumulation`"),
         ({"noise_warmup": 1.5}, "a share of training"),
+        ({"recheck": 1.0}, "a share of training"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -316,6 +319,92 @@ def test_over_the_first_epochs() -> None:
     assert found(Ivon(), steps=32)[0]["noise_warmup"] == 1.0
     assert found(Ivon(noise_warmup=0.7))[0]["noise_warmup"] == 0.7
     assert found(Ivon(noise_warmup=0.0))[0]["cooling"] is False
+
+
+# --- another look ---
+
+
+def ready(sigma: float = 0.0316) -> tuple[Ivon, IVON, Start]:
+    """Return a method, its optimizer and a model whose B has left zero, as in the middle of training."""
+    begin = replace(start(steps=4000), rows=ROWS * 250)  # one epoch
+    for name, p in trainable(begin.model).items():
+        if "lora_B" in name:
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    one = replace(method(), ess=1 / (1e-3 * sigma**2), recheck=0.25, noise_warmup=0.25)
+    optimizer = one.optimizer(trainable(begin.model), len(begin.rows), 4, 0)
+    return one, optimizer, begin
+
+
+def changed(start: Start, sigma: float) -> float:
+    """Return by how many nats noise of a size changes the predictions, of other draws than those of the look."""
+    posterior = _noisy(copied(start.model), sigma)
+    draws = predict(start.model, posterior, start.rows[:64], pad_token_id=0, samples=100, seed=7).logits
+    mean = predict(start.model, posterior, start.rows[:64], pad_token_id=0, samples=0, seed=7).logits[0]
+    return scale.kl_under_noise(draws, mean)
+
+
+@pytest.mark.parametrize(("sigma", "held_back"), [(1.0, 1.0), (1e-4, 1.0), (1.0, 0.25)])
+def test_a_sigma_that_no_longer_suits_is_looked_for_again(sigma: float, held_back: float) -> None:
+    one, optimizer, begin = ready(sigma)
+    said: list[str] = []
+    begin = replace(begin, say=said.append)
+    one.before_step(optimizer, 1000, 4000, {"held_back": held_back})
+    state = one.look_again(begin, optimizer, {})
+    bound = scale.bound([len(row.label_tokens) for row in ROWS], 1.0)
+    assert bound / 1.7 < changed(begin, sigma * state["rechecked"]) < bound * 1.7
+    assert len(helpers.about(said, "Looked again")) == 1
+    one.before_step(optimizer, 1001, 4000, state)
+    assert next(iter(optimizer.mean_sigma().values())) == pytest.approx(sigma * state["rechecked"], rel=0.05)
+
+
+def test_one_that_suits_stands() -> None:
+    one, optimizer, begin = ready()
+    factor = one.look_again(begin, optimizer, {})["rechecked"]
+    assert factor != 1.0
+    one, optimizer, begin = ready(1.2 * factor * 0.0316)
+    said: list[str] = []
+    asked: list[int] = []
+
+    def draw(posterior: Any, rows: Any, count: int) -> Any:
+        asked.append(count)
+        return begin.draw(posterior, rows, count)
+
+    assert one.look_again(replace(begin, draw=draw, say=said.append), optimizer, {}) == {"rechecked": 1.0}
+    assert not said
+    assert len(asked) == 2  # the mean, and one scale
+
+
+def test_it_is_looked_for_again_where_it_was_found() -> None:
+    assert found(Ivon())[0]["recheck"] == scale.RECHECK
+    assert found(Ivon(recheck=0.5))[0]["recheck"] == 0.5
+    assert found(Ivon(ess=1e6))[0]["recheck"] == 0.0
+    assert Ivon(recheck=0.25).look_again_at(10) == 4  # three steps are more than a quarter of ten
+    assert Ivon(recheck=0.0).look_again_at(10) == Ivon().look_again_at(10) == 0
+    assert Temperature(of="ivon", settings={"recheck": 0.5}).look_again_at(10) == 6
+
+
+def test_nothing_of_it_is_lost_or_done_twice_in_a_resumed_run(tmp_path: Path) -> None:
+    """Stopped before the look, which is before step 3 of 8, and after it."""
+    from conformance.test_methods import Crash
+
+    settings: dict[str, Any] = {"steps": 8, "checkpoint_every": 1, "training_arguments": {"logging_steps": 1}}
+    outcomes = []
+    for stopped_at in (0, 1, 2, 3):
+        folder, said = tmp_path / str(stopped_at), list[str]()
+        folder.mkdir()
+        if stopped_at:
+            with pytest.raises(ConnectionAbortedError):
+                helpers.run_fit(
+                    helpers.tiny_model(), Ivon(clip_radius=0.1), folder, callbacks=[Crash(stopped_at)], **settings
+                )
+        helpers.run_fit(helpers.tiny_model(), Ivon(clip_radius=0.1), folder, resume=True, warn=said.append, **settings)
+        assert len(helpers.about(said, "Looked again")) == (stopped_at < 3)
+        outcomes.append(helpers.outcome(folder))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    assert ["rechecked" in line for line in outcomes[0]["log"]] == [False] * 2 + [True] * 6
+
+
+# --- what is given ---
 
 
 def test_of_given_numbers_it_does_not() -> None:
@@ -451,7 +540,7 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     assert set(shares) == {"0", "1"}
     mean = tuned["found"]["sigma"] * sum(shares.values()) / len(shares)
     assert sigma[0] == pytest.approx(0.1 * mean, rel=0.02)
-    assert sigma[-1] == pytest.approx(mean * last["held_back"], rel=0.05)
+    assert sigma[-1] == pytest.approx(mean * last["held_back"] * last["rechecked"], rel=0.05)
     of_layer = [last[f"sigma/layer_0{layer}"] for layer in shares]
     assert of_layer[0] / of_layer[1] == pytest.approx(shares["0"] / shares["1"], rel=0.05)
     assert 0 <= last["signal_above_noise"] <= 1

@@ -114,6 +114,11 @@ class Start(Given):
         """Rows that a step's gradient averages over."""
         return self.batch_size * self.accumulation * self.ranks
 
+    @property
+    def epochs(self) -> float:
+        """How often training sees each row; once at the least."""
+        return max(self.steps * self.rows_per_step / len(self.rows), 1.0)
+
 
 @dataclass(frozen=True)
 class Trained(Given):
@@ -215,6 +220,14 @@ class Method(Protocol):
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Set what step `step` (from 1) of `total_steps` depends on; `state` is that of `after_step`."""
+
+    def look_again_at(self, total_steps: int) -> int:
+        """Return the step before which the method looks at model and rows once more; 0: no need."""
+        return 0
+
+    def look_again(self, start: Start, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Look at model and rows as they are by then, at the mean; return what is to be added to `state`."""
+        return {}
 
     def compare_every(self, total_steps: int) -> int:
         """Return how many steps there are between comparisons of the loss at the mean and under noise; 0: no need."""
@@ -349,6 +362,14 @@ class Wrapping(Method):
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Set what the other method's step depends on."""
         self.inner().before_step(optimizer, step, total_steps, state)
+
+    def look_again_at(self, total_steps: int) -> int:
+        """Return when the other method looks once more."""
+        return self.inner().look_again_at(total_steps)
+
+    def look_again(self, start: Start, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Let the other method look once more."""
+        return self.inner().look_again(start, optimizer, state)
 
     def compare_every(self, total_steps: int) -> int:
         """Return how often the other method compares."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -108,6 +109,9 @@ class Ivon(Method):
     """Share of training over which the noise grows to its full size; 0: none; auto: where `ess` is found, by epochs."""
     cooling: bool | Auto = "auto"
     """Whether σ is lowered while noise takes back too much of what training has gained; auto: where the noise grows."""
+    recheck: float | Auto = "auto"
+    """Share of training after which σ is looked for again, as the adapter is by then; 0: never; auto: a quarter where
+    `ess` is found."""
     rescale_lr: bool = False
     """Whether to multiply the learning rate by h₀ + δ."""
     debias: bool = True
@@ -126,6 +130,8 @@ class Ivon(Method):
             found.append(
                 f"Expected `noise_warmup` to be a share of training within 0 and 1, but got {self.noise_warmup}."
             )
+        if self.recheck != "auto" and not 0 <= self.recheck < 1:
+            found.append(f"Expected `recheck` to be a share of training, 0 to below 1, but got {self.recheck}.")
         for name, other in (("lr_like_adamw", "lr"), ("ess_per_root_row", "ess")):
             value = getattr(self, name)
             if value is not None and getattr(self, other) != "auto":
@@ -151,18 +157,23 @@ class Ivon(Method):
         given = {name: getattr(self, name) for name in PAPER if getattr(self, name) != "auto"}
         if self.ess_per_root_row is not None:
             given["ess"] = self.ess_per_root_row * math.sqrt(len(start.rows))
-        epochs = max(start.steps * start.rows_per_step / len(start.rows), 1.0)
         growth = self.noise_warmup
         if growth == "auto":
-            growth = 0.0 if "ess" in given else scale.growth(epochs)
+            growth = 0.0 if "ess" in given else scale.growth(start.epochs)
         cooling = growth > 0 if self.cooling == "auto" else self.cooling
-        found: dict[str, Any] = {"epochs": epochs}
+        recheck = self.recheck
+        if recheck == "auto":
+            recheck = 0.0 if "ess" in given else scale.RECHECK
+        found: dict[str, Any] = {"epochs": start.epochs}
         delta, cost = 0.0 if self.weight_decay == "auto" else self.weight_decay, 0.0
         by_layer = self._given_by_layer()
         if {"ess", "hess_init"} <= given.keys():
             sigma = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
         else:
-            sigma, seen, cost = _probe(start, epochs)
+            mean = {name: p.float() for name, p in copied(start.model).items()}
+            weights = torch.cat([value.flatten() for value in mean.values()])
+            first = weights.square().mean().sqrt().item() or 1.0
+            sigma, seen, cost = _probe(start, partial(_noisy, mean), first)
             gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
             found |= seen | {"gradient": gradient}
@@ -181,7 +192,7 @@ class Ivon(Method):
             step = (
                 scale.like_adamw(self.lr_like_adamw, self.beta1)
                 if self.lr_like_adamw is not None
-                else scale.step_size(sigma, epochs, start.steps, self.beta1)
+                else scale.step_size(sigma, start.epochs, start.steps, self.beta1)
             )
             given["lr"] = step / self.clip_radius / self._rescaled(given["hess_init"], delta)
         step = given["lr"] * self.clip_radius * self._rescaled(given["hess_init"], delta)
@@ -193,8 +204,8 @@ class Ivon(Method):
             f"{given['lr']:.3g} (a weight moves by {step:.2g} a step at the most), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
-        rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
-        return Prepared({**given, **rest, "sigma_by_layer": by_layer}, found, cost)
+        rest = {"noise_warmup": growth, "cooling": cooling, "recheck": recheck, "sigma_by_layer": by_layer}
+        return Prepared({**given, **rest, "lr_like_adamw": None, "ess_per_root_row": None}, found, cost)
 
     def _rescaled(self, hess_init: float, delta: float) -> float:
         """Return what `rescale_lr` has the optimizer multiply a learning rate by."""
@@ -233,10 +244,10 @@ class Ivon(Method):
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
         assert isinstance(optimizer, IVON)
         growth = 0.0 if self.noise_warmup == "auto" else self.noise_warmup
-        if self.ess != "auto" and (growth or self._cools):
-            share = scale.ramp(step / total_steps, growth)
+        if self.ess != "auto" and (growth or self._cools or "rechecked" in state):
+            share = scale.ramp(step / total_steps, growth) * state.get("held_back", 1.0) * state.get("rechecked", 1.0)
             for group in optimizer.param_groups:
-                group["ess"] = self.ess / (share * state.get("held_back", 1.0)) ** 2
+                group["ess"] = self.ess / share**2
         if self.hess_average == "run":
             for group in optimizer.param_groups:
                 group["beta2"] = min(self.beta2, 1 - 1 / (step + FIRST))
@@ -251,6 +262,26 @@ class Ivon(Method):
     def _cools(self) -> bool:
         """Whether the noise is held back where it takes too much; left to itself, where it grows."""
         return self.noise_warmup not in ("auto", 0.0) if self.cooling == "auto" else self.cooling
+
+    def look_again_at(self, total_steps: int) -> int:
+        """Once a share of training is done, if at all."""
+        return 1 + math.ceil(self.recheck * total_steps) if self.recheck != "auto" and self.recheck else 0
+
+    def look_again(self, start: Start, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Try σ once more, and look for another where it is far off: where B is zero noise is not what it is later."""
+        assert isinstance(optimizer, IVON)
+        if self.ess == "auto":
+            return {}
+        posterior = optimizer.posterior()
+        drawn = math.sqrt(self.ess / optimizer.param_groups[0]["ess"])  # share of σ at the step before
+        factor, seen, cost = _probe(start, lambda factor: posterior.scale((factor / drawn) ** 2), 1.0, least=1)
+        if len(seen["trials"]) == 1:
+            return {"rechecked": 1.0}
+        start.say(
+            f"Looked again, as the adapter has moved by now (worth {cost:.0f} steps): sigma is {factor:.2g} times what "
+            "was found at first."
+        )
+        return {"rechecked": factor}
 
     def compare_every(self, total_steps: int) -> int:
         """A comparison takes one forward pass, a third of a step."""
@@ -338,7 +369,7 @@ class Ivon(Method):
         logged |= {"signal_above_noise": heard / size, "hessian_over_first": moved / size}
         losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
         logged |= {name: state[key] for key, name in losses.items() if key in state}
-        return logged | ({"held_back": state["held_back"]} if "held_back" in state else {})
+        return logged | {name: state[name] for name in ("held_back", "rechecked") if name in state}
 
 
 def _hessian_of(sigma: float, ess: float, delta: float) -> float:
@@ -353,23 +384,28 @@ def _hessian_of(sigma: float, ess: float, delta: float) -> float:
     return precision - delta
 
 
-def _probe(start: Start, epochs: float) -> tuple[float, dict[str, Any], float]:
-    """Return the σ at which noise changes the predictions by a bound, what was seen, and its cost in training steps."""
+def _probe(
+    start: Start, noisy: Callable[[float], DiagonalGaussian], first: float, least: int = scale.TRIALS
+) -> tuple[float, dict[str, Any], float]:
+    """Return the σ at which noise changes the predictions by a bound, what was seen, and its cost in training steps.
+
+    Args:
+        start: model and rows.
+        noisy: the posterior of a σ, around the model as it is.
+        first: σ to begin with.
+    """
     a_step = 3 * start.batch_size * start.accumulation  # passes of a row; the backward pass counts as two
     most = PROBE * start.steps * a_step
     count = min(max(int(math.sqrt(most / (scale.TRIALS * DRAWS_PER_ROW))), ROWS[0]), ROWS[1], len(start.rows))
     draws = min(max(int((most / count - 1) / scale.TRIALS), DRAWS[0]), DRAWS[1])
     rows = start.some_rows(count)
-    mean = {name: p.float() for name, p in copied(start.model).items()}
-    at_mean = start.draw(_noisy(mean, 0.0), rows, 0)[0][0]
-    bound = scale.bound([len(row.label_tokens) for row in start.rows], epochs)
+    at_mean = start.draw(noisy(0.0), rows, 0)[0][0]
+    bound = scale.bound([len(row.label_tokens) for row in start.rows], start.epochs)
 
     def kl(sigma: float) -> float:
-        return scale.kl_under_noise(start.draw(_noisy(mean, sigma), rows, draws)[0], at_mean)
+        return scale.kl_under_noise(start.draw(noisy(sigma), rows, draws)[0], at_mean)
 
-    weights = torch.cat([value.flatten() for value in mean.values()])
-    first = weights.square().mean().sqrt().item() or 1.0
-    sigma, trials = scale.largest_sigma(kl, bound, first)
+    sigma, trials = scale.largest_sigma(kl, bound, first, least)
     if all(trial.kl < bound for trial in trials) and sigma < max(trials).sigma:
         start.say(
             f"However much noise there is, the predictions change by {max(trial.kl for trial in trials):.2g} nats at "
