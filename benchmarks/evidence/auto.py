@@ -54,14 +54,15 @@ GROUPS: dict[str, dict[str, Any]] = {
     "grid": {"methods": {"ivon": {}}, "search": {"ivon": GRID}},
     "paper": {"methods": {"ivon": PAPER}},
     "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}}},
+    "no-recheck": {"methods": {"ivon": {"recheck": 0.0}}},
     "one-sigma": {"methods": {"ivon": {"sigma_by_layer": {}}}},
     "no-warmup": {"methods": {"ivon": {"noise_warmup": 0.0, "cooling": True}}},
     "no-cooling": {"methods": {"ivon": {"cooling": False}}},
     "prior": {"methods": {"ivon": {"weight_decay": "auto"}}},
     "learned": {"methods": {"ivon": {"hess_approx": "gradsq", "hess_average": "run"}}},
-    "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True}}},
+    "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True, "recheck": 0.25}}},
 }
-"""The last six change one thing of `auto` each: the ablations."""
+"""The last seven change one thing of `auto` each: the ablations."""
 METRICS = ("accuracy", "nll", "ece", "ece_if_calibrated")
 
 
