@@ -3,7 +3,7 @@
 The optimizer (`varlora.IVON`) does the work; the posterior is read from its state. At β₂ = 1 − 1e-5 the Hessian hardly
 leaves its initial value, so the posterior's scale is σ₀ = 1/√(λ h₀). Learning rate, λ and h₀ are found by a short look
 at model and rows (`varlora.scale`), unless they are given; where λ is found, the noise grows to its full size while
-training, and is cooled where it costs more than it may.
+training, is looked at again once the adapter has moved, and is cooled where it costs more than it may.
 """
 
 from __future__ import annotations
