@@ -119,6 +119,17 @@ def test_a_model_that_is_always_right_is_as_sure_as_so_few_rows_allow(gap: float
     assert temperature == pytest.approx(expected, rel=1e-6)
 
 
+def test_where_draws_disagree_on_some_of_the_rows_the_others_are_not_certain() -> None:
+    """The lower the temperature, the likelier all 80 rows, and three of them stay open, as a draw votes otherwise."""
+    logits = torch.tensor([3.0, 0.0]).repeat(10, 80, 1)
+    logits[0, :3] = torch.tensor([0.0, 3.0])
+    said: list[str] = []
+    temperature = fit_temperature(logits, torch.zeros(80, dtype=torch.long), said.append)
+    assert said
+    assert 0.4 < temperature < 1
+    assert (logits / temperature).softmax(-1).mean(0).amax(1).max() < 1 - 1e-3
+
+
 @pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])
 def test_a_model_that_is_always_wrong_gets_the_highest(gap: float) -> None:
     logits = torch.tensor([[[gap, 0.0]] * 4])

@@ -18,8 +18,8 @@ noise hides all that it learns, as it would in few steps of large batches.
 **The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
 gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
 
-**Another look** after a quarter of training finds whether that σ still suits: around a B of zero noise is not what it is
-later.
+**Another look** after a quarter of training tells whether that σ still suits: around a B of zero noise is not what it
+is later.
 
 **By layer** σ is in inverse proportion to the gradients, so that each layer's weights have an equal part in the change
 of the predictions: it is ½ Σ σ² g² to second order, with g² the Fisher information that squared gradients estimate.

@@ -34,8 +34,9 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
 
     The best of 21 temperatures from 0.05 to 50 is refined by golden sections, so several draws, for which the NLL need
     not have one minimum, are no problem; where the NLL keeps rising up to 50, that is returned. Where it keeps falling
-    down to 0.05, as it does where all n rows are right, nothing says how sure the model may be: then it is as sure as
-    Laplace's rule of succession allows, (n + 1) / (n + 2) on average, or stays as it is if it is surer than that.
+    down to 0.05, as it does where all n rows are right, nothing says how sure the model may be: then two more rows are
+    counted, as in Laplace's rule of succession, one of which is wrong. Rows of which all are as sure are so by
+    (n + 1) / (n + 2) then; what is surer stays as it is.
 
     Args:
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
@@ -58,25 +59,17 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
         Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
     """
 
-    def loss(log_temperature: float) -> float:
-        return metrics.nll(metrics.average_probs(logits.double() / math.exp(log_temperature)), labels)
+    def loss(temperature: float) -> float:
+        return metrics.nll(metrics.average_probs(logits.double() / temperature), labels)
 
-    low, high = map(math.log, RANGE)
-    grid = torch.linspace(low, high, 21, dtype=torch.float64).tolist()
-    best = min(range(len(grid)), key=lambda i: loss(grid[i]))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(STEPS):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    temperature = math.exp((low + high) / 2)
+    temperature = _best(loss, *RANGE)
     if temperature < 1 and at_an_end(temperature):
         if say:
             say(
                 f"The {len(labels)} held-out rows do not set the temperature: the surer the model, the better, as far "
                 "as they tell. Hold out more rows (`calibration_fraction`)."
             )
-        return _as_sure_as(logits, (len(labels) + 1) / (len(labels) + 2))
+        return _best(lambda temperature: _doubted(logits.double() / temperature, labels), RANGE[0], 1.0)
     if say and at_an_end(temperature):
         say(
             f"The temperature is at the end of its range, {temperature:.3g}: the {len(labels)} held-out rows do not "
@@ -85,16 +78,21 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
     return temperature
 
 
-def _as_sure_as(logits: Tensor, share: float) -> float:
-    """Return the temperature up to 1 at which the likeliest answers have some probability on average; 1 if more."""
-
-    def sure(log_temperature: float) -> float:
-        return metrics.average_probs(logits.double() / math.exp(log_temperature)).amax(1).mean().item()
-
-    low, high = math.log(RANGE[0]), 0.0
-    if sure(high) >= share:
-        return 1.0
+def _best(loss: Callable[[float], float], least: float, most: float) -> float:
+    """Return the temperature of least loss: the best of 21, refined by golden sections."""
+    grid = torch.linspace(math.log(least), math.log(most), 21, dtype=torch.float64).tolist()
+    best = min(range(len(grid)), key=lambda i: loss(math.exp(grid[i])))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    golden = (math.sqrt(5) - 1) / 2
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sure(middle) >= share else (low, middle)
-    return math.exp(high)
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, right) if loss(math.exp(left)) <= loss(math.exp(right)) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+def _doubted(logits: Tensor, labels: Tensor) -> float:
+    """Return the NLL of rows, (S, N, C), and of two like them on average: the likeliest answer is right in but one."""
+    log_probs = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))  # also of what float64 holds as 0
+    ordered = log_probs.sort(1, descending=True).values
+    terms = log_probs.gather(1, labels[:, None]).sum() + ordered[:, 0].mean() + ordered[:, 1:].logsumexp(1).mean()
+    return -terms.item()
