@@ -130,17 +130,25 @@ def test_also_where_the_power_changes_on_the_way(start: float) -> None:
 
 @pytest.mark.parametrize("start", [0.02, 0.1, 0.3, 2.0, 10.0])
 @pytest.mark.parametrize("beyond", [0.0, -0.1])
-def test_where_the_kl_stops_growing_below_the_bound_it_is_where_half_of_it_is_reached(
+def test_where_the_kl_stops_growing_below_the_bound_it_is_where_a_twentieth_of_it_is_reached(
     start: float, beyond: float
 ) -> None:
-    """A random base answers much the same whatever its adapter is: no noise reaches the bound."""
+    """A random base answers much the same whatever its adapter is: no noise reaches the bound. Steps are longer."""
 
     def kl(sigma: float) -> float:
         return 0.004 * (1 - math.exp(-((sigma / 0.2) ** 2))) * (1 + beyond * math.log1p(sigma))
 
     sigma, trials = scale.largest_sigma(kl, 0.09, start)
     assert sigma <= max(trial.sigma for trial in trials)
-    assert 0.05 < sigma < 0.4
+    assert 0.03 < sigma < 0.06
+    assert 0.1 < scale.reach(sigma, trials, 0.09) < 0.3  # where σ² would get to all of it: 0.2
+
+
+@pytest.mark.parametrize("start", [0.02, 0.3, 2.0])
+def test_where_it_stops_growing_far_above_the_bound_that_is_met(start: float) -> None:
+    sigma, trials = scale.largest_sigma(lambda sigma: 0.5 * (1 - math.exp(-((sigma / 0.2) ** 2))), 0.05, start)
+    assert sigma == pytest.approx(0.2 * math.sqrt(-math.log1p(-0.1)), rel=0.2)
+    assert scale.reach(sigma, trials, 0.05) == sigma
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "demo-400": {"steps": DEMO_SHORT},
     "demo-1600": {"steps": 4 * DEMO_SHORT},
     "demo-4000": {"steps": TENFOLD * DEMO_SHORT},
+    "reviews-1000": {"steps": 1000, "tasks": [f"{HERE}/reviews/reviews.yaml"]},
     **{
         f"{name}-{model}-{steps}": {"steps": steps, "model": model, "task": name}
         for model, name, steps in itertools.product(
@@ -54,13 +55,13 @@ GROUPS: dict[str, dict[str, Any]] = {
     "grid": {"methods": {"ivon": {}}, "search": {"ivon": GRID}},
     "paper": {"methods": {"ivon": PAPER}},
     "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}}},
-    "no-recheck": {"methods": {"ivon": {"recheck": 0.0}}},
+    "recheck": {"methods": {"ivon": {"recheck": 0.25}}},
     "one-sigma": {"methods": {"ivon": {"sigma_by_layer": {}}}},
     "no-warmup": {"methods": {"ivon": {"noise_warmup": 0.0, "cooling": True}}},
     "no-cooling": {"methods": {"ivon": {"cooling": False}}},
     "prior": {"methods": {"ivon": {"weight_decay": "auto"}}},
     "learned": {"methods": {"ivon": {"hess_approx": "gradsq", "hess_average": "run"}}},
-    "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True, "recheck": 0.25}}},
+    "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True}}},
 }
 """The last seven change one thing of `auto` each: the ablations."""
 METRICS = ("accuracy", "nll", "ece", "ece_if_calibrated")

@@ -36,7 +36,7 @@ NAMES = {
     ("paper", "ivon"): "IVON, the paper's values",
     ("peers", "adamw"): "AdamW, the best of its search",
     ("peers", "swag"): "SWAG, on the best AdamW",
-    ("no-recheck", "ivon"): "auto, σ looked for once",
+    ("recheck", "ivon"): "auto, σ tried again after a quarter",
     ("one-sigma", "ivon"): "auto, one σ for all layers",
     ("no-warmup", "ivon"): "auto, noise of full size at once",
     ("no-cooling", "ivon"): "auto, never held back",

@@ -18,9 +18,6 @@ noise hides all that it learns, as it would in few steps of large batches.
 **The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
 gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
 
-**Another look** after a quarter of training tells whether that σ still suits: around a B of zero noise is not what it
-is later.
-
 **By layer** σ is in inverse proportion to the gradients, so that each layer's weights have an equal part in the change
 of the predictions: it is ½ Σ σ² g² to second order, with g² the Fisher information that squared gradients estimate.
 
@@ -41,7 +38,6 @@ from torch import Tensor
 
 __all__ = [
     "BOUND",
-    "RECHECK",
     "Trial",
     "bound",
     "first_hessian",
@@ -51,6 +47,7 @@ __all__ = [
     "layer_share",
     "like_adamw",
     "ramp",
+    "reach",
     "step_size",
     "walk",
 ]
@@ -75,13 +72,12 @@ TRIALS, MOST_TRIALS = 3, 6
 """Scales that are tried: KL grows as a power of σ, so each is a good guess at the next; more where that leads far."""
 FAR = 1.5
 """What is found so many times beyond all that was tried is tried as well."""
-RECHECK = 0.25
-"""Share of training after which σ is tried again; B has left zero by then, and it stands unless it is so far off."""
 FLAT, APART = 0.5, 1.1
 """Power of σ below which the KL no longer grows, as predictions of a base that knows little change no further; and how
 far apart two scales have to be to show it."""
-SATURATED = 0.5
-"""Share of that KL that noise may take instead of the bound: where it stops growing, the noise is all that is left."""
+MOST, SATURATED = 0.5, 0.05
+"""Share of the most KL that a bound may be, where the KL stops growing; and the share that noise may take instead of a
+higher bound, as all that the base can say by then is noise."""
 FURTHEST = 4.0
 """A trial is at most so many times the one before, or so small a part of it."""
 
@@ -161,8 +157,8 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
     if last not in known:
         return last.sigma * (FURTHEST if last.kl == 0 else 1 / FURTHEST)
     rising = _rising(known)
-    if len(rising) < len(known):
-        bound = min(bound, SATURATED * max(trial.kl for trial in known))
+    if _is_out_of_reach(bound, known):
+        bound = SATURATED * max(trial.kl for trial in known)
         if len(rising) == 1 and rising[0].kl > bound:  # all of what was tried is where the KL does not grow any more
             return rising[0].sigma / FURTHEST
     nearest = sorted(rising, key=lambda trial: abs(math.log(trial.kl / bound)))[:2]
@@ -180,6 +176,33 @@ def _rising(trials: Sequence[Trial]) -> list[Trial]:
         if b.sigma > APART * a.sigma and math.log(b.kl / a.kl) < FLAT * math.log(b.sigma / a.sigma):
             return list(trials[: at + 1])
     return list(trials)
+
+
+def _is_out_of_reach(bound: float, trials: Sequence[Trial]) -> bool:
+    """Whether the KL stops growing before it meets a bound, or hardly after; the trials are sorted."""
+    return len(_rising(trials)) < len(trials) and bound > MOST * max(trial.kl for trial in trials)
+
+
+def reach(sigma: float, trials: Sequence[Trial], bound: float) -> float:
+    """Return the σ that the steps go with: the one that was found, where noise of some size meets the bound.
+
+    Where none does, noise is small, lest it hide all that the base can say as it is, but the adapter has far to go: as
+    far as noise with which the KL would be at its most, if it grew as σ² up to there.
+
+    Args:
+        sigma: what was found.
+        trials: what was tried.
+        bound: in nats.
+
+    Example:
+        >>> trials = [Trial(0.01, 0.002), Trial(0.04, 0.02), Trial(0.16, 0.02)]
+        >>> round(reach(0.0071, trials, bound=0.08), 4), reach(0.02, trials, bound=0.008)
+        (0.0316, 0.02)
+    """
+    known = sorted(trial for trial in trials if 0 < trial.kl < math.inf)
+    if not _is_out_of_reach(bound, known):
+        return sigma
+    return known[0].sigma * math.sqrt(max(trial.kl for trial in known) / known[0].kl)
 
 
 def layer_share(gradient: float, whole: float) -> float:

@@ -155,6 +155,7 @@ class Watch(TrainerCallback):
         """Let the method look once more, where it is time, and change what it will."""
         step = state.global_step + 1
         if step == self.method.look_again_at(state.max_steps):
+            self.start.model.eval()  # until the Trainer begins the step
             self.state |= of_first_rank(lambda: self.method.look_again(self.start, self.optimizer, self.state))
         self.method.before_step(self.optimizer, step, state.max_steps, self.state)
 

@@ -3,7 +3,7 @@
 The optimizer (`varlora.IVON`) does the work; the posterior is read from its state. At β₂ = 1 − 1e-5 the Hessian hardly
 leaves its initial value, so the posterior's scale is σ₀ = 1/√(λ h₀). Learning rate, λ and h₀ are found by a short look
 at model and rows (`varlora.scale`), unless they are given; where λ is found, the noise grows to its full size while
-training, is looked at again once the adapter has moved, and is cooled where it costs more than it may.
+training, and is cooled where it costs more than it may.
 """
 
 from __future__ import annotations
@@ -109,9 +109,8 @@ class Ivon(Method):
     """Share of training over which the noise grows to its full size; 0: none; auto: where `ess` is found, by epochs."""
     cooling: bool | Auto = "auto"
     """Whether σ is lowered while noise takes back too much of what training has gained; auto: where the noise grows."""
-    recheck: float | Auto = "auto"
-    """Share of training after which σ is looked for again, as the adapter is by then; 0: never; auto: a quarter where
-    `ess` is found."""
+    recheck: float = 0.0
+    """Share of training after which σ is tried again, with the adapter as it is by then; 0: never."""
     rescale_lr: bool = False
     """Whether to multiply the learning rate by h₀ + δ."""
     debias: bool = True
@@ -130,7 +129,7 @@ class Ivon(Method):
             found.append(
                 f"Expected `noise_warmup` to be a share of training within 0 and 1, but got {self.noise_warmup}."
             )
-        if self.recheck != "auto" and not 0 <= self.recheck < 1:
+        if not 0 <= self.recheck < 1:
             found.append(f"Expected `recheck` to be a share of training, 0 to below 1, but got {self.recheck}.")
         for name, other in (("lr_like_adamw", "lr"), ("ess_per_root_row", "ess")):
             value = getattr(self, name)
@@ -161,14 +160,11 @@ class Ivon(Method):
         if growth == "auto":
             growth = 0.0 if "ess" in given else scale.growth(start.epochs)
         cooling = growth > 0 if self.cooling == "auto" else self.cooling
-        recheck = self.recheck
-        if recheck == "auto":
-            recheck = 0.0 if "ess" in given else scale.RECHECK
         found: dict[str, Any] = {"epochs": start.epochs}
         delta, cost = 0.0 if self.weight_decay == "auto" else self.weight_decay, 0.0
         by_layer = self._given_by_layer()
         if {"ess", "hess_init"} <= given.keys():
-            sigma = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
+            sigma = reach = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
         else:
             mean = {name: p.float() for name, p in copied(start.model).items()}
             weights = torch.cat([value.flatten() for value in mean.values()])
@@ -176,6 +172,7 @@ class Ivon(Method):
             sigma, seen, cost = _probe(start, partial(_noisy, mean), first)
             gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
+            reach = seen["reach"]
             found |= seen | {"gradient": gradient}
             if self.sigma_by_layer == "auto":
                 by_layer = {layer: scale.layer_share(of, gradient) for layer, of in gradients.items()}
@@ -192,7 +189,7 @@ class Ivon(Method):
             step = (
                 scale.like_adamw(self.lr_like_adamw, self.beta1)
                 if self.lr_like_adamw is not None
-                else scale.step_size(sigma, start.epochs, start.steps, self.beta1)
+                else scale.step_size(reach, start.epochs, start.steps, self.beta1)
             )
             given["lr"] = step / self.clip_radius / self._rescaled(given["hess_init"], delta)
         step = given["lr"] * self.clip_radius * self._rescaled(given["hess_init"], delta)
@@ -204,8 +201,8 @@ class Ivon(Method):
             f"{given['lr']:.3g} (a weight moves by {step:.2g} a step at the most), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
-        rest = {"noise_warmup": growth, "cooling": cooling, "recheck": recheck, "sigma_by_layer": by_layer}
-        return Prepared({**given, **rest, "lr_like_adamw": None, "ess_per_root_row": None}, found, cost)
+        rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
+        return Prepared({**given, **rest, "sigma_by_layer": by_layer}, found, cost)
 
     def _rescaled(self, hess_init: float, delta: float) -> float:
         """Return what `rescale_lr` has the optimizer multiply a learning rate by."""
@@ -264,24 +261,28 @@ class Ivon(Method):
         return self.noise_warmup not in ("auto", 0.0) if self.cooling == "auto" else self.cooling
 
     def look_again_at(self, total_steps: int) -> int:
-        """Once a share of training is done, if at all."""
-        return 1 + math.ceil(self.recheck * total_steps) if self.recheck != "auto" and self.recheck else 0
+        """Once a share of training is done, if asked to."""
+        return 1 + math.ceil(self.recheck * total_steps) if self.recheck else 0
 
     def look_again(self, start: Start, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Try σ once more, and look for another where it is far off: where B is zero noise is not what it is later."""
+        """Try σ at its full size once more, and take another where that is far off.
+
+        Around a B of zero noise is not what it is later. What was held back for that is not held back a second time.
+        """
         assert isinstance(optimizer, IVON)
-        if self.ess == "auto":
-            return {}
+        assert self.ess != "auto"
         posterior = optimizer.posterior()
         drawn = math.sqrt(self.ess / optimizer.param_groups[0]["ess"])  # share of σ at the step before
-        factor, seen, cost = _probe(start, lambda factor: posterior.scale((factor / drawn) ** 2), 1.0, least=1)
-        if len(seen["trials"]) == 1:
+        factor, _, cost = _probe(start, lambda factor: posterior.scale((factor / drawn) ** 2), 1.0, least=1)
+        if 1 / scale.FAR < factor < scale.FAR:
             return {"rechecked": 1.0}
+        factor = min(max(factor, 1 / scale.FURTHEST), scale.FURTHEST)
         start.say(
-            f"Looked again, as the adapter has moved by now (worth {cost:.0f} steps): sigma is {factor:.2g} times what "
-            "was found at first."
+            f"Tried sigma again, as the adapter has moved by now (worth {cost:.0f} steps): it is {factor:.2g} times "
+            "what it was. The learning rate stays."
         )
-        return {"rechecked": factor}
+        held = {"held_back": min(state["held_back"] / factor, 1.0)} if "held_back" in state else {}
+        return {"rechecked": factor, **held}
 
     def compare_every(self, total_steps: int) -> int:
         """A comparison takes one forward pass, a third of a step."""
@@ -391,8 +392,9 @@ def _probe(
 
     Args:
         start: model and rows.
-        noisy: the posterior of a σ, around the model as it is.
-        first: σ to begin with.
+        noisy: σ -> the posterior around the model as it is; or a factor of the σ that there is -> the posterior.
+        first: what to begin with.
+        least: trials at the least.
     """
     a_step = 3 * start.batch_size * start.accumulation  # passes of a row; the backward pass counts as two
     most = PROBE * start.steps * a_step
@@ -409,9 +411,16 @@ def _probe(
     if all(trial.kl < bound for trial in trials) and sigma < max(trials).sigma:
         start.say(
             f"However much noise there is, the predictions change by {max(trial.kl for trial in trials):.2g} nats at "
-            f"most, and not by the {bound:.2g} that they may: this base answers much the same whatever its adapter is."
+            f"most, and not by the {bound:.2g} that they may: this base answers much the same whatever its adapter is. "
+            "So noise is small, but steps are as long as for noise that changes them so much."
         )
-    seen = {"bound": bound, "rows": count, "draws": draws, "trials": [trial._asdict() for trial in trials]}
+    seen = {
+        "reach": scale.reach(sigma, trials, bound),
+        "bound": bound,
+        "rows": count,
+        "draws": draws,
+        "trials": [trial._asdict() for trial in trials],
+    }
     return sigma, seen, (len(trials) * draws + 1) * count / a_step
 
 
