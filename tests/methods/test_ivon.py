@@ -55,6 +55,7 @@ def test_it_finds_what_is_left_to_it() -> None:
     settings, seen = found(Ivon())
     sigma = 1 / math.sqrt(settings["ess"] * settings["hess_init"])
     assert sigma == pytest.approx(seen["sigma"])
+    assert seen["reach"] == sigma
     assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(sigma, 25, 400, 0.9))
     assert settings["noise_warmup"] == scale.growth(25)
     assert settings["cooling"] is True
@@ -324,13 +325,13 @@ def test_over_the_first_epochs() -> None:
 # --- another look ---
 
 
-def ready(sigma: float = 0.0316) -> tuple[Ivon, IVON, Start]:
+def ready(sigma: float = 0.0316, **settings: Any) -> tuple[Ivon, IVON, Start]:
     """Return a method, its optimizer and a model whose B has left zero, as in the middle of training."""
     begin = replace(start(steps=4000), rows=ROWS * 250)  # one epoch
     for name, p in trainable(begin.model).items():
         if "lora_B" in name:
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    one = replace(method(), ess=1 / (1e-3 * sigma**2), recheck=0.25, noise_warmup=0.25)
+    one = method(ess=1 / (1e-3 * sigma**2), recheck=0.25, **{"noise_warmup": 0.25, **settings})
     optimizer = one.optimizer(trainable(begin.model), len(begin.rows), 4, 0)
     return one, optimizer, begin
 
@@ -343,65 +344,113 @@ def changed(start: Start, sigma: float) -> float:
     return scale.kl_under_noise(draws, mean)
 
 
-@pytest.mark.parametrize(("sigma", "held_back"), [(1.0, 1.0), (1e-4, 1.0), (1.0, 0.25)])
-def test_a_sigma_that_no_longer_suits_is_looked_for_again(sigma: float, held_back: float) -> None:
-    one, optimizer, begin = ready(sigma)
-    said: list[str] = []
-    begin = replace(begin, say=said.append)
-    one.before_step(optimizer, 1000, 4000, {"held_back": held_back})
-    state = one.look_again(begin, optimizer, {})
-    bound = scale.bound([len(row.label_tokens) for row in ROWS], 1.0)
-    assert bound / 1.7 < changed(begin, sigma * state["rechecked"]) < bound * 1.7
-    assert len(helpers.about(said, "Looked again")) == 1
-    one.before_step(optimizer, 1001, 4000, state)
-    assert next(iter(optimizer.mean_sigma().values())) == pytest.approx(sigma * state["rechecked"], rel=0.05)
+def drawn(optimizer: IVON) -> float:
+    return next(iter(optimizer.mean_sigma().values()))
 
 
-def test_one_that_suits_stands() -> None:
+@pytest.mark.parametrize("factor", [2.5, 1 / 2.5])
+def test_a_sigma_that_no_longer_suits_is_replaced(factor: float) -> None:
     one, optimizer, begin = ready()
-    factor = one.look_again(begin, optimizer, {})["rechecked"]
-    assert factor != 1.0
-    one, optimizer, begin = ready(1.2 * factor * 0.0316)
+    suits = 0.0316 * one.look_again(begin, optimizer, {})["rechecked"]
     said: list[str] = []
-    asked: list[int] = []
+    one, optimizer, begin = ready(suits * factor)
+    one.before_step(optimizer, 1000, 4000, {})
+    state = one.look_again(replace(begin, say=said.append), optimizer, {})
+    bound = scale.bound([len(row.label_tokens) for row in ROWS], 1.0)
+    assert bound / 1.7 < changed(begin, suits * factor * state["rechecked"]) < bound * 1.7
+    assert len(helpers.about(said, "Tried sigma again")) == 1
+    one.before_step(optimizer, 1001, 4000, state)
+    assert drawn(optimizer) == pytest.approx(suits * factor * state["rechecked"], rel=0.05)
 
-    def draw(posterior: Any, rows: Any, count: int) -> Any:
-        asked.append(count)
-        return begin.draw(posterior, rows, count)
 
-    assert one.look_again(replace(begin, draw=draw, say=said.append), optimizer, {}) == {"rechecked": 1.0}
+@pytest.mark.parametrize("off", [1.3, 1.0, 1 / 1.3])
+def test_one_that_suits_stands(off: float) -> None:
+    one, optimizer, begin = ready()
+    suits = 0.0316 * one.look_again(begin, optimizer, {})["rechecked"]
+    one, optimizer, begin = ready(suits * off)
+    said: list[str] = []
+    assert one.look_again(replace(begin, say=said.append), optimizer, {}) == {"rechecked": 1.0}
     assert not said
-    assert len(asked) == 2  # the mean, and one scale
 
 
-def test_it_is_looked_for_again_where_it_was_found() -> None:
-    assert found(Ivon())[0]["recheck"] == scale.RECHECK
-    assert found(Ivon(recheck=0.5))[0]["recheck"] == 0.5
-    assert found(Ivon(ess=1e6))[0]["recheck"] == 0.0
+def test_no_look_leads_far() -> None:
+    """However little is felt of the noise, or however much of it."""
+    one, optimizer, begin = ready()
+    for logits, most in ((0.0, scale.FURTHEST), (math.nan, 1 / scale.FURTHEST)):
+
+        def draw(posterior: Any, rows: Any, count: int, logits: float = logits) -> Any:
+            return torch.full((max(count, 1), len(rows), 3), logits if count else 0.0), torch.zeros(len(rows))
+
+        assert one.look_again(replace(begin, draw=draw), optimizer, {})["rechecked"] == most
+
+
+def test_what_was_held_back_for_it_is_not_held_back_twice() -> None:
+    one, optimizer, begin = ready(1.0)
+    one.before_step(optimizer, 1000, 4000, {"held_back": 0.5})
+    state = one.look_again(begin, optimizer, {"held_back": 0.5})
+    assert state["rechecked"] < 0.5
+    assert state["held_back"] == 1.0
+    one, optimizer, begin = ready(1e-3)
+    state = one.look_again(begin, optimizer, {"held_back": 0.5})
+    assert state == {"rechecked": scale.FURTHEST, "held_back": 0.5 / scale.FURTHEST}  # let go by the comparisons
+
+
+def test_it_counts_also_where_noise_neither_grows_nor_is_held_back() -> None:
+    one, optimizer, _ = ready(noise_warmup=0.0, cooling=False)
+    one.before_step(optimizer, 1001, 4000, {"rechecked": 0.5})
+    assert drawn(optimizer) == pytest.approx(0.0158, rel=1e-2)
+
+
+def test_when_there_is_another_look() -> None:
+    assert Ivon().look_again_at(10) == 0
     assert Ivon(recheck=0.25).look_again_at(10) == 4  # three steps are more than a quarter of ten
-    assert Ivon(recheck=0.0).look_again_at(10) == Ivon().look_again_at(10) == 0
-    assert Temperature(of="ivon", settings={"recheck": 0.5}).look_again_at(10) == 6
+    one, optimizer, begin = ready(1.0)
+    wrapped = Temperature(of="ivon", settings={"ess": one.ess, "hess_init": 1e-3, "lr": 0.1, "recheck": 0.5})
+    assert wrapped.look_again_at(10) == 6
+    assert wrapped.look_again(begin, optimizer, {}) == one.look_again(begin, optimizer, {}) != {}
 
 
 def test_nothing_of_it_is_lost_or_done_twice_in_a_resumed_run(tmp_path: Path) -> None:
-    """Stopped before the look, which is before step 3 of 8, and after it."""
+    """Stopped before the look, which is before step 3 of 8, and after it; σ is another from that step on."""
     from conformance.test_methods import Crash
 
     settings: dict[str, Any] = {"steps": 8, "checkpoint_every": 1, "training_arguments": {"logging_steps": 1}}
-    outcomes = []
+    one, outcomes = method(ess=1e3, recheck=0.25, noise_warmup=0.0), []
     for stopped_at in (0, 1, 2, 3):
         folder, said = tmp_path / str(stopped_at), list[str]()
         folder.mkdir()
         if stopped_at:
             with pytest.raises(ConnectionAbortedError):
-                helpers.run_fit(
-                    helpers.tiny_model(), Ivon(clip_radius=0.1), folder, callbacks=[Crash(stopped_at)], **settings
-                )
-        helpers.run_fit(helpers.tiny_model(), Ivon(clip_radius=0.1), folder, resume=True, warn=said.append, **settings)
-        assert len(helpers.about(said, "Looked again")) == (stopped_at < 3)
+                helpers.run_fit(helpers.tiny_model(), one, folder, callbacks=[Crash(stopped_at)], **settings)
+        helpers.run_fit(helpers.tiny_model(), one, folder, resume=True, warn=said.append, **settings)
+        assert len(helpers.about(said, "Tried sigma again")) == (stopped_at < 3)
         outcomes.append(helpers.outcome(folder))
     assert all(outcome == outcomes[0] for outcome in outcomes)
-    assert ["rechecked" in line for line in outcomes[0]["log"]] == [False] * 2 + [True] * 6
+    log = outcomes[0]["log"]
+    assert ["rechecked" in line for line in log] == [False] * 2 + [True] * 6
+    assert log[2]["rechecked"] < 1 / scale.FAR
+    assert log[2]["sigma"] / log[1]["sigma"] == pytest.approx(log[2]["rechecked"], rel=0.05)
+
+
+def test_looking_again_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where σ stands, the run ends in the bits of one without the look: dropout masks, order of rows and noise too."""
+    asked: list[bool] = []
+
+    def look(self: Ivon, start: Start, optimizer: IVON, state: Any) -> dict[str, Any]:
+        asked.append(start.model.training)
+        real(self, start, optimizer, state)
+        return {}
+
+    real = Ivon.look_again
+    monkeypatch.setattr(Ivon, "look_again", look)
+    for recheck in (0.0, 0.5):
+        (tmp_path / str(recheck)).mkdir()
+        helpers.run_fit(
+            helpers.tiny_model(dropout=0.5), method(recheck=recheck), tmp_path / str(recheck),
+            training_arguments={"logging_steps": 1},
+        )  # fmt: skip
+    assert asked == [False]
+    assert helpers.outcome(tmp_path / "0.0") == helpers.outcome(tmp_path / "0.5")
 
 
 # --- what is given ---
@@ -540,7 +589,7 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     assert set(shares) == {"0", "1"}
     mean = tuned["found"]["sigma"] * sum(shares.values()) / len(shares)
     assert sigma[0] == pytest.approx(0.1 * mean, rel=0.02)
-    assert sigma[-1] == pytest.approx(mean * last["held_back"] * last["rechecked"], rel=0.05)
+    assert sigma[-1] == pytest.approx(mean * last["held_back"], rel=0.05)
     of_layer = [last[f"sigma/layer_0{layer}"] for layer in shares]
     assert of_layer[0] / of_layer[1] == pytest.approx(shares["0"] / shares["1"], rel=0.05)
     assert 0 <= last["signal_above_noise"] <= 1
