@@ -58,12 +58,12 @@ def test_no_other_temperature_is_better() -> None:
     assert all(found <= nll(value, logits, labels) + 1e-12 for value in np.linspace(*np.log(RANGE), 500))
 
 
-@pytest.mark.parametrize(("counts", "high"), [((9, 6), True), ((6, 9), False)])
+@pytest.mark.parametrize(("counts", "high"), [((90, 60), True), ((60, 90), False)])
 def test_of_two_minima_it_takes_the_lower(counts: tuple[int, int], high: bool) -> None:
     """Rows whose draws contradict each other, the right one being surer, at two scales that are far apart."""
     pairs = [[100.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 0.03]]  # of the first rows, and of the others
     logits = torch.cat([torch.tensor(pair)[:, None].repeat(1, count, 1) for pair, count in zip(pairs, counts)], 1)
-    labels = torch.zeros(15, dtype=torch.long)
+    labels = torch.zeros(150, dtype=torch.long)
     values = [nll(value, logits, labels) for value in np.linspace(*np.log(RANGE), 400)]
     minima = [b for a, b, c in zip(values, values[1:], values[2:]) if a > b < c]
     assert len(minima) == 2
@@ -123,6 +123,7 @@ def test_where_draws_disagree_on_some_of_the_rows_the_others_are_not_certain() -
     """The lower the temperature, the likelier all 80 rows, and three of them stay open, as a draw votes otherwise."""
     logits = torch.tensor([3.0, 0.0]).repeat(10, 80, 1)
     logits[0, :3] = torch.tensor([0.0, 3.0])
+    logits[1, 3] = torch.tensor([0.0, 0.01])  # with which 0.05 is not quite the best
     said: list[str] = []
     temperature = fit_temperature(logits, torch.zeros(80, dtype=torch.long), said.append)
     assert said

@@ -16,6 +16,8 @@ from varlora import metrics
 __all__ = ["at_an_end", "fit_temperature"]
 
 RANGE = (0.05, 50.0)
+ALLOWED = 1.92
+"""A temperature is ruled out if the likelihood of all rows is so many nats lower at it: at the 5 % level."""
 STEPS = 60  # of golden sections: the bracket shrinks to 1e-12 of itself
 
 
@@ -33,10 +35,10 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
     """Return the temperature T that minimises the NLL of `mean_s softmax(logits_s / T)`.
 
     The best of 21 temperatures from 0.05 to 50 is refined by golden sections, so several draws, for which the NLL need
-    not have one minimum, are no problem; where the NLL keeps rising up to 50, that is returned. Where it keeps falling
-    down to 0.05, as it does where all n rows are right, nothing says how sure the model may be: then two more rows are
-    counted, as in Laplace's rule of succession, one of which is wrong. Rows of which all are as sure are so by
-    (n + 1) / (n + 2) then; what is surer stays as it is.
+    not have one minimum, are no problem; where the NLL keeps rising up to 50, that is returned. Where the rows do not
+    rule 0.05 out, as where all are right, nothing says how sure the model may be: then two more rows are counted, as in
+    Laplace's rule of succession, one of which is wrong, and T is at most 1. Of n rows that are all right and all as
+    sure, that is (n + 1) / (n + 2) sure.
 
     Args:
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
@@ -63,7 +65,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
         return metrics.nll(metrics.average_probs(logits.double() / temperature), labels)
 
     temperature = _best(loss, *RANGE)
-    if temperature < 1 and at_an_end(temperature):
+    if temperature < 1 and len(labels) * (loss(RANGE[0]) - loss(temperature)) < ALLOWED:
         if say:
             say(
                 f"The {len(labels)} held-out rows do not set the temperature: the surer the model, the better, as far "
