@@ -141,7 +141,25 @@ def test_where_the_kl_stops_growing_below_the_bound_it_is_where_a_twentieth_of_i
     sigma, trials = scale.largest_sigma(kl, 0.09, start)
     assert sigma <= max(trial.sigma for trial in trials)
     assert 0.03 < sigma < 0.06
-    assert 0.1 < scale.reach(sigma, trials, 0.09) < 0.3  # where σ² would get to all of it: 0.2
+    assert 0.2 < scale.reach(sigma, trials, 0.09) < 0.7  # σ² would get to all of it at 0.2
+
+
+@pytest.mark.parametrize("power", [2, 3, 4])
+@pytest.mark.parametrize("start", [0.02, 0.3, 2.0])
+def test_the_steps_do_not_go_far_beyond_where_it_stops_however_fast_it_grew(power: int, start: float) -> None:
+    sigma, trials = scale.largest_sigma(lambda sigma: 0.004 * (1 - math.exp(-((sigma / 0.2) ** power))), 0.09, start)
+    assert sigma < scale.reach(sigma, trials, 0.09) <= 1.2 * max(trial.sigma for trial in trials)
+    assert scale.reach(sigma, trials, 0.09) < 5 * 0.2
+
+
+@pytest.mark.parametrize("start", [1.0, 3.0])
+@pytest.mark.parametrize(("most", "share"), [(0.201, 0.5), (0.1334, 0.158), (0.1, 0.05), (0.05, 0.05)])
+def test_the_less_of_the_bound_is_met_the_smaller_a_share_of_what_there_is_it_takes(
+    most: float, share: float, start: float
+) -> None:
+    """All of it twice over: the bound, which is half. Just so: a twentieth. Between, the share falls evenly."""
+    sigma, _ = scale.largest_sigma(lambda sigma: most * (1 - math.exp(-((sigma / 0.2) ** 2))), 0.1, start)
+    assert most * (1 - math.exp(-((sigma / 0.2) ** 2))) == pytest.approx(share * most, rel=0.25)
 
 
 @pytest.mark.parametrize("start", [0.02, 0.3, 2.0])

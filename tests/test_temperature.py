@@ -131,6 +131,24 @@ def test_where_draws_disagree_on_some_of_the_rows_the_others_are_not_certain() -
     assert (logits / temperature).softmax(-1).mean(0).amax(1).max() < 1 - 1e-3
 
 
+def test_two_rows_are_added_where_the_lowest_is_not_ruled_out_at_the_5_percent_level() -> None:
+    labels, seen = torch.zeros(20, dtype=torch.long), set[bool]()
+    for wrong in torch.linspace(0.05, 0.4, 30).tolist():  # the gap of one row of 20; the others, right, have one of 1
+        logits = torch.tensor([[[1.0, 0.0]] * 19 + [[0.0, wrong]]])
+        plain = best(logits, labels)
+        less = 20 * (nll(math.log(RANGE[0]), logits, labels) - nll(math.log(plain), logits, labels))
+        doubted = less < 3.84 / 2  # of χ² with one degree of freedom
+        assert (fit_temperature(logits, labels) > 1.001 * plain) == doubted
+        seen.add(doubted)
+    assert seen == {True, False}
+
+
+def test_rows_with_one_answer_alone_have_no_doubt() -> None:
+    logits = torch.tensor([[[3.0, 0.0]] * 9])
+    alone = torch.cat([logits, torch.tensor([[[3.0, -math.inf]]])], 1)
+    assert fit_temperature(alone, torch.zeros(10, dtype=torch.long)) == pytest.approx(1.0, rel=0.3)
+
+
 @pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])
 def test_a_model_that_is_always_wrong_gets_the_highest(gap: float) -> None:
     logits = torch.tensor([[[gap, 0.0]] * 4])

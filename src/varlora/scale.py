@@ -76,8 +76,8 @@ FLAT, APART = 0.5, 1.1
 """Power of σ below which the KL no longer grows, as predictions of a base that knows little change no further; and how
 far apart two scales have to be to show it."""
 MOST, SATURATED = 0.5, 0.05
-"""Share of the most KL that a bound may be, where the KL stops growing; and the share that noise may take instead of a
-higher bound, as all that the base can say by then is noise."""
+"""Share of the most KL that a bound may be, where the KL stops growing; and the share that noise may take where it does
+not get to the bound, as all that the base can say by then is noise. It falls from one to the other between."""
 FURTHEST = 4.0
 """A trial is at most so many times the one before, or so small a part of it."""
 
@@ -143,6 +143,8 @@ def largest_sigma(
     while len(trials) < least or (len(trials) < MOST_TRIALS and _is_far(sigma, trials)):
         trials.append(Trial(sigma, kl(sigma)))
         sigma = _next(sorted(trial for trial in trials if 0 < trial.kl < math.inf), bound, trials[-1])
+        if len(trials) < least and all(1 / APART < sigma / trial.sigma < APART for trial in trials):
+            sigma /= 2  # scales that are alike tell nothing of how the KL grows
     return sigma, trials
 
 
@@ -158,9 +160,10 @@ def _next(known: list[Trial], bound: float, last: Trial) -> float:
         return last.sigma * (FURTHEST if last.kl == 0 else 1 / FURTHEST)
     rising = _rising(known)
     if _is_out_of_reach(bound, known):
-        bound = SATURATED * max(trial.kl for trial in known)
-        if len(rising) == 1 and rising[0].kl > bound:  # all of what was tried is where the KL does not grow any more
-            return rising[0].sigma / FURTHEST
+        most = max(trial.kl for trial in known)
+        bound = most * MOST * (SATURATED / MOST) ** min((bound / most - MOST) / (1 - MOST), 1.0)
+    if len(known) > len(rising) == 1 and rising[0].kl > bound:  # all of what was tried is where the KL no longer grows
+        return rising[0].sigma / FURTHEST
     nearest = sorted(rising, key=lambda trial: abs(math.log(trial.kl / bound)))[:2]
     power = 2.0
     if len(nearest) == 2 and nearest[0].sigma != nearest[1].sigma:
@@ -186,8 +189,8 @@ def _is_out_of_reach(bound: float, trials: Sequence[Trial]) -> bool:
 def reach(sigma: float, trials: Sequence[Trial], bound: float) -> float:
     """Return the σ that the steps go with: the one that was found, where noise of some size meets the bound.
 
-    Where none does, noise is small, lest it hide all that the base can say as it is, but the adapter has far to go: as
-    far as noise with which the KL would be at its most, if it grew as σ² up to there.
+    Where none does, or hardly, noise is small, lest it hide all that the base can say as it is, but the adapter has far
+    to go: as far as noise with which the KL would be at its most, if it grew as σ² from the last trial that it grew at.
 
     Args:
         sigma: what was found.
@@ -195,14 +198,15 @@ def reach(sigma: float, trials: Sequence[Trial], bound: float) -> float:
         bound: in nats.
 
     Example:
-        >>> trials = [Trial(0.01, 0.002), Trial(0.04, 0.02), Trial(0.16, 0.02)]
-        >>> round(reach(0.0071, trials, bound=0.08), 4), reach(0.02, trials, bound=0.008)
-        (0.0316, 0.02)
+        >>> trials = [Trial(0.01, 0.002), Trial(0.02, 0.005), Trial(0.16, 0.01)]
+        >>> round(reach(0.0071, trials, bound=0.08), 4), reach(0.02, trials, bound=0.004)
+        (0.0283, 0.02)
     """
     known = sorted(trial for trial in trials if 0 < trial.kl < math.inf)
     if not _is_out_of_reach(bound, known):
         return sigma
-    return known[0].sigma * math.sqrt(max(trial.kl for trial in known) / known[0].kl)
+    last = _rising(known)[-1]
+    return last.sigma * math.sqrt(max(trial.kl for trial in known) / last.kl)
 
 
 def layer_share(gradient: float, whole: float) -> float:
@@ -247,8 +251,8 @@ def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
     weight that goes straight comes 1.5 σ at the least; the learning rate falls linearly to zero.
 
     Args:
-        sigma: of noise that changes the predictions by b √E ln C, as one that is given is taken to do; the change
-            grows as its square.
+        sigma: of noise that changes the predictions by b √E ln C, as one that is given is taken to do, or by all that
+            noise can (`reach`); the change grows as its square.
         epochs: E, of training.
         steps: of training.
         beta1: decay of the gradient's average.

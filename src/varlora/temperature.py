@@ -13,22 +13,12 @@ from torch import Tensor
 
 from varlora import metrics
 
-__all__ = ["at_an_end", "fit_temperature"]
+__all__ = ["fit_temperature"]
 
 RANGE = (0.05, 50.0)
 ALLOWED = 1.92
 """A temperature is ruled out if the likelihood of all rows is so many nats lower at it: at the 5 % level."""
 STEPS = 60  # of golden sections: the bracket shrinks to 1e-12 of itself
-
-
-def at_an_end(temperature: float) -> bool:
-    """Whether a temperature is at an end of the range, so that rows do not set it.
-
-    Example:
-        >>> at_an_end(1.0), at_an_end(50.0)
-        (False, True)
-    """
-    return not 1.001 * RANGE[0] < temperature < RANGE[1] / 1.001
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None) -> float:
@@ -43,7 +33,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
     Args:
         logits: (S, N, C) of rows that were not trained on, -inf where a row does not have the answer.
         labels: (N,), all known.
-        say: told if the temperature is at an end of the range.
+        say: told if the rows do not set the temperature.
 
     Returns:
         T, from 0.05 to 50: > 1 if the model was too sure of itself.
@@ -68,11 +58,11 @@ def fit_temperature(logits: Tensor, labels: Tensor, say: Callable[[str], None] |
     if temperature < 1 and len(labels) * (loss(RANGE[0]) - loss(temperature)) < ALLOWED:
         if say:
             say(
-                f"The {len(labels)} held-out rows do not set the temperature: the surer the model, the better, as far "
-                "as they tell. Hold out more rows (`calibration_fraction`)."
+                f"The {len(labels)} held-out rows do not set the temperature: by them the model may be as sure as it "
+                "likes. Hold out more rows (`calibration_fraction`)."
             )
         return _best(lambda temperature: _doubted(logits.double() / temperature, labels), RANGE[0], 1.0)
-    if say and at_an_end(temperature):
+    if say and temperature > RANGE[1] / 1.001:
         say(
             f"The temperature is at the end of its range, {temperature:.3g}: the {len(labels)} held-out rows do not "
             "set it. Hold out more rows (`calibration_fraction`)."
@@ -96,5 +86,7 @@ def _doubted(logits: Tensor, labels: Tensor) -> float:
     """Return the NLL of rows, (S, N, C), and of two like them on average: the likeliest answer is right in but one."""
     log_probs = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))  # also of what float64 holds as 0
     ordered = log_probs.sort(1, descending=True).values
-    terms = log_probs.gather(1, labels[:, None]).sum() + ordered[:, 0].mean() + ordered[:, 1:].logsumexp(1).mean()
-    return -terms.item()
+    others = ordered[:, 1:].logsumexp(1)
+    others = others[others > -math.inf]  # where there are any
+    doubt = others.mean() if len(others) else 0.0
+    return -(log_probs.gather(1, labels[:, None]).sum() + ordered[:, 0].mean() + doubt).item()

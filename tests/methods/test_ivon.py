@@ -291,6 +291,24 @@ def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], 
     assert said in problem
 
 
+def test_a_base_that_answers_much_the_same_gets_little_noise_and_long_steps() -> None:
+    """However much noise there is: so steps are not as short as the noise is small."""
+    said: list[str] = []
+    begin = start(say=said.append)
+
+    def draw(posterior: Any, rows: Any, count: int) -> Any:
+        std = next(iter(posterior.std.values())).max().item() if count else 0.0
+        answer = torch.tensor([0.3 * (1 - math.exp(-((std / 0.2) ** 2))), 0.0, 0.0])
+        return answer.expand(max(count, 1), len(rows), 3), torch.zeros(len(rows))
+
+    prepared = Ivon().prepare(replace(begin, draw=draw))
+    assert prepared is not None
+    seen = prepared.found
+    assert seen["reach"] > 2 * seen["sigma"]
+    assert prepared.settings["lr"] * 1e-3 == pytest.approx(scale.step_size(seen["reach"], 25, 400, 0.9))
+    assert len(helpers.about(said, "answers much the same whatever its adapter is")) == 1
+
+
 # --- while training ---
 
 

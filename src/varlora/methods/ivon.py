@@ -173,6 +173,13 @@ class Ivon(Method):
             gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
             reach = seen["reach"]
+            if reach > sigma:
+                most = max(trial["kl"] for trial in seen["trials"] if trial["kl"] < math.inf)
+                start.say(
+                    f"Noise changes the predictions by {most:.2g} nats at most, and may by {seen['bound']:.2g}: this "
+                    "base answers much the same whatever its adapter is. So noise is small, and steps, where they are "
+                    "to be found, are as long as for noise that changes so much."
+                )
             found |= seen | {"gradient": gradient}
             if self.sigma_by_layer == "auto":
                 by_layer = {layer: scale.layer_share(of, gradient) for layer, of in gradients.items()}
@@ -262,7 +269,7 @@ class Ivon(Method):
 
     def look_again_at(self, total_steps: int) -> int:
         """Once a share of training is done, if asked to."""
-        return 1 + math.ceil(self.recheck * total_steps) if self.recheck else 0
+        return min(1 + math.ceil(self.recheck * total_steps), total_steps) if self.recheck else 0
 
     def look_again(self, start: Start, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
         """Try σ at its full size once more, and take another where that is far off.
@@ -408,12 +415,6 @@ def _probe(
         return scale.kl_under_noise(start.draw(noisy(sigma), rows, draws)[0], at_mean)
 
     sigma, trials = scale.largest_sigma(kl, bound, first, least)
-    if all(trial.kl < bound for trial in trials) and sigma < max(trials).sigma:
-        start.say(
-            f"However much noise there is, the predictions change by {max(trial.kl for trial in trials):.2g} nats at "
-            f"most, and not by the {bound:.2g} that they may: this base answers much the same whatever its adapter is. "
-            "So noise is small, but steps are as long as for noise that changes them so much."
-        )
     seen = {
         "reach": scale.reach(sigma, trials, bound),
         "bound": bound,
