@@ -34,7 +34,7 @@ from varlora.optim.ivon import IVON
 from varlora.params import trainable
 from varlora.prompt import Encoded
 from varlora.run import load_tensors, verify_manifest
-from varlora.trainer import class_loss
+from varlora.trainer import class_loss, of_first_rank
 
 METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)]
 both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -631,3 +631,22 @@ def test_real_model_learns(shared, tmp_path):
     posterior = varlora.fit.fit(model, method, rows, tmp_path, pad_token_id=tokenizer.pad_token_id, steps=40)
     found = varlora.predict.predict(model, posterior, rows, pad_token_id=tokenizer.pad_token_id)
     assert found.probs.argmax(-1).tolist() == list(texts.values())
+
+
+@pytest.mark.parametrize(("rank", "looks"), [(0, 1), (1, 0)])
+def test_ranks_take_what_the_first_one_finds(rank, looks, monkeypatch):
+    """One process looks, for all: what another would find might differ in its last bits."""
+    asked: list[int] = []
+
+    def find() -> dict[str, float]:
+        asked.append(rank)
+        return {"rechecked": 0.5}
+
+    def broadcast(told: list[object]) -> None:
+        assert told == [{"rechecked": 0.5} if rank == 0 else None]
+        told[0] = {"rechecked": 0.5}
+
+    monkeypatch.setattr("varlora.trainer.ranks", lambda *_: (rank, 2))
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    assert of_first_rank(find) == {"rechecked": 0.5}
+    assert len(asked) == looks
