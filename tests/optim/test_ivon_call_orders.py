@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from optim.ivon_helpers import SETTINGS, STATE, make_loss, same, values
 from torch import Tensor, nn
 
+from varlora.optim import bucket
 from varlora.optim.bucket import EVAL, TRAIN
 from varlora.optim.ivon import IVON
 from varlora.optim.noise import fill_normal, mix
@@ -151,6 +152,8 @@ class Model:
 def test_any_order_of_calls_leaves_one_draw_or_the_mean(
     kinds: list[Any], calls: list[str], mc_samples: int, approx: str
 ) -> None:
+    cut_off = bucket.kernels_for(torch.device("cpu")) == "triton"  # bfloat16, by the interpreter: as in conftest.py
+    assume(not (cut_off and any(dtype is torch.bfloat16 for _, dtype, _ in kinds)))
     model = Model(kinds, {"mc_samples": mc_samples, "hess_approx": approx, "batch_size": 2})
     model.optimizer.train()  # makes the state
     model.optimizer.step()
