@@ -144,9 +144,9 @@ def test_two_rows_are_added_where_the_lowest_is_not_ruled_out_at_the_5_percent_l
 
 
 def test_rows_with_one_answer_alone_have_no_doubt() -> None:
-    logits = torch.tensor([[[3.0, 0.0]] * 9])
-    alone = torch.cat([logits, torch.tensor([[[3.0, -math.inf]]])], 1)
-    assert fit_temperature(alone, torch.zeros(10, dtype=torch.long)) == pytest.approx(1.0, rel=0.3)
+    """Nine rows are right, the one that is added as right is like nine in ten of all, and one is wrong: 9.9 to 1."""
+    logits = torch.tensor([[[1.0, 0.0]] * 9 + [[1.0, -math.inf]]])
+    assert fit_temperature(logits, torch.zeros(10, dtype=torch.long)) == pytest.approx(1 / math.log(9.9), rel=1e-6)
 
 
 @pytest.mark.parametrize("gap", [0.001, 3.0, 1000.0])
