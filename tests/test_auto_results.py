@@ -92,3 +92,14 @@ def test_each_group_keeps_its_settings(tmp_path: Path, monkeypatch: pytest.Monke
         assert plan.methods == wanted["methods"]
         assert plan.search == wanted.get("search", {})
         assert (plan.seeds, plan.calibrate) == ((0, 1), True)
+
+
+def test_the_reviews_are_what_their_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / "benchmarks" / "evidence" / "reviews"
+    monkeypatch.syspath_prepend(str(folder))
+    make = importlib.import_module("make")
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    make.main()
+    rows = {name: (folder / f"{name}.csv").read_text() for name in ("train", "dev")}
+    assert rows == {name: (tmp_path / f"{name}.csv").read_text() for name in rows}
+    assert not set(rows["train"].splitlines()[1:]) & set(rows["dev"].splitlines()[1:])
