@@ -15,6 +15,9 @@ that size is to change the predictions by w ln C / E: rows that come E times pus
 push towards by chance is learned by heart. But a weight that always goes the same way has to come further than σ, or
 noise hides all that it learns, as it would in few steps of large batches.
 
+**Where no noise meets the bound**, as on a base that answers much the same whatever its adapter is, noise takes a small
+share of the most that it can change, and the steps go with the σ at which it changes that (`reach`).
+
 **The noise grows** linearly over the first epochs: from a start at which B is zero, noise of full size drowns the
 gradient that tells B where to go; later, under little noise, rows that come again would be learned by heart.
 
