@@ -118,7 +118,7 @@ def _watched(clock: Clock, device: torch.device) -> Iterator[None]:
         (accelerate.Accelerator, "backward", "backward"),
         (MethodTrainer, "get_batch_samples", "data"),
         (transformers.Trainer, "_prepare_inputs", "data"),
-        (transformers.Trainer, "_clip_grad_norm", "clipping"),
+        (MethodTrainer, "_clip_grad_norm", "clipping"),
         *((IVON, name, "optimizer") for name in ("train", "eval", "step")),
     ]
     before = [getattr(owner, name) for owner, name, _ in places]

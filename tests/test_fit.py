@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import full_disk
@@ -34,7 +35,7 @@ from varlora.optim.ivon import IVON
 from varlora.params import trainable
 from varlora.prompt import Encoded
 from varlora.run import load_tensors, verify_manifest
-from varlora.trainer import class_loss, of_first_rank
+from varlora.trainer import MethodTrainer, class_loss, of_first_rank, short_walks
 
 METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)]
 both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -593,6 +594,45 @@ def test_rows_must_exist_and_have_labels(tmp_path):
     rows = helpers.make_rows(3) + helpers.make_rows(2, labelled=False)
     with pytest.raises(VarloraError, match="2 of 5 have none"):
         fit(helpers.tiny_model(), METHODS[0], rows, tmp_path, pad_token_id=0, steps=1)
+
+
+@both_methods
+def test_steps_that_walk_over_all_modules_end_in_the_same_bits(method, tmp_path, monkeypatch):
+    """What is left out of a step changes nothing: modes, gradients and clipping are those of the whole walk."""
+    loud = {"max_grad_norm": 1e-2}
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "short", training_arguments=loud)
+    monkeypatch.setattr(varlora.fit, "short_walks", lambda *_: nullcontext())
+    monkeypatch.delattr(MethodTrainer, "_clip_grad_norm")
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "whole", training_arguments=loud)
+    short, whole = (helpers.bits(helpers.reloaded(tmp_path / name)[0]) for name in ("short", "whole"))
+    assert all(torch.equal(short[name], whole[name]) for name in whole)
+
+
+def test_a_model_that_a_callback_evaluates_trains_on_in_training_mode(tmp_path):
+    model, modes = helpers.tiny_model(), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            modes.append({module.training for module in model.modules()})
+            model.eval()
+
+    helpers.run_fit(model, METHODS[1], tmp_path, steps=3, callbacks=[Look()])
+    assert modes == [{True}] * 3
+
+
+def test_short_walks_end_with_training(tmp_path):
+    model = helpers.tiny_model()
+    helpers.run_fit(model, METHODS[1], tmp_path, steps=1)
+    assert not {"train", "zero_grad"} & vars(model).keys()
+    frozen = next(p for p in model.parameters() if not p.requires_grad)
+    trained = next(iter(trainable(model).values()))
+    with short_walks(model, torch.optim.AdamW([trained])):
+        frozen.grad = torch.ones_like(frozen)
+        trained.grad = torch.ones_like(trained)
+        model.zero_grad()
+        assert trained.grad is None and frozen.grad is not None
+    model.zero_grad()
+    assert frozen.grad is None
 
 
 def test_callbacks_see_the_optimizer_itself_and_the_log(tmp_path):

@@ -40,7 +40,7 @@ from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
 from varlora.run import read_json, write_json
-from varlora.trainer import MethodTrainer, Watch, of_first_rank, stop_on_signals
+from varlora.trainer import MethodTrainer, Watch, of_first_rank, short_walks, stop_on_signals
 
 __all__ = [
     "NotFiniteError",
@@ -219,7 +219,7 @@ def fit(
             restore(model, optimizer, state, start)  # cut off after the last step; the Trainer would take one more
             step = steps
         else:
-            with stop_on_signals(watch), method.training(model, optimizer):
+            with stop_on_signals(watch), method.training(model, optimizer), short_walks(model, optimizer):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
             step = trainer.state.global_step
     finally:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from accelerate import DistributedType
 from transformers import TrainerCallback
 
 from varlora.checkpoint import CheckpointTrainer
@@ -28,7 +29,7 @@ from varlora.model import class_logits
 from varlora.optim.shards import ranks
 from varlora.run import write_text
 
-__all__ = ["MethodTrainer", "Watch", "class_loss", "left_to_parent", "of_first_rank", "stop_on_signals"]
+__all__ = ["MethodTrainer", "Watch", "class_loss", "left_to_parent", "of_first_rank", "short_walks", "stop_on_signals"]
 
 T = TypeVar("T")
 
@@ -70,6 +71,12 @@ class MethodTrainer(CheckpointTrainer):
         if self.varlora_flops_per_token is None:  # for which the Trainer would count all parameters at every step
             self.varlora_flops_per_token = super().floating_point_ops(inputs) / tokens
         return int(self.varlora_flops_per_token * tokens)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients of the trained parameters, without a walk over those of the base."""
+        if self.accelerator.distributed_type is DistributedType.FSDP:  # for which it has to be all of the model's
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.varlora_watch.params.values(), self.args.max_grad_norm)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -203,6 +210,25 @@ class Watch(TrainerCallback):
             words = self.method.compared(Comparison(step, total_steps, at_mean, under_noise, self.chance), self.state)
             if words and ranks()[0] == 0:
                 self.start.say(words)
+
+
+@contextmanager
+def short_walks(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let what the Trainer asks of a model at every step be no walk over all modules of the base.
+
+    In it, `train` does nothing to a model that is in that mode already, and `zero_grad` is the optimizer's.
+    """
+    whole = model.train
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if model.training is mode else whole(mode)
+
+    short: Any = model
+    short.train, short.zero_grad = train, optimizer.zero_grad
+    try:
+        yield
+    finally:
+        del short.train, short.zero_grad
 
 
 def of_first_rank(find: Callable[[], T]) -> T:
