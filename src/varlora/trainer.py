@@ -18,8 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
 from accelerate import DistributedType
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from varlora.checkpoint import CheckpointTrainer
