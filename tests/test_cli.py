@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import varlora
+import varlora.evaluation
 from varlora.cli import main
 from varlora.errors import Interrupted
 from varlora.tasks import TASKS
@@ -400,6 +401,48 @@ def test_predict_from_a_file_to_a_file(varlora_, trained, tmp_path):
         parts = row["uncertainty"]
         assert 0 < parts["epistemic"] < parts["total"]
         assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_answers_that_are_there_are_kept_when_predict_stops(error, varlora_, trained, tmp_path, monkeypatch):
+    """They lie beside the output, as what is there under its own name is whole."""
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text(QUESTIONS)
+    together = varlora_("predict", trained, "--input", questions).out
+    monkeypatch.setattr("varlora.evaluation.AT_ONCE", 1)
+    whole = varlora_("predict", trained, "--input", questions).out
+    for one, other in zip(together.splitlines(), whole.splitlines(), strict=True):  # the same draws of each row
+        assert json.loads(one)["probabilities"] == pytest.approx(json.loads(other)["probabilities"], abs=1e-6)
+    passes, original = [], varlora.evaluation._predict
+
+    def stops(*args, **settings):
+        passes.append(1)
+        if len(passes) == 2:
+            raise error
+        return original(*args, **settings)
+
+    monkeypatch.setattr("varlora.evaluation._predict", stops)
+    answers.write_text("older\n")
+    result = varlora_("predict", trained, "--input", questions, "--output", answers)
+    assert result.code == (130 if error is KeyboardInterrupt else 1)
+    part = tmp_path / "answers.jsonl.part"
+    assert f"1 of 2 rows are in {part}." in result.err
+    assert part.read_text() == whole.splitlines(keepends=True)[0]
+    assert answers.read_text() == "older\n"
+    assert varlora_("predict", trained, "--input", questions, "--output", answers).code == 0
+    assert answers.read_text() == whole
+    assert not part.exists()
+
+
+def test_predict_that_stops_before_the_first_answer_leaves_nothing(varlora_, trained, tmp_path, monkeypatch):
+    def stops(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("varlora.evaluation._predict", stops)
+    result = varlora_("predict", trained, "--output", tmp_path / "answers.jsonl", stdin=QUESTIONS)
+    assert result.code == 130
+    assert "rows are in" not in result.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_predict_does_not_write_over_what_it_reads(varlora_, trained, tmp_path):

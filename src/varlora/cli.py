@@ -10,6 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -283,7 +284,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.evaluation import answer_rows
     from varlora.loading import load, trained_task
-    from varlora.run import check_writable, write_text
+    from varlora.progress import rows_progress
+    from varlora.run import check_writable, part_of, written_by_line
     from varlora.tasks import make_examples, parse_rows
 
     say = _speaker(console)
@@ -321,13 +323,22 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         seed=arguments.seed,
         how=_drawing(arguments),
         say=say,
+        progress=rows_progress(console, "predict") if output or not sys.stdout.isatty() else None,
     )
-    text = "".join(json.dumps(answer) + "\n" for answer in answers)  # in ASCII, which every pipe passes on
+    done = 0
+    # the stream itself, which the bar would put something before once it runs
+    with written_by_line(output) if output else nullcontext(sys.stdout) as lines:
+        try:
+            for answer in answers:
+                lines.write(json.dumps(answer) + "\n")  # in ASCII, which every pipe passes on
+                lines.flush()
+                done += 1
+        except BaseException:
+            if output and done:
+                say(f"{done} of {len(rows.examples)} rows are in {part_of(output)}.")
+            raise
     if output:
-        write_text(output, text)
-        say(f"{len(rows.examples)} rows are in {output}.")
-    else:
-        sys.stdout.write(text)
+        say(f"{done} rows are in {output}.")
         sys.stdout.flush()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ __all__ = [
     "evaluate",
     "held_out_predictions",
 ]
+
+AT_ONCE = 512
+"""Rows that are answered before their answers are passed on."""
 
 
 def evaluate(
@@ -366,8 +369,12 @@ def answer_rows(
     seed: int = 0,
     how: Drawing = PLAIN,
     say: Say = print,
-) -> Iterable[dict[str, Any]]:
-    """Return for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
+
+    They come in the order of the examples, `AT_ONCE` at a time, so that there is something to keep of a long run that
+    is interrupted.
 
     Args:
         loaded: what `load` returned; it is used as `calibrate` chose, if it did.
@@ -378,13 +385,22 @@ def answer_rows(
         seed: seed of the draws.
         how: how the draws are made and run.
         say: told in words what a user should know.
+        progress: given the number of rows, a context that gives a function to call with the rows done.
     """
-    encoded = encode_rows(loaded.model, loaded.tokenizer, examples, loaded.settings, say)
+    rows = encode_rows(loaded.model, loaded.tokenizer, examples, loaded.settings, say).rows
     posterior, samples, _, as_chosen = loaded.used(samples, tau)
-    used = dataclasses.replace(loaded, posterior=posterior)
-    predictions = _predict(used, encoded.rows, samples=samples, seed=seed, how=how.over(as_chosen))
+    used, how = dataclasses.replace(loaded, posterior=posterior), how.over(as_chosen)
+    with (progress or no_progress)(len(rows)) as advance:
+        for start in range(0, len(rows), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            # the same seed, and so the same draws
+            predictions = _predict(used, rows[some], samples=samples, seed=seed, how=how, progress=advance)
+            yield from _answers(examples[some], predictions)
+
+
+def _answers(examples: Sequence[Example], predictions: Predictions) -> Iterator[dict[str, Any]]:
     parts = predictions.uncertainty._asdict()
-    for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist())):
+    for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist(), strict=True)):
         probabilities = dict(zip(example.answers, probs))
         yield {
             "id": example.id,

@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +60,7 @@ __all__ = [
     "load_tensors",
     "origin",
     "parse_json",
+    "part_of",
     "prepare_run_dir",
     "read_json",
     "save_tensors",
@@ -69,6 +70,8 @@ __all__ = [
     "write_json",
     "write_manifest",
     "write_text",
+    "written_by_line",
+    "written_together",
 ]
 
 MANIFEST = "manifest.json"
@@ -218,6 +221,37 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_by_line(path: Path) -> Iterator[IO[str]]:
+    """Give a file to write lines of UTF-8 to, one after the other; on success it takes the place of `path`.
+
+    Until then it lies beside it, as its `part_of`, and stays there if anything was written.
+    """
+    part = part_of(path)
+    part.unlink(missing_ok=True)
+    with part.open("x", encoding="utf-8") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            if not part.stat().st_size:
+                part.unlink()
+            raise
+    os.replace(part, path)
+    _flush(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """Return where the lines lie that `written_by_line` has written so far.
+
+    Example:
+        >>> part_of(Path("answers.jsonl")).name
+        'answers.jsonl.part'
+    """
+    return path.with_name(f"{path.name}.part")
 
 
 def _temporary(path: Path, kind: str = "tmp") -> Path:
