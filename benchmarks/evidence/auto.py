@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "grid": {"methods": {"ivon": {}}, "search": {"ivon": GRID}},
     "paper": {"methods": {"ivon": PAPER}},
     "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}}},
+    "longer": {"methods": {"ivon": {}}, "longer": 1.5},
     "recheck": {"methods": {"ivon": {"recheck": 0.25}}},
     "one-sigma": {"methods": {"ivon": {"sigma_by_layer": {}}}},
     "no-warmup": {"methods": {"ivon": {"noise_warmup": 0.0, "cooling": True}}},
@@ -63,13 +64,15 @@ GROUPS: dict[str, dict[str, Any]] = {
     "learned": {"methods": {"ivon": {"hess_approx": "gradsq", "hess_average": "run"}}},
     "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True}}},
 }
-"""The last seven change one thing of `auto` each: the ablations."""
+"""`longer` is `auto` with as many steps as SWAG takes, AdamW's before it included; the rest are the ablations, each of
+which changes one thing of `auto`."""
 METRICS = ("accuracy", "nll", "ece", "ece_if_calibrated")
 
 
 def plan_of(setting: str, group: str, work: Path, seeds: int) -> Any:
     """Return the plan of a group in a setting."""
     own = dict(SETTINGS[setting])
+    own["steps"] = round(own["steps"] * GROUPS[group].get("longer", 1))
     values: dict[str, Any] = {
         "seeds": list(range(seeds)),
         "batch_size": 4,

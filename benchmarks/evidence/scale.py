@@ -24,8 +24,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from varlora.diagram import BLUE, GREY, ORANGE, STYLE
-from varlora.metrics import standard_error
 from varlora.run import read_json, write_text
+from varlora.metrics import standard_error
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 PICTURE = RESULTS / "auto.png"
@@ -36,6 +36,7 @@ NAMES = {
     ("paper", "ivon"): "IVON, the paper's values",
     ("peers", "adamw"): "AdamW, the best of its search",
     ("peers", "swag"): "SWAG, on the best AdamW",
+    ("longer", "ivon"): "auto, as many steps as SWAG",
     ("recheck", "ivon"): "auto, σ tried again after a quarter",
     ("one-sigma", "ivon"): "auto, one σ for all layers",
     ("no-warmup", "ivon"): "auto, noise of full size at once",
@@ -44,7 +45,8 @@ NAMES = {
     ("learned", "ivon"): "auto, Hessian of the run's squared gradients",
     ("root", "ivon"): "auto, λ = 5000 √N",
 }
-OWN_MEAN = ("auto", "ivon@mean", "its own mean, with a temperature where calibrated")
+OWN_MEAN = ("auto", "auto", "ivon@mean", "its own mean, with a temperature where calibrated")
+AS_LONG = ("longer", "peers", "swag", "SWAG, IVON with as many steps")
 METRICS = (
     ("accuracy", "ACC %", 100, 1),
     ("ece", "ECE x100", 100, 1),
@@ -111,13 +113,14 @@ def paired_table(settings: Mapping[str, Any]) -> str:
     metrics = [metric for metric in METRICS if metric[0] != "ece_if_calibrated"]
     out = [f"| IVON left to itself, minus | | settings | pairs | {' | '.join(head for _, head, *_ in metrics)} |"]
     out.append(f"| --- | --- |{' ---: |' * (2 + len(metrics))}")
-    for group, method, name in [OWN_MEAN, *((*key, name) for key, name in NAMES.items() if key[0] != "auto")]:
+    others_of_auto = [("auto", *key, name) for key, name in NAMES.items() if key[0] != "auto"]
+    for own, group, method, name in [OWN_MEAN, AS_LONG, *others_of_auto]:
         for how, mine, others in (
             ("x10", "ivon x10", (method, f"{method} x10")),
             ("calibrated", "ivon calibrated", (f"{method} +T" if group == "auto" else f"{method} calibrated",)),
         ):
             pairs = [
-                [(one, other) for seed, one in _by_seed(setting, "auto", mine).items() if (other := theirs.get(seed))]
+                [(one, other) for seed, one in _by_seed(setting, own, mine).items() if (other := theirs.get(seed))]
                 for setting in settings.values()
                 if (theirs := _by_seed(setting, group, *others))
             ]
