@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from varlora.files import write_json
 from varlora.overhead import Clock
-from varlora.run import origin, write_json
+from varlora.run import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from varlora.drawing import Drawing
+from varlora.files import read_json, write_text
 from varlora.model import LoRA, class_logits, load_model
 from varlora.predict import Predictor
-from varlora.run import read_json, write_text
 
 DRAWS, LENGTH, ALIKE = 10, 220, 200
 

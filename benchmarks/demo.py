@@ -24,9 +24,9 @@ from varlora.config import settings_from
 from varlora.demo import TASKS, load
 from varlora.demo.base import BUNDLED
 from varlora.demo.run import METHOD_SETTINGS, SETTINGS, train_and_evaluate, zero_shot
+from varlora.files import read_json
 from varlora.model import base_fingerprint
 from varlora.report import build_report
-from varlora.run import read_json
 from varlora.tasks import load_rows
 
 

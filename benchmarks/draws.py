@@ -23,10 +23,10 @@ from _common import ROOT, Titled, count, in_document, parser, print_table, set_u
 
 from varlora import metrics
 from varlora.drawing import Drawing
+from varlora.files import read_json, write_text
 from varlora.loading import encode_rows, load, rows_of_split
 from varlora.predict import predict
 from varlora.predictions import Predictions
-from varlora.run import read_json, write_text
 from varlora.tasks import get_task
 from varlora.temperature import fit_temperature
 

@@ -49,10 +49,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from varlora.blocks import patched, repeated
 from varlora.drawing import Drawing
+from varlora.files import read_json, write_text
 from varlora.model import LoRA, class_logits, load_model
 from varlora.params import copied
 from varlora.posterior import DiagonalGaussian
-from varlora.run import read_json, write_text
 from varlora.stack import rows_of
 
 LENGTH, ALIKE, ANSWERS = 40, 16, 4

@@ -17,10 +17,11 @@ import torch
 from _common import ROOT, machine, parser, print_table, set_up
 
 from varlora import metrics
+from varlora.files import write_json
 from varlora.loading import encode_rows, load, rows_of_split
 from varlora.posterior.base import CRITERIA
 from varlora.predict import predict
-from varlora.run import origin, write_json
+from varlora.run import origin
 from varlora.tasks import get_task
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)

@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from varlora.checkpoint import load_posterior, save_adapter
 from varlora.data import encode_all
 from varlora.errors import Interrupted
+from varlora.files import read_json, write_json
 from varlora.fit import NotFiniteError, fit
 from varlora.methods import METHODS, Method
 from varlora.metrics import evaluate, standard_error
@@ -42,7 +43,7 @@ from varlora.posterior import Point, Posterior
 from varlora.predict import predict
 from varlora.predictions import Predictions, save_predictions
 from varlora.prompt import PROMPT_VERSION, Encoded
-from varlora.run import origin, read_json, write_json
+from varlora.run import origin
 from varlora.tasks import Example, get_task, load_rows
 
 ESS, CLIP_RADIUS = 1e6, 1e-3

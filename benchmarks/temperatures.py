@@ -26,8 +26,8 @@ from _common import ROOT, Titled, in_document, parser, print_table, set_up, writ
 from torch import Tensor
 
 from varlora import metrics
+from varlora.files import read_json, write_text
 from varlora.predictions import load_predictions
-from varlora.run import read_json, write_text
 from varlora.temperature import fit_temperature
 
 DOCUMENT = ROOT / "docs" / "scale.md"

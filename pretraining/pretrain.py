@@ -54,7 +54,8 @@ from world import (
 )
 
 from varlora.checkpoint import CheckpointTrainer, latest_checkpoint
-from varlora.run import origin, read_json, write_json, write_text
+from varlora.files import read_json, write_json, write_text
+from varlora.run import origin
 from varlora.tasks import get_task, load_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ import helpers
 from transformers import TrainerCallback
 
 from varlora.errors import VarloraError
+from varlora.files import verify_manifest
 from varlora.methods import Ivon
-from varlora.run import verify_manifest
 
 ROOM = 16 * 1024  # bytes that are left: a checkpoint takes more
 

@@ -25,7 +25,7 @@ from typing import Any
 import helpers
 import torch
 
-import varlora.run
+import varlora.files
 from varlora import checkpoint, trainer
 from varlora.errors import Interrupted
 from varlora.methods import AdamW, Ivon
@@ -58,7 +58,7 @@ def prepare(death: str, source: random.Random) -> None:
         die_in(trainer, "class_logits", lambda model, batch: next(forwards) == 0)
     elif death == "while a checkpoint is written":
         step = source.randrange(2 * EVERY, STEPS + 1, EVERY)
-        die_in(varlora.run, "write_manifest", lambda folder: folder.name == f"checkpoint-{step}")
+        die_in(varlora.files, "write_manifest", lambda folder: folder.name == f"checkpoint-{step}")
     else:
         die_in(checkpoint, "write_json", lambda path, value: path.name == "posterior_config.json")
 

@@ -18,9 +18,9 @@ from varlora.bootstrap import standard_errors
 from varlora.card import escaped, model_card
 from varlora.config import Settings
 from varlora.evaluated import read_run
+from varlora.files import write_json
 from varlora.predictions import Predictions, save_predictions
 from varlora.results import rows_of_runs
-from varlora.run import write_json
 
 NAME, BASE = "me/my-adapter", "someone/tiny-base"
 NASTY = "<script>alert(1)</script>\n---\n# [x](http://x) | `a` *b*"

@@ -24,10 +24,10 @@ from varlora.checkpoint import (
 from varlora.data import collate
 from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError
+from varlora.files import save_tensors, write_manifest, write_text
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import DiagonalGaussian, Dropout, Mixture, Point, Pruned
-from varlora.run import save_tensors, write_manifest, write_text
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from varlora.files import read_json
 from varlora.methods import METHODS
-from varlora.run import read_json
 from varlora.typeset import from_json
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,6 +31,7 @@ from varlora.draws import distinct
 from varlora.errors import VarloraError
 from varlora.evaluation import answer_rows
 from varlora.export import _notes, _script, export
+from varlora.files import file_digest, read_json, write_json
 from varlora.loading import Loaded, encode_rows, load
 from varlora.metrics import average_probs
 from varlora.model import class_logits
@@ -48,7 +49,6 @@ from varlora.posterior import (
     Tempered,
 )
 from varlora.prompt import encode
-from varlora.run import file_digest, read_json, write_json
 from varlora.tasks import Example, get_task, load_rows
 from varlora.training import train
 

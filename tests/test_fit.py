@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
+import varlora.files
 import varlora.fit
 import varlora.methods
 import varlora.predict
@@ -28,13 +29,13 @@ import varlora.trainer
 from varlora.checkpoint import load_adapter
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, Interrupted, VarloraError
+from varlora.files import load_tensors, verify_manifest
 from varlora.fit import NotFiniteError, check_training_arguments
 from varlora.methods import AdamW, Ivon
 from varlora.model import LoRA, load_model
 from varlora.optim.ivon import IVON
 from varlora.params import trainable
 from varlora.prompt import Encoded
-from varlora.run import load_tensors, verify_manifest
 from varlora.trainer import MethodTrainer, class_loss, of_first_rank, short_walks
 
 METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)]
@@ -356,14 +357,14 @@ def test_checkpoints_rotate_and_hold_no_pickles(method, limit, tmp_path):
 def test_rotation_never_leaves_fewer_complete_ones(tmp_path, monkeypatch):
     """The old checkpoint is there until the new one is complete."""
     seen = []
-    original = varlora.run.write_manifest
+    original = varlora.files.write_manifest
 
     def watched(folder):
         if folder.name.startswith("checkpoint"):
             seen.append([path.name for path in tmp_path.glob("checkpoint-*") if (path / "manifest.json").is_file()])
         original(folder)
 
-    monkeypatch.setattr(varlora.run, "write_manifest", watched)
+    monkeypatch.setattr(varlora.files, "write_manifest", watched)
     arguments = {"save_total_limit": 1}
     helpers.run_fit(
         helpers.tiny_model(), METHODS[1], tmp_path, steps=3, checkpoint_every=1, training_arguments=arguments

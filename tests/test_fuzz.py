@@ -16,10 +16,10 @@ import torch
 
 from varlora.checkpoint import latest_checkpoint, load_adapter, load_posterior, restore
 from varlora.errors import DamagedFileError
+from varlora.files import load_tensors, save_tensors, write_manifest
 from varlora.methods import METHODS
 from varlora.params import trainable
 from varlora.posterior import POSTERIORS
-from varlora.run import load_tensors, save_tensors, write_manifest
 
 TIMES = 150
 

@@ -21,8 +21,8 @@ import torch
 
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
+from varlora.files import save_tensors
 from varlora.grid import Cell, Outcome, Processes, RayTasks, run_cells
-from varlora.run import save_tensors
 
 STEPS = 200  # long enough to be killed in
 

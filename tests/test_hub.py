@@ -26,10 +26,10 @@ from varlora.config import settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.evaluation import calibrate, evaluate
 from varlora.export import export
+from varlora.files import checksums, file_digest, load_tensors, read_json, save_tensors, write_json
 from varlora.hub import FILES, READ, from_pretrained, push_to_hub
 from varlora.loading import load
 from varlora.params import copied
-from varlora.run import checksums, file_digest, load_tensors, read_json, save_tensors, write_json
 from varlora.training import train
 
 HfApi, snapshot_download = huggingface_hub.HfApi, huggingface_hub.snapshot_download

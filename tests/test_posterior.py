@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import varlora.posterior.linearised
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import load_tensors, save_tensors
 from varlora.params import trainable
 from varlora.posterior import (
     POSTERIORS,
@@ -29,7 +30,6 @@ from varlora.posterior import (
     Tempered,
     posterior_from_tensors,
 )
-from varlora.run import load_tensors, save_tensors
 
 SHAPES = {"a.weight": (5, 3), "b.weight": (4, 5)}
 

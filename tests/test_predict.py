@@ -16,13 +16,13 @@ from varlora.data import collate
 from varlora.demo.run import one_thread
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import save_tensors
 from varlora.model import LoRA, load_model
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import DiagonalGaussian, Mixture, Point, Tempered
 from varlora.predict import Predictor, predict
 from varlora.predictions import Predictions, load_predictions, save_predictions
 from varlora.prompt import Encoded
-from varlora.run import save_tensors
 
 ROWS = helpers.make_rows(11, seed=2)
 S, N, C = 4, 11, 5

@@ -27,8 +27,8 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from varlora.curves import training
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluated import Skipped, read_run, read_runs
+from varlora.files import load_tensors, save_tensors
 from varlora.report import build_report, to_table
-from varlora.run import load_tensors, save_tensors
 from varlora.typeset import to_markdown
 
 
@@ -464,7 +464,7 @@ def test_files_are_replaced_whole(runs, tmp_path, monkeypatch):
     def full(handle: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("varlora.run.os.fsync", full)
+    monkeypatch.setattr("varlora.files.os.fsync", full)
     with pytest.raises(VarloraError, match="No space left"):
         build_report(runs, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

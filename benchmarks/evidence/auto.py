@@ -24,12 +24,13 @@ import torch
 from _common import ROOT, count, machine, parser, shared_folder
 
 from varlora.evaluated import read_runs
+from varlora.files import read_json, write_json
 from varlora.grid import Processes
 from varlora.methods.ivon import PAPER
 from varlora.plan import candidates_of, plan_from
 from varlora.reproduce import reproduce
 from varlora.results import Row, rows_of_runs
-from varlora.run import origin, read_json, write_json
+from varlora.run import origin
 
 HERE = "benchmarks/evidence"
 DEMO = [f"src/varlora/demo/bundled/tasks/{name}.yaml" for name in ("four_choices", "two_choices", "true_or_false")]

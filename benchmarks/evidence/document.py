@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _common import RESULTS, ROOT
 
-from varlora.run import read_json, write_text
+from varlora.files import read_json, write_text
 from varlora.table import Block, Cell, Line, ResultTable
 from varlora.typeset import from_json, to_markdown
 

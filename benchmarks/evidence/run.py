@@ -23,12 +23,13 @@ import torch
 from _common import ROOT, count, machine, parser, shared_folder
 
 from varlora.evaluated import read_runs
+from varlora.files import read_json, write_json
 from varlora.grid import Processes
 from varlora.plan import TAUS, Plan, plan_from
 from varlora.report import paper_tables
 from varlora.reproduce import reproduce
 from varlora.results import rows_of_runs
-from varlora.run import origin, read_json, write_json
+from varlora.run import origin
 from varlora.typeset import to_json
 
 HERE = Path(__file__).resolve().parent

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from varlora.diagram import BLUE, GREY, ORANGE, STYLE
-from varlora.run import read_json, write_text
+from varlora.files import read_json, write_text
 from varlora.metrics import standard_error
 
 DOCUMENT = ROOT / "docs" / "scale.md"

@@ -22,9 +22,10 @@ from torch import Tensor
 from varlora import metrics
 from varlora.drawing import NOISES, PLAIN, Drawing, Noise
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import MANIFEST, file_digest, read_json, write_json
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import MOST_DRAWS, check_draws
-from varlora.run import MANIFEST, file_digest, origin, read_json, write_json
+from varlora.run import origin
 from varlora.temperature import fit_temperature
 
 __all__ = ["MOST_CHOSEN", "Calibration", "Search", "Trial", "calibrate", "load_calibration", "save_calibration"]

@@ -22,9 +22,9 @@ from varlora.bootstrap import standard_errors
 from varlora.config import Settings
 from varlora.diagram import reliability_diagram
 from varlora.evaluated import read_run
+from varlora.files import read_json
 from varlora.fit import TUNED
 from varlora.results import Row, rows_of_runs
-from varlora.run import read_json
 from varlora.tasks import Task, get_task
 from varlora.templating import environment
 

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from varlora.errors import DamagedFileError, VarloraError, did_you_mean
-from varlora.params import check_same_parameters, not_finite, trainable
-from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
-from varlora.run import (
+from varlora.files import (
     MANIFEST,
     atomic_folder,
     complete,
@@ -35,6 +33,8 @@ from varlora.run import (
     verify_manifest,
     write_json,
 )
+from varlora.params import check_same_parameters, not_finite, trainable
+from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
 
 __all__ = [
     "CheckpointTrainer",

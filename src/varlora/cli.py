@@ -137,7 +137,7 @@ def _settings(
 def _tune(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import recipe_of
     from varlora.diagram import scale_diagram
-    from varlora.run import check_writable, write_bytes, write_text
+    from varlora.files import check_writable, write_bytes, write_text
     from varlora.training import tune
 
     say = _speaker(console)
@@ -174,8 +174,8 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
 
 def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import calibrate
+    from varlora.files import check_writable
     from varlora.loading import trained_settings
-    from varlora.run import check_writable
 
     say = _speaker(console)
     for run_dir in arguments.runs:  # before the work on the first one
@@ -212,11 +212,11 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.evaluation import evaluate
+    from varlora.files import check_writable
     from varlora.loading import trained_settings
     from varlora.predictions import CALIBRATION
     from varlora.progress import rows_progress
     from varlora.report import TEMPERED
-    from varlora.run import check_writable
 
     say = _speaker(console)
     table = Table(Column("run", overflow="fold"), "split", "rows", "draws", "ACC %", "ECE x100", "NLL", "Brier")
@@ -283,9 +283,9 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.evaluation import answer_rows
+    from varlora.files import check_writable, part_of, written_by_line
     from varlora.loading import load, trained_task
     from varlora.progress import rows_progress
-    from varlora.run import check_writable, part_of, written_by_line
     from varlora.tasks import make_examples, parse_rows
 
     say = _speaker(console)

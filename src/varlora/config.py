@@ -23,11 +23,11 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from varlora.errors import ConfigError, DamagedFileError, VarloraError, did_you_mean
+from varlora.files import check_name, read_json
 from varlora.fit import check_method, check_training_arguments
 from varlora.methods import METHODS, Method, Plan
 from varlora.model import LoRA
 from varlora.plain_yaml import read_yaml
-from varlora.run import check_name, read_json
 from varlora.tasks import get_task, is_task_file
 
 __all__ = [

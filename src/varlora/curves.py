@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from varlora import metrics
+from varlora.files import parse_json
 from varlora.predictions import Predictions, made_unlike
 from varlora.results import Row, Stat
-from varlora.run import parse_json
 
 __all__ = [
     "Curve",

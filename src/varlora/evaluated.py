@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import read_json
 from varlora.predictions import CALIBRATED, Predictions, load_predictions
-from varlora.run import read_json
 from varlora.tasks import get_task
 
 __all__ = ["COUNTS", "EvaluatedRun", "Skipped", "read_run", "read_runs"]

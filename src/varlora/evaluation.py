@@ -16,6 +16,7 @@ from varlora.config import TASK_FILE, settings_of
 from varlora.data import EncodedSet
 from varlora.drawing import LATIN, PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import MANIFEST, file_digest, read_json, told_if_unwritten, write_json, written_together
 from varlora.loading import (
     Loaded,
     Progress,
@@ -41,7 +42,7 @@ from varlora.predictions import (
     save_predictions,
 )
 from varlora.prompt import Encoded
-from varlora.run import MANIFEST, file_digest, origin, read_json, told_if_unwritten, write_json, written_together
+from varlora.run import origin
 from varlora.tasks import Task, get_task, is_task_file
 from varlora.tasks.base import Example
 from varlora.temperature import fit_temperature

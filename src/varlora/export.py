@@ -22,13 +22,14 @@ from varlora.config import Settings
 from varlora.drawing import Draw
 from varlora.draws import distinct, holds, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import MANIFEST, atomic_folder, checksums, read_json, write_json, write_text
 from varlora.loading import Loaded, load, rows_of_split, trained_task
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior
 from varlora.posterior.base import check_draws
 from varlora.predictions import load_predictions
 from varlora.prompt import PROMPT_VERSION, answer_tokens, prompt_ids
-from varlora.run import MANIFEST, atomic_folder, checksums, origin, read_json, write_json, write_text
+from varlora.run import origin
 from varlora.templating import environment
 
 __all__ = ["export"]

@@ -32,6 +32,7 @@ from varlora.checkpoint import (
 )
 from varlora.data import collate
 from varlora.errors import ConfigError, DamagedFileError, Interrupted, VarloraError, did_you_mean
+from varlora.files import read_json, write_json
 from varlora.methods import Method, Plan, Start, Trained
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
@@ -39,7 +40,6 @@ from varlora.params import not_finite, trainable
 from varlora.posterior import Posterior
 from varlora.predict import predict
 from varlora.prompt import Encoded
-from varlora.run import read_json, write_json
 from varlora.trainer import MethodTrainer, Watch, of_first_rank, short_walks, stop_on_signals
 
 __all__ = [

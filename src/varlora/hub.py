@@ -38,20 +38,20 @@ from varlora.calibration import load_calibration
 from varlora.card import PICTURE, model_card
 from varlora.config import TASK_FILE, Settings, settings_from
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
-from varlora.loading import Loaded, kept_task, load_parts, trained_settings
-from varlora.predictions import CALIBRATED
-from varlora.run import (
+from varlora.files import (
     MANIFEST,
     atomic_folder,
     checksums,
     file_digest,
-    origin,
     read_json,
     verify_manifest,
     write_bytes,
     write_json,
     write_text,
-)  # fmt: skip
+)
+from varlora.loading import Loaded, kept_task, load_parts, trained_settings
+from varlora.predictions import CALIBRATED
+from varlora.run import origin
 from varlora.tasks import TASKS, get_task, is_task_file
 
 __all__ = ["FILES", "from_pretrained", "push_to_hub"]

@@ -20,10 +20,10 @@ from varlora.config import TASK_FILE, Settings, settings_of
 from varlora.data import EncodedSet, encode_all
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import read_json
 from varlora.model import base_fingerprint, first_position, load_model
 from varlora.posterior import Posterior
 from varlora.prompt import Encoded
-from varlora.run import read_json
 from varlora.tasks import Task, get_task, is_task_file, load_rows, split_calibration
 from varlora.tasks.base import Example
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from varlora.drawing import Drawing
 from varlora.errors import DamagedFileError
+from varlora.files import load_tensors, parse_json, save_tensors
 from varlora.metrics import Uncertainty, average_probs, uncertainty
-from varlora.run import load_tensors, parse_json, save_tensors
 
 __all__ = [
     "CALIBRATED",

@@ -22,10 +22,10 @@ from varlora.diagnosis import signs_of
 from varlora.diagram import reliability_diagram, slices_diagram
 from varlora.errors import VarloraError
 from varlora.evaluated import EvaluatedRun, Skipped, read_runs
+from varlora.files import write_bytes
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import Row, Slice, Stat, origin_cells, rows_of_runs
-from varlora.run import write_bytes
 from varlora.table import ResultTable
 from varlora.tables import method_tables, table2, table3
 from varlora.templating import environment

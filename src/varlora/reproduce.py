@@ -21,13 +21,14 @@ from rich.table import Table
 
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluated import Skipped
+from varlora.files import read_json, write_json, write_text
 from varlora.grid import Cell, Launcher, run_cells
 from varlora.methods import METHODS
 from varlora.overhead import to_table
 from varlora.paper import beside_paper
 from varlora.plan import TAUS, Candidate, Plan, candidates_of, check, planned, run_settings
 from varlora.report import build_report
-from varlora.run import origin, read_json, write_json, write_text
+from varlora.run import origin
 from varlora.table import ResultTable
 from varlora.tables import table3
 from varlora.tasks import get_task

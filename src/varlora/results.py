@@ -23,8 +23,8 @@ from varlora import metrics
 from varlora.drawing import Drawing
 from varlora.errors import VarloraError
 from varlora.evaluated import COUNTS, EvaluatedRun, Skipped
+from varlora.files import read_json
 from varlora.methods import METHODS
-from varlora.run import read_json
 
 __all__ = ["Row", "Slice", "Stat", "origin_cells", "rows_of_runs"]
 

@@ -13,10 +13,10 @@ from torch import nn
 from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import Settings, settings_of
 from varlora.errors import DamagedFileError, VarloraError, did_you_mean
+from varlora.files import file_digest, read_json
 from varlora.methods import ANY, METHODS
 from varlora.methods.base import AdamWTraining
 from varlora.posterior import Posterior
-from varlora.run import file_digest, read_json
 
 __all__ = ["check_sources", "check_taken_over", "identities", "load_sources", "recipe_from", "recipe_on", "trains_on"]
 

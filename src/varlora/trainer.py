@@ -24,10 +24,10 @@ from transformers import TrainerCallback
 
 from varlora.checkpoint import CheckpointTrainer
 from varlora.data import Batch
+from varlora.files import write_text
 from varlora.methods import Comparison, Method, Start
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
-from varlora.run import write_text
 
 __all__ = ["MethodTrainer", "Watch", "class_loss", "left_to_parent", "of_first_rank", "short_walks", "stop_on_signals"]
 

@@ -13,6 +13,7 @@ from varlora import curves
 from varlora.config import TASK_FILE, Settings, settings_from, settings_of
 from varlora.diagnosis import signs
 from varlora.errors import DamagedFileError, VarloraError
+from varlora.files import read_json, verify_manifest, write_bytes, write_json
 from varlora.fit import check_start, conclude, fit, start_of
 from varlora.loading import (
     Progress,
@@ -32,7 +33,7 @@ from varlora.model import base_fingerprint
 from varlora.overhead import Overhead, measure_overhead
 from varlora.params import trainable
 from varlora.prompt import PROMPT_VERSION
-from varlora.run import alone, check_place, origin, prepare_run_dir, read_json, verify_manifest, write_bytes, write_json
+from varlora.run import alone, check_place, origin, prepare_run_dir
 from varlora.sources import check_sources, identities, load_sources, trains_on
 from varlora.tasks import get_task, is_task_file
 

@@ -16,6 +16,7 @@ from varlora.checkpoint import load_posterior
 from varlora.config import settings_from
 from varlora.data import collate
 from varlora.demo.run import one_thread
+from varlora.files import write_json
 from varlora.fit import SCHEDULE
 from varlora.methods import (
     METHODS,
@@ -37,7 +38,6 @@ from varlora.methods.base import Wrapping
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import POSTERIORS, Mixture, Posterior, Tempered
-from varlora.run import write_json
 
 
 class Row(NamedTuple):

@@ -24,13 +24,13 @@ from varlora.data import encode_all
 from varlora.demo.base import BUNDLED, TASKS, load
 from varlora.errors import VarloraError, did_you_mean
 from varlora.evaluation import evaluate
+from varlora.files import read_json, write_json
 from varlora.params import trainable
 from varlora.posterior import Point
 from varlora.predict import predict
 from varlora.progress import TrainingProgress, rows_progress
 from varlora.report import Report, build_report
 from varlora.results import Row
-from varlora.run import read_json, write_json
 from varlora.tasks import Example, get_task, load_rows
 from varlora.training import train
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from varlora.errors import TaskError, VarloraError
+from varlora.files import deeper_than
 from varlora.prompt import Encoded, encode, prompt_ids
-from varlora.run import deeper_than
 from varlora.serve.base import Limits, Refused, safe
 from varlora.tasks import Example, Task
 
