@@ -22,6 +22,7 @@ import varlora
 import varlora.evaluation
 from varlora.cli import main
 from varlora.errors import Interrupted
+from varlora.methods.base import Prepared
 from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -672,6 +673,15 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
     assert "picture goes" in error_of(varlora_("tune", *options, "--out", tmp_path / "found.png", "--overwrite"))
     nothing = error_of(varlora_("tune", *options, "--method", "adamw", "--out", tmp_path / "other.yaml"))
     assert "Nothing is left to `adamw` to find" in nothing
+
+
+@pytest.mark.parametrize(("reach", "says"), [(0.02, "a change of 0.05 is borne."), (0.3, "which no noise comes to.")])
+def test_tune_says_whether_any_noise_changes_as_much_as_is_borne(reach, says, varlora_, options, tmp_path, monkeypatch):
+    trials = [{"sigma": 0.01, "kl": 0.01}, {"sigma": 0.03, "kl": 0.02}]
+    found = {"trials": trials, "draws": 8, "rows": 4, "bound": 0.05, "epochs": 3.0, "sigma": 0.02, "reach": reach}
+    prepared = Prepared({"sigma_by_layer": {}}, found, 9.0)
+    monkeypatch.setattr("varlora.training.tune", lambda settings, say: (settings, prepared))
+    assert says in varlora_("tune", *options, "--out", tmp_path / "found.yaml").out
 
 
 def test_the_demo_refuses_another_task(varlora_, tmp_path):

@@ -156,9 +156,10 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
         for trial in found["trials"]:
             table.add_row(f"{trial['sigma']:.4g}", f"{trial['kl']:.4g}")
         console.print(table)
+        is_borne = "is borne" if found["reach"] <= found["sigma"] else "would be borne, which no noise comes to"
         say(
-            f"By {found['draws']} draws on {found['rows']} training rows. A change of {found['bound']:.3g} is borne, "
-            f"as {found['epochs']:.1f} epochs are to come."
+            f"By {found['draws']} draws on {found['rows']} training rows. As {found['epochs']:.1f} epochs are to come, "
+            f"a change of {found['bound']:.3g} {is_borne}."
         )
         if by_layer := prepared.settings["sigma_by_layer"]:
             layers = Table("layer", "sigma")
