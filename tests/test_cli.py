@@ -19,10 +19,10 @@ import torch
 import yaml
 
 import varlora
-import varlora.evaluation
 from varlora.cli import main
 from varlora.errors import Interrupted
 from varlora.methods.base import Prepared
+from varlora.predict import Predictor
 from varlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -414,7 +414,7 @@ def test_answers_that_are_there_are_kept_when_predict_stops(error, varlora_, tra
     whole = varlora_("predict", trained, "--input", questions).out
     for one, other in zip(together.splitlines(), whole.splitlines(), strict=True):  # the same draws of each row
         assert json.loads(one)["probabilities"] == pytest.approx(json.loads(other)["probabilities"], abs=1e-6)
-    passes, original = [], varlora.evaluation._predict
+    passes, original = [], Predictor.predictions
 
     def stops(*args, **settings):
         passes.append(1)
@@ -422,7 +422,7 @@ def test_answers_that_are_there_are_kept_when_predict_stops(error, varlora_, tra
             raise error
         return original(*args, **settings)
 
-    monkeypatch.setattr("varlora.evaluation._predict", stops)
+    monkeypatch.setattr(Predictor, "predictions", stops)
     answers.write_text("older\n")
     result = varlora_("predict", trained, "--input", questions, "--output", answers)
     assert result.code == (130 if error is KeyboardInterrupt else 1)
@@ -432,14 +432,14 @@ def test_answers_that_are_there_are_kept_when_predict_stops(error, varlora_, tra
     assert answers.read_text() == "older\n"
     assert varlora_("predict", trained, "--input", questions, "--output", answers).code == 0
     assert answers.read_text() == whole
-    assert not part.exists()
+    assert part.read_text() == whole.splitlines(keepends=True)[0]
 
 
 def test_predict_that_stops_before_the_first_answer_leaves_nothing(varlora_, trained, tmp_path, monkeypatch):
     def stops(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("varlora.evaluation._predict", stops)
+    monkeypatch.setattr(Predictor, "predictions", stops)
     result = varlora_("predict", trained, "--output", tmp_path / "answers.jsonl", stdin=QUESTIONS)
     assert result.code == 130
     assert "rows are in" not in result.err
@@ -491,6 +491,13 @@ def test_predict_where_a_stream_is_closed(trained, stream, name):
     found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, input=QUESTIONS, cwd=ROOT)
     assert f"{name}, but it is closed" in found.stderr
     assert (found.returncode, found.stdout, "Traceback" in found.stderr) == (1, "", False)
+
+
+def test_predict_to_a_file_needs_no_standard_output(trained, tmp_path):
+    command = f"exec {sys.executable} -m varlora.cli predict {trained} --output {tmp_path / 'answers.jsonl'} >&-"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, input=QUESTIONS, cwd=ROOT)
+    assert (found.returncode, "Traceback" in found.stderr) == (0, False)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
 
 
 def test_predict_reads_tables(varlora_, trained):

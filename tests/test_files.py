@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from varlora.files import (
     write_json,
     write_manifest,
     write_text,
+    written_by_line,
 )
 
 
@@ -46,6 +49,72 @@ def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert entries(path.parent) == ["file.txt"]
     write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_lines_take_the_place_of_a_file_once_all_are_there(tmp_path):
+    path, kept = tmp_path / "answers.jsonl", []
+    write_text(path, "older\n")
+    with written_by_line(path, lambda *told: kept.append(told)) as write:
+        write("one")
+        assert path.read_text() == "older\n"
+        write("zwölf")
+    assert path.read_bytes() == "one\nzwölf\n".encode()
+    assert (entries(tmp_path), kept) == (["answers.jsonl"], [])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_lines_are_kept_where_not_all_are_there_and_nothing_is_lost(error, tmp_path, monkeypatch):
+    path, kept = tmp_path / "answers.jsonl", []
+    write_text(path, "older\n")
+    write_text(tmp_path / "answers.jsonl.part", "of an earlier run\n")
+
+    def stop_after(lines):
+        with written_by_line(path, lambda *told: kept.append(told)) as write:
+            for line in range(lines):
+                write(f"line {line}")
+            raise error
+
+    for lines in (0, 2):
+        with pytest.raises(error):
+            stop_after(lines)
+    assert kept == [(tmp_path / "answers.jsonl.part1", 2)]
+    monkeypatch.setattr(files.os, "replace", raising(error))
+    with pytest.raises(error), written_by_line(path, lambda *told: kept.append(told)) as write:
+        write("all")
+    assert kept[1:] == [(tmp_path / "answers.jsonl.part2", 1)]
+    texts = {name: (tmp_path / name).read_text() for name in entries(tmp_path)}
+    assert texts == {
+        "answers.jsonl": "older\n",
+        "answers.jsonl.part": "of an earlier run\n",
+        "answers.jsonl.part1": "line 0\nline 1\n",
+        "answers.jsonl.part2": "all\n",
+    }
+
+
+def test_a_line_that_did_not_fit_on_the_disk_is_not_kept(tmp_path):
+    """A limit on the size of files cuts the second line off, as a full disk does."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from varlora.files import written_by_line
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+with written_by_line(Path({str(tmp_path / "x")!r}), print) as write:
+    write("a" * 60)
+    write("b" * 60)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "OSError" in result.stderr
+    assert result.stdout.strip() == f"{tmp_path / 'x.part'} 1"
+    assert (tmp_path / "x.part").read_text() == "a" * 60 + "\n"
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-300, math.pi, -0.0, math.inf, 2**70, "σ ✓", [None, True, {"a": 1 / 3}]])

@@ -609,15 +609,18 @@ def test_steps_that_walk_over_all_modules_end_in_the_same_bits(method, tmp_path,
     assert all(torch.equal(short[name], whole[name]) for name in whole)
 
 
-def test_a_model_that_a_callback_evaluates_trains_on_in_training_mode(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("part", ["", "base_model.model.model.layers.0"])
+def test_whatever_a_callback_evaluates_trains_on_in_training_mode(part, compiled, tmp_path):
     model, modes = helpers.tiny_model(), []
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             modes.append({module.training for module in model.modules()})
-            model.eval()
+            model.get_submodule(part).eval()
 
-    helpers.run_fit(model, METHODS[1], tmp_path, steps=3, callbacks=[Look()])
+    compiling = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    helpers.run_fit(model, METHODS[1], tmp_path, steps=3, callbacks=[Look()], training_arguments=compiling)
     assert modes == [{True}] * 3
 
 
@@ -625,16 +628,32 @@ def test_short_walks_end_with_training(tmp_path):
     model = helpers.tiny_model()
     helpers.run_fit(model, METHODS[1], tmp_path, steps=1)
     assert not {"train", "zero_grad"} & vars(model).keys()
-    frozen = next(p for p in model.parameters() if not p.requires_grad)
-    trained = next(iter(trainable(model).values()))
-    with short_walks(model, torch.optim.AdamW([trained])):
-        frozen.grad = torch.ones_like(frozen)
-        trained.grad = torch.ones_like(trained)
-        model.zero_grad()
-        assert trained.grad is None
-        assert frozen.grad is not None
-    model.zero_grad()
-    assert frozen.grad is None
+
+
+def test_a_copy_that_is_made_while_training_is_a_model_of_its_own():
+    """As one that averages the weights is."""
+    model = helpers.tiny_model()
+    with short_walks(model):
+        model.train()
+        copied = copy.deepcopy(model)
+        for p in (*model.parameters(), *copied.parameters()):
+            p.grad = torch.ones_like(p)
+        copied.eval()
+        copied.zero_grad()
+    assert {module.training for module in copied.modules()} == {False}
+    assert {module.training for module in model.modules()} == {True}
+    assert all(p.grad is None for p in copied.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_are_cleared_as_torch_does(to_none):
+    model = helpers.tiny_model()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with short_walks(model):
+        model.zero_grad(to_none)
+    assert all(p.grad is None if to_none else not p.grad.any() for p in model.parameters())
 
 
 def test_callbacks_see_the_optimizer_itself_and_the_log(tmp_path):

@@ -87,7 +87,7 @@ WITHIN = {
     "data": {"tasks", "prompt"},
     "model": {"adapter"},
     "run": {"files"},
-    "checkpoint": {"files", "run"},
+    "checkpoint": {"files"},
     "predictions": {"files"},
     "calibration": {"files", "run"},
     "predict": {"predictions"},

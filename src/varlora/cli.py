@@ -10,7 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -284,7 +284,7 @@ def _drawing(arguments: argparse.Namespace) -> Drawing:
 def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.evaluation import answer_rows
-    from varlora.files import check_writable, part_of, written_by_line
+    from varlora.files import check_writable, written_by_line
     from varlora.loading import load, trained_task
     from varlora.progress import rows_progress
     from varlora.tasks import make_examples, parse_rows
@@ -326,21 +326,20 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         say=say,
         progress=rows_progress(console, "predict") if output or not sys.stdout.isatty() else None,
     )
-    done = 0
-    # the stream itself, which the bar would put something before once it runs
-    with written_by_line(output) if output else nullcontext(sys.stdout) as lines:
-        try:
-            for answer in answers:
-                lines.write(json.dumps(answer) + "\n")  # in ASCII, which every pipe passes on
-                lines.flush()
-                done += 1
-        except BaseException:
-            if output and done:
-                say(f"{done} of {len(rows.examples)} rows are in {part_of(output)}.")
-            raise
+    stdout = sys.stdout  # itself: while a bar is shown, `print` goes before it, to where the bar is
+
+    def to_stdout(line: str) -> None:
+        stdout.write(f"{line}\n")
+        stdout.flush()
+
+    def kept(part: Path, count: int) -> None:
+        say(f"{count} of {len(rows.examples)} rows are in {part}.")
+
+    with written_by_line(output, kept) if output else nullcontext(to_stdout) as write, closing(answers):
+        for answer in answers:
+            write(json.dumps(answer))  # in ASCII, which every pipe passes on
     if output:
-        say(f"{done} rows are in {output}.")
-        sys.stdout.flush()
+        say(f"{len(rows.examples)} rows are in {output}.")
 
 
 def _serve(arguments: argparse.Namespace, console: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from varlora.loading import (
 )
 from varlora.posterior import Posterior, Tempered
 from varlora.posterior.base import check_draws
-from varlora.predict import predict
+from varlora.predict import Predictor, predict
 from varlora.predictions import (
     CALIBRATED,
     CALIBRATION,
@@ -54,7 +54,7 @@ __all__ = [
     "held_out_predictions",
 ]
 
-AT_ONCE = 512
+AT_ONCE = 64
 """Rows that are answered before their answers are passed on."""
 
 
@@ -371,7 +371,7 @@ def answer_rows(
     how: Drawing = PLAIN,
     say: Say = print,
     progress: Progress | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
 
     They come in the order of the examples, `AT_ONCE` at a time, so that there is something to keep of a long run that
@@ -390,13 +390,12 @@ def answer_rows(
     """
     rows = encode_rows(loaded.model, loaded.tokenizer, examples, loaded.settings, say).rows
     posterior, samples, _, as_chosen = loaded.used(samples, tau)
-    used, how = dataclasses.replace(loaded, posterior=posterior), how.over(as_chosen)
+    predictor = Predictor(loaded.model, posterior, samples, seed=seed, how=how.over(as_chosen))
     with (progress or no_progress)(len(rows)) as advance:
         for start in range(0, len(rows), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            # the same seed, and so the same draws
-            predictions = _predict(used, rows[some], samples=samples, seed=seed, how=how, progress=advance)
-            yield from _answers(examples[some], predictions)
+            found = predictor.predictions(rows[some], pad_token_id=pad_of(loaded.tokenizer), progress=advance)
+            yield from _answers(examples[some], found)
 
 
 def _answers(examples: Sequence[Example], predictions: Predictions) -> Iterator[dict[str, Any]]:

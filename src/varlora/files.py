@@ -7,15 +7,16 @@ stranger's, or cut short: it has a largest size, is no pipe, and where it cannot
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,7 +35,6 @@ __all__ = [
     "file_digest",
     "load_tensors",
     "parse_json",
-    "part_of",
     "read_json",
     "save_tensors",
     "told_if_unwritten",
@@ -95,34 +95,41 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def written_by_line(path: Path) -> Iterator[IO[str]]:
-    """Give a file to write lines of UTF-8 to, one after the other; on success it takes the place of `path`.
+def written_by_line(path: Path, kept: Callable[[Path, int], None]) -> Iterator[Callable[[str], None]]:
+    """Give a function that writes a line to a file, which takes the place of `path` once the context ends.
 
-    Until then it lies beside it, as its `part_of`, and stays there if anything was written.
+    If it ends with an error or an interrupt, the whole lines that are there lie beside `path`, under a name with
+    `.part` that nothing had before. A process that is killed leaves them under a hidden name.
+
+    Args:
+        path: the file, whose folder exists.
+        kept: told in that case where they lie, and how many they are.
     """
-    part = part_of(path)
-    part.unlink(missing_ok=True)
-    with part.open("x", encoding="utf-8") as file:
-        try:
-            yield file
-            file.flush()
+    temporary, size, lines = _temporary(path), 0, 0
+    try:
+        with temporary.open("xb") as file:
+
+            def write(line: str) -> None:
+                nonlocal size, lines
+                file.write(f"{line}\n".encode())
+                file.flush()
+                size, lines = file.tell(), lines + 1
+
+            yield write
             os.fsync(file.fileno())
-        except BaseException:
-            if not part.stat().st_size:
-                part.unlink()
-            raise
-    os.replace(part, path)
+        os.replace(temporary, path)
+    except BaseException:
+        if not lines:
+            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            with suppress(OSError):
+                os.truncate(temporary, size)  # of a line that a full disk cut off
+            names = (path.with_name(f"{path.name}.part{number or ''}") for number in itertools.count())
+            part = next(name for name in names if not os.path.lexists(name))
+            temporary.rename(part)
+            kept(part, lines)
+        raise
     _flush(path.parent)
-
-
-def part_of(path: Path) -> Path:
-    """Return where the lines lie that `written_by_line` has written so far.
-
-    Example:
-        >>> part_of(Path("answers.jsonl")).name
-        'answers.jsonl.part'
-    """
-    return path.with_name(f"{path.name}.part")
 
 
 def _temporary(path: Path, kind: str = "tmp") -> Path:

@@ -53,7 +53,7 @@ class Predictor:
     ) -> None:
         check_draws(samples, what="samples")
         _check_adapter(model)
-        self.model, self.posterior = model, posterior.scale(tau)
+        self.model, self.posterior, self.samples = model, posterior.scale(tau), samples
         self.meta = {"samples": str(samples), "tau": repr(float(tau)), "seed": str(seed)}
         """How the draws were made, as predictions tell it."""
         self._generator = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
@@ -84,6 +84,47 @@ class Predictor:
     def logits(self, batch: Batch) -> Tensor:
         """Return the class logits of the draws, (S, B, C), on the CPU; at the mean where there are none."""
         return self.at_mean(batch) if self.draws is None else self.draws.logits(self.model, batch, class_logits).cpu()
+
+    def predictions(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        pad_token_id: int,
+        token_budget: int = 4096,
+        progress: Callable[[int], None] | None = None,
+    ) -> Predictions:
+        """Return the predictions of rows; see `predict`."""
+        if not rows:
+            raise VarloraError("Expected `rows` to hold rows to predict, but got none.")
+        classes = max(len(row.label_tokens) for row in rows)
+        drawn: Tensor | None = None
+        mean = torch.full((len(rows), classes), -torch.inf, dtype=torch.float32)
+        before = self.draws.passes if self.draws else 0
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
+                batch = collate([rows[i] for i in batch_rows], pad_token_id)
+                width = batch["label_tokens"].shape[1]
+                at_mean = self.at_mean(batch)  # (1, B, C)
+                mean[batch_rows, :width] = at_mean[0]
+                if self.samples:
+                    # all draws of a point are the mean: no second pass
+                    logits = at_mean if self.draws is None else self.logits(batch)  # (S, B, C)
+                    if drawn is None:
+                        drawn = torch.full((len(logits), len(rows), classes), -torch.inf, dtype=torch.float32)
+                    drawn[:, batch_rows, :width] = logits
+                if progress:
+                    progress(len(batch_rows))
+        finally:
+            for module, training in modes:
+                module.training = training
+        labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
+        meta = dict(self.meta)
+        if self.draws is not None and self.draws.how.tolerance is not None:
+            meta["passes_a_row"] = f"{(self.draws.passes - before) / len(rows):.4g}"
+        ids = tuple(row.id for row in rows)
+        return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)
 
 
 def _check_adapter(model: nn.Module) -> None:
@@ -135,34 +176,5 @@ def predict(
         VarloraError: there are no rows, or `samples`, `tau` or `token_budget` is out of its range; or nothing in the
             model is trainable, or its adapter is merged.
     """
-    if not rows:
-        raise VarloraError("Expected `rows` to hold rows to predict, but got none.")
     predictor = Predictor(model, posterior, samples, tau, seed, how)
-    classes = max(len(row.label_tokens) for row in rows)
-    drawn: Tensor | None = None
-    mean = torch.full((len(rows), classes), -torch.inf, dtype=torch.float32)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
-            batch = collate([rows[i] for i in batch_rows], pad_token_id)
-            width = batch["label_tokens"].shape[1]
-            at_mean = predictor.at_mean(batch)  # (1, B, C)
-            mean[batch_rows, :width] = at_mean[0]
-            if samples:
-                # all draws of a point are the mean: no second pass
-                logits = at_mean if predictor.draws is None else predictor.logits(batch)  # (S, B, C)
-                if drawn is None:
-                    drawn = torch.full((len(logits), len(rows), classes), -torch.inf, dtype=torch.float32)
-                drawn[:, batch_rows, :width] = logits
-            if progress:
-                progress(len(batch_rows))
-    finally:
-        for module, training in modes:
-            module.training = training
-    labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
-    meta = dict(predictor.meta)
-    if predictor.draws is not None and predictor.draws.how.tolerance is not None:
-        meta["passes_a_row"] = f"{predictor.draws.passes / len(rows):.4g}"
-    ids = tuple(row.id for row in rows)
-    return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)
+    return predictor.predictions(rows, pad_token_id=pad_token_id, token_budget=token_budget, progress=progress)

@@ -212,19 +212,35 @@ class Watch(TrainerCallback):
                 self.start.say(words)
 
 
-@contextmanager
-def short_walks(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let what the Trainer asks of a model at every step be no walk over all modules of the base.
+class _Walks:
+    """`train` and `zero_grad` of a model, over lists of its modules and parameters that are made once.
 
-    In it, `train` does nothing to a model that is in that mode already, and `zero_grad` is the optimizer's.
+    An object, and not two functions, so that a deep copy of the model has one of its own.
     """
-    whole = model.train
 
-    def train(mode: bool = True) -> nn.Module:
-        return model if model.training is mode else whole(mode)
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modules, self.parameters = model, list(model.modules()), list(model.parameters())
 
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode, where a module is in the other one."""
+        if any(module.training is not mode for module in self.modules):
+            type(self.model).train(self.model, mode)
+        return self.model
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        if not set_to_none:
+            return type(self.model).zero_grad(self.model, set_to_none)
+        for p in self.parameters:
+            p.grad = None
+
+
+@contextmanager
+def short_walks(model: nn.Module) -> Iterator[None]:
+    """Within the context, the Trainer's `train` and `zero_grad` of each step cost little, whatever the model's size."""
     short: Any = model
-    short.train, short.zero_grad = train, optimizer.zero_grad
+    walks = _Walks(model)
+    short.train, short.zero_grad = walks.train, walks.zero_grad
     try:
         yield
     finally:
