@@ -62,6 +62,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/evidence/document.py
 	$(BIN)/python benchmarks/evidence/auto.py
 	$(BIN)/python benchmarks/evidence/scale.py
+	$(BIN)/python benchmarks/evidence/along.py --document
 	$(BIN)/python benchmarks/inference.py --document
 	$(BIN)/python benchmarks/beginnings.py --document
 	$(BIN)/python benchmarks/draws.py --document $$(echo runs/auto/demo-*00/auto/*/ivon/seed0)

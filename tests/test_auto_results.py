@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
+import torch
 
+from varlora import metrics
+from varlora.methods import AdamW, Ivon, Method
 from varlora.metrics import standard_error
+from varlora.predict import predict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +42,33 @@ def test_the_document_is_made_from_the_results(settings: Any) -> None:
     assert "<!-- auto: " in text
     assert scale.documented(text, settings) == text
     assert scale.PICTURE.is_file()
+
+
+def test_the_curves_along_the_way_are_in_the_document() -> None:
+    along = importlib.import_module("along")
+    found = json.loads((ROOT / "benchmarks" / "results" / "along.json").read_text(encoding="utf-8"))
+    text = along.DOCUMENT.read_text(encoding="utf-8")
+    assert along.documented(text, found) == text
+    runs = {name: {task: [2.0, 1.0, 1.5], "other": [1.0, 1.0, 1.0]} for name, task in (("a", "x"), ("b", "y"))}
+    _, _, (first, _) = along.table_of({"curves": runs, "steps": 30})
+    assert first == ["a", "2", "1.500", "1.000", "1.250", "25.0 ± 25.0"]
+
+
+@pytest.mark.parametrize(
+    "method", [AdamW(lr=1e-2), Ivon(lr=0.1, ess=1e4, hess_init=1e-2)], ids=lambda method: method.name
+)
+def test_to_ask_along_the_way_changes_no_bit(method: Method, tmp_path: Path) -> None:
+    along = importlib.import_module("along")
+    rows = helpers.make_rows(8, seed=3)
+    asked = along.Along(rows, 0, 2)
+    posterior = helpers.run_fit(helpers.tiny_model(), method, tmp_path / "asked", callbacks=[asked])
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "left")
+    one, other = (helpers.bits(helpers.reloaded(tmp_path / name)[0]) for name in ("asked", "left"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(asked.nlls) == 3
+    model = helpers.reloaded(tmp_path / "asked")[0]
+    found = predict(model, posterior, rows, pad_token_id=0)
+    assert asked.nlls[-1] == pytest.approx(metrics.nll(found.probs, found.labels), rel=1e-5)
 
 
 def test_differences_are_of_the_same_setting_and_seed() -> None:
