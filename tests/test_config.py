@@ -244,7 +244,7 @@ def test_all_problems_are_reported_at_once():
         ({"training_arguments": {"save_only_model": True}}, "leaves no checkpoint to go on from"),
         ({"training_arguments": {"eval_strategy": "steps"}}, "nothing is evaluated while training"),
         ({"lora": 5}, "`lora` to be a mapping, but got 5"),
-        ({"lora": {"targets": "q_proj"}}, "`lora.targets` to be a list or nothing"),
+        ({"lora": {"targets": "q_proj"}}, "`lora.targets` to be a list or all-linear or nothing"),
         ({"lora": {"dtype": "int8"}}, "`lora.dtype` to be one of float32"),
         ({"method": 5}, "`method` to be a name or a mapping, but got 5"),
         ({"method": {"name": ["x"]}}, "Unknown method `['x']`"),

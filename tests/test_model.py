@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -25,7 +25,7 @@ from varlora.config import settings_from
 from varlora.data import collate
 from varlora.errors import ConfigError, VarloraError
 from varlora.loading import longest_prompt
-from varlora.model import LoRA, class_logits, lora_targets
+from varlora.model import LoRA, _all_linear, class_logits, lora_targets
 from varlora.prompt import Encoded
 
 load_model = functools.partial(varlora.model.load_model, device="cpu")
@@ -348,6 +348,22 @@ def test_targets_given_by_the_user(save):
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapter(model)} == {"k_proj", "down_proj"}
     with pytest.raises(VarloraError, match=r"LlamaForCausalLM, but got 'q_projj'\. Did you mean `q_proj`"):
         load_model(folder, lora=LoRA(targets=("q_projj",)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "falcon", "phi3"])
+def test_all_linear_layers_are_those_that_peft_takes(save, kind):
+    ours, _ = load_model(save(kind), lora=LoRA(targets="all-linear"))
+    theirs = get_peft_model(tiny(kind), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    assert adapter(ours).keys() == adapter(theirs).keys()
+
+
+def test_all_linear_layers_of_a_model_with_images_are_those_of_its_language_part():
+    config = AutoConfig.for_model("gemma3")
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 1
+    with torch.device("meta"):
+        found = _all_linear(AutoModelForCausalLM.from_config(config))
+    assert len(found) == 7
+    assert all("language_model" in name for name in found)
 
 
 def test_wrong_lora_settings_are_reported_together():

@@ -41,6 +41,7 @@ __all__ = [
     "lora_targets",
 ]
 
+ALL = "all-linear"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -76,8 +77,9 @@ class LoRA:
     """The update is multiplied by alpha / rank."""
     dropout: float = 0.1
     """Probability with which an input of A is dropped while training."""
-    targets: tuple[str, ...] | None = None
-    """Names of the adapted linear layers (the ends of their full names); None: query and value, by `lora_targets`."""
+    targets: tuple[str, ...] | Literal["all-linear"] | None = None
+    """Names of the adapted linear layers (the ends of their full names); None: query and value, by `lora_targets`; all
+    of the language part but the output layer: `all-linear`, as in PEFT."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the adapter's weights, whatever the base's; the paper keeps them in 16 bit."""
 
@@ -89,9 +91,10 @@ class LoRA:
             problems.append(f"Expected `alpha` to be > 0, but got {self.alpha}. The paper's is 16.")
         if not 0 <= self.dropout < 1:
             problems.append(f"Expected `dropout` to be in [0, 1), but got {self.dropout}. The paper's is 0.1.")
-        if self.targets is not None and (isinstance(self.targets, str) or not self.targets):
+        if self.targets not in (None, ALL) and (isinstance(self.targets, str) or not self.targets):
             problems.append(
-                f'Expected `targets` to be layer names such as ("q_proj", "v_proj"), but got {self.targets!r}.'
+                f'Expected `targets` to be layer names such as ("q_proj", "v_proj"), or "{ALL}", but got '
+                f"{self.targets!r}."
             )
         if self.dtype not in DTYPES:
             problems.append(_unknown("dtype", self.dtype, DTYPES))
@@ -197,13 +200,28 @@ def lora_targets(model: nn.Module) -> list[str]:
             f"Found no query and value projections in {type(model).__name__}. Pass `targets` to LoRA with names of its "
             f"linear layers: {', '.join(sorted(leaves))}."
         )
-    config = getattr(model, "config", None)
-    if config is not None and config.get_text_config() is not config:  # a model of text and images or sound
-        inside = {id(layer) for layer in _linear_layers(model.get_decoder()).values()}  # type: ignore[operator]
-        matches = {name: id(layer) in inside for name, layer in linear.items() if name.rpartition(".")[2] in found}
-        if any(matches.values()) and not all(matches.values()):
-            return [name for name, in_text in matches.items() if in_text]
+    inside = {id(layer) for layer in _linear_layers(_language_part(model)).values()}
+    matches = {name: id(layer) in inside for name, layer in linear.items() if name.rpartition(".")[2] in found}
+    if any(matches.values()) and not all(matches.values()):
+        return [name for name, in_text in matches.items() if in_text]
     return list(found)
+
+
+def _all_linear(model: Any) -> list[str]:
+    """Name all linear layers of the language part but the output layer, by their ends if no other layer has them."""
+    inside = {id(layer) for layer in _linear_layers(_language_part(model)).values()} - {
+        id(model.get_output_embeddings())
+    }
+    named = {name: id(layer) in inside for name, layer in _linear_layers(model).items()}
+    wanted, others = ({name for name, is_inside in named.items() if is_inside is yes} for yes in (True, False))
+    ends, other_ends = ({name.rpartition(".")[2] for name in names} for names in (wanted, others))
+    return sorted(wanted if ends & other_ends else ends)
+
+
+def _language_part(model: Any) -> Any:
+    """Return the part of a model that reads and writes text: of one that also sees or hears, its decoder."""
+    config = getattr(model, "config", None)
+    return model if config is None or config.get_text_config() is config else model.get_decoder()
 
 
 def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -307,7 +325,10 @@ def _base(
 def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
     """Put a fresh adapter on the base."""
     linear = _linear_layers(model)
-    targets = lora_targets(model) if lora.targets is None else list(lora.targets)
+    if lora.targets == ALL:
+        targets = _all_linear(model)
+    else:
+        targets = lora_targets(model) if lora.targets is None else list(lora.targets)
     chosen: list[nn.Module] = []
     for target in targets:
         layers = [layer for name, layer in linear.items() if name == target or name.endswith(f".{target}")]
