@@ -124,6 +124,7 @@ def test_each_group_keeps_its_settings(tmp_path: Path, monkeypatch: pytest.Monke
         assert plan.methods == wanted["methods"]
         assert plan.search == wanted.get("search", {})
         assert (plan.seeds, plan.calibrate) == ((0, 1), True)
+        assert plan.common["steps"] == (600 if group == "longer" else 400)
 
 
 def test_the_reviews_are_what_their_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

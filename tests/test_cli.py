@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -404,8 +405,20 @@ def test_predict_from_a_file_to_a_file(varlora_, trained, tmp_path):
         assert parts["total"] == pytest.approx(parts["aleatoric"] + parts["epistemic"])
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_answers_that_are_there_are_kept_when_predict_stops(error, varlora_, trained, tmp_path, monkeypatch):
+def raise_full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT), 130),
+        (lambda: signal.raise_signal(signal.SIGTERM), 130),
+        (raise_full, 1),
+    ],
+    ids=["SIGINT", "SIGTERM", "full"],
+)
+def test_answers_that_are_there_are_kept_when_predict_stops(stop, code, varlora_, trained, tmp_path, monkeypatch):
     """They lie beside the output, as what is there under its own name is whole."""
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     questions.write_text(QUESTIONS)
@@ -419,13 +432,13 @@ def test_answers_that_are_there_are_kept_when_predict_stops(error, varlora_, tra
     def stops(*args, **settings):
         passes.append(1)
         if len(passes) == 2:
-            raise error
+            stop()
         return original(*args, **settings)
 
     monkeypatch.setattr(Predictor, "predictions", stops)
     answers.write_text("older\n")
     result = varlora_("predict", trained, "--input", questions, "--output", answers)
-    assert result.code == (130 if error is KeyboardInterrupt else 1)
+    assert result.code == code
     part = tmp_path / "answers.jsonl.part"
     assert f"1 of 2 rows are in {part}." in result.err
     assert part.read_text() == whole.splitlines(keepends=True)[0]
@@ -682,10 +695,10 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
     assert "Nothing is left to `adamw` to find" in nothing
 
 
-@pytest.mark.parametrize(("reach", "says"), [(0.02, "a change of 0.05 is borne."), (0.3, "which no noise comes to.")])
-def test_tune_says_whether_any_noise_changes_as_much_as_is_borne(reach, says, varlora_, options, tmp_path, monkeypatch):
-    trials = [{"sigma": 0.01, "kl": 0.01}, {"sigma": 0.03, "kl": 0.02}]
-    found = {"trials": trials, "draws": 8, "rows": 4, "bound": 0.05, "epochs": 3.0, "sigma": 0.02, "reach": reach}
+@pytest.mark.parametrize(("most", "says"), [(0.06, "a change of 0.05 is borne."), (0.02, "which no noise comes to.")])
+def test_tune_says_whether_any_noise_changes_as_much_as_is_borne(most, says, varlora_, options, tmp_path, monkeypatch):
+    trials = [{"sigma": 0.01, "kl": 0.01}, {"sigma": 0.03, "kl": most}, {"sigma": 1.0, "kl": math.inf}]
+    found = {"trials": trials, "draws": 8, "rows": 4, "bound": 0.05, "epochs": 3.0, "sigma": 0.02}
     prepared = Prepared({"sigma_by_layer": {}}, found, 9.0)
     monkeypatch.setattr("varlora.training.tune", lambda settings, say: (settings, prepared))
     assert says in varlora_("tune", *options, "--out", tmp_path / "found.yaml").out

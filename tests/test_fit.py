@@ -646,6 +646,17 @@ def test_a_copy_that_is_made_while_training_is_a_model_of_its_own():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_parameters_that_are_replaced_before_the_first_step_are_cleared():
+    """As `fully_shard` replaces them, when the Trainer prepares the model."""
+    model = helpers.tiny_model()
+    with short_walks(model):
+        layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        layer.weight.grad = torch.ones_like(layer.weight)
+        model.zero_grad()
+        assert layer.weight.grad is None
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_are_cleared_as_torch_does(to_none):
     model = helpers.tiny_model()

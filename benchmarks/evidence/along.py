@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         made.error(f"--steps: expected a multiple of {PARTS}, but got {args.steps}")
     if args.out.is_file():
         before = read_json(args.out)
-        if before["steps"] != args.steps:
-            made.error(f"--out: {args.out} has curves of {before['steps']} steps, not of {args.steps}; give another")
+        if (before["steps"], before["learning_rates"]) != (args.steps, rates):
+            made.error(f"--out: {args.out} has curves of other steps or learning rates; give another file")
         curves |= before["curves"]
     wanted = itertools.product(range(args.seeds), LINES, DEMO)
     todo = [(s, line, task) for s, line, task in wanted if f"{Path(task).stem}/seed{s}" not in curves[line]]

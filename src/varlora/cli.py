@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -156,7 +157,8 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
         for trial in found["trials"]:
             table.add_row(f"{trial['sigma']:.4g}", f"{trial['kl']:.4g}")
         console.print(table)
-        is_borne = "is borne" if found["reach"] <= found["sigma"] else "would be borne, which no noise comes to"
+        most = max(trial["kl"] for trial in found["trials"] if trial["kl"] < math.inf)
+        is_borne = "would be borne, which no noise comes to" if most < found["bound"] else "is borne"
         say(
             f"By {found['draws']} draws on {found['rows']} training rows. As {found['epochs']:.1f} epochs are to come, "
             f"a change of {found['bound']:.3g} {is_borne}."
@@ -285,6 +287,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.config import settings_of
     from varlora.evaluation import answer_rows
     from varlora.files import check_writable, written_by_line
+    from varlora.grid import interrupted_by_signals
     from varlora.loading import load, trained_task
     from varlora.progress import rows_progress
     from varlora.tasks import make_examples, parse_rows
@@ -335,7 +338,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
     def kept(part: Path, count: int) -> None:
         say(f"{count} of {len(rows.examples)} rows are in {part}.")
 
-    with written_by_line(output, kept) if output else nullcontext(to_stdout) as write, closing(answers):
+    lines = written_by_line(output, kept) if output else nullcontext(to_stdout)
+    with interrupted_by_signals(), lines as write, closing(answers):
         for answer in answers:
             write(json.dumps(answer))  # in ASCII, which every pipe passes on
     if output:

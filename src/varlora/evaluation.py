@@ -54,7 +54,7 @@ __all__ = [
     "held_out_predictions",
 ]
 
-AT_ONCE = 64
+AT_ONCE = 128
 """Rows that are answered before their answers are passed on."""
 
 

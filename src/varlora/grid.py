@@ -35,7 +35,7 @@ from varlora.tasks import get_task
 from varlora.trainer import left_to_parent
 from varlora.training import train
 
-__all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "run_cells"]
+__all__ = ["Cell", "Launcher", "Outcome", "Processes", "RayTasks", "interrupted_by_signals", "run_cells"]
 
 DEFAULTS = {name: signature(evaluate).parameters[name].default for name in ("samples", "tau", "seed")}
 """How `evaluate` makes its draws where it is not told."""
@@ -328,7 +328,7 @@ def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterat
         return
     runner, running = launcher(), dict[Any, Path]()
     failed, attempts = set[Path](), dict.fromkeys(waiting, 0)
-    with _interrupted_by_signals():
+    with interrupted_by_signals():
         try:
             while waiting or running:
                 for path in [*waiting]:
@@ -361,7 +361,7 @@ def run_cells(cells: Sequence[Cell], launcher: Callable[[], Launcher]) -> Iterat
 
 
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
+def interrupted_by_signals() -> Iterator[None]:
     """Take SIGTERM for Ctrl-C, and hear both also where a shell has them ignored in the background."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -79,7 +79,7 @@ class LoRA:
     """Probability with which an input of A is dropped while training."""
     targets: tuple[str, ...] | Literal["all-linear"] | None = None
     """Names of the adapted linear layers (the ends of their full names); None: query and value, by `lora_targets`; all
-    of the language part but the output layer: `all-linear`, as in PEFT."""
+    of the language part but the output layer: `all-linear`, as in PEFT, which takes those of other parts as well."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the adapter's weights, whatever the base's; the paper keeps them in 16 bit."""
 
@@ -212,10 +212,10 @@ def _all_linear(model: Any) -> list[str]:
     inside = {id(layer) for layer in _linear_layers(_language_part(model)).values()} - {
         id(model.get_output_embeddings())
     }
-    named = {name: id(layer) in inside for name, layer in _linear_layers(model).items()}
-    wanted, others = ({name for name, is_inside in named.items() if is_inside is yes} for yes in (True, False))
-    ends, other_ends = ({name.rpartition(".")[2] for name in names} for names in (wanted, others))
-    return sorted(wanted if ends & other_ends else ends)
+    linear = _linear_layers(model)
+    wanted = {name for name, layer in linear.items() if id(layer) in inside}
+    ends = {name.rpartition(".")[2] for name in wanted}
+    return sorted(wanted if any(name.rpartition(".")[2] in ends for name in linear.keys() - wanted) else ends)
 
 
 def _language_part(model: Any) -> Any:

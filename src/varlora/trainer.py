@@ -215,14 +215,18 @@ class Watch(TrainerCallback):
 class _Walks:
     """`train` and `zero_grad` of a model, over lists of its modules and parameters that are made once.
 
-    An object, and not two functions, so that a deep copy of the model has one of its own.
+    At the first call, as until then the Trainer may put others in their places (FSDP2 does). An object, and not two
+    functions, so that a deep copy of the model has one of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.modules, self.parameters = model, list(model.modules()), list(model.parameters())
+        self.model = model
+        self.modules: list[nn.Module] = []
+        self.parameters: list[nn.Parameter] = []
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode, where a module is in the other one."""
+        self.modules = self.modules or list(self.model.modules())
         if any(module.training is not mode for module in self.modules):
             type(self.model).train(self.model, mode)
         return self.model
@@ -231,6 +235,7 @@ class _Walks:
         """Clear the gradients."""
         if not set_to_none:
             return type(self.model).zero_grad(self.model, set_to_none)
+        self.parameters = self.parameters or list(self.model.parameters())
         for p in self.parameters:
             p.grad = None
 
