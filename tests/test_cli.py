@@ -695,10 +695,20 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
     assert "Nothing is left to `adamw` to find" in nothing
 
 
-@pytest.mark.parametrize(("most", "says"), [(0.06, "a change of 0.05 is borne."), (0.02, "which no noise comes to.")])
-def test_tune_says_whether_any_noise_changes_as_much_as_is_borne(most, says, varlora_, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("most", "reach", "says"),
+    [
+        (0.06, 0.02, "a change of 0.05 is borne."),
+        (0.04, 0.02, "a change of 0.05 is borne."),  # no noise that was tried comes to it, but the change still grows
+        (0.06, 0.03, "a change of 0.05 is borne."),  # it stops growing, a little above
+        (0.02, 0.03, "which no noise comes to."),
+    ],
+)
+def test_tune_says_whether_any_noise_changes_as_much_as_is_borne(
+    most, reach, says, varlora_, options, tmp_path, monkeypatch
+):
     trials = [{"sigma": 0.01, "kl": 0.01}, {"sigma": 0.03, "kl": most}, {"sigma": 1.0, "kl": math.inf}]
-    found = {"trials": trials, "draws": 8, "rows": 4, "bound": 0.05, "epochs": 3.0, "sigma": 0.02}
+    found = {"trials": trials, "draws": 8, "rows": 4, "bound": 0.05, "epochs": 3.0, "sigma": 0.02, "reach": reach}
     prepared = Prepared({"sigma_by_layer": {}}, found, 9.0)
     monkeypatch.setattr("varlora.training.tune", lambda settings, say: (settings, prepared))
     assert says in varlora_("tune", *options, "--out", tmp_path / "found.yaml").out

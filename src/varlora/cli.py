@@ -157,8 +157,10 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
         for trial in found["trials"]:
             table.add_row(f"{trial['sigma']:.4g}", f"{trial['kl']:.4g}")
         console.print(table)
-        most = max(trial["kl"] for trial in found["trials"] if trial["kl"] < math.inf)
-        is_borne = "would be borne, which no noise comes to" if most < found["bound"] else "is borne"
+        stops_growing = found["reach"] > found["sigma"] and all(
+            not found["bound"] <= trial["kl"] < math.inf for trial in found["trials"]
+        )
+        is_borne = "would be borne, which no noise comes to" if stops_growing else "is borne"
         say(
             f"By {found['draws']} draws on {found['rows']} training rows. As {found['epochs']:.1f} epochs are to come, "
             f"a change of {found['bound']:.3g} {is_borne}."
