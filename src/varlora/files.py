@@ -66,13 +66,6 @@ def check_name(path: str | Path) -> None:
         raise VarloraError(f"Expected a path whose name is UTF-8, but got {str(path)!r}. Rename it.") from None
 
 
-def _discard(path: Path) -> None:
-    """Remove what is not needed any more, if it is there and as far as that goes."""
-    if path.is_symlink():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text as UTF-8, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
@@ -342,6 +335,13 @@ def complete(temporary: Path, path: Path, manifest: Callable[[Path], None] | Non
         raise
     _flush(path.parent)
     _discard(old)
+
+
+def _discard(path: Path) -> None:
+    """Remove what is not needed any more, if it is there and as far as that goes."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
