@@ -36,7 +36,7 @@ from varlora.files import read_json, write_json, write_text
 from varlora.loading import encode_rows, load_base, pad_of, rows_of_split
 from varlora.optim.ivon import IVON
 from varlora.params import trainable
-from varlora.posterior import Point
+from varlora.posterior import Point, Posterior
 from varlora.predict import predict
 from varlora.quiet import quiet_libraries
 from varlora.run import origin
@@ -65,8 +65,10 @@ class Along(TrainerCallback):
         if state.global_step % self.every:
             return
         own = getattr(optimizer, "optimizer", optimizer)
-        point = {name: p.detach().clone() for name, p in trainable(model).items()}
-        posterior = own.posterior() if isinstance(own, IVON) else Point(point)
+        if isinstance(own, IVON):
+            posterior: Posterior = own.posterior()
+        else:
+            posterior = Point({name: p.detach().clone() for name, p in trainable(model).items()})
         found = predict(model, posterior, self.rows, pad_token_id=self.pad_token_id)
         self.nlls.append(metrics.nll(found.probs, found.labels))
 
