@@ -7,6 +7,7 @@ FOLDER/WHAT-WORLD.safetensors.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def main() -> None:
     if rank == 0:
         save_file(found, folder / f"{what}-{world}.safetensors")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # as in ranks.py
 
 
 if __name__ == "__main__":
