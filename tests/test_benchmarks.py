@@ -144,7 +144,7 @@ def test_the_profile_of_a_training_run_adds_up(load, data, out):
         assert list(of["per_cent"]) == list(profile.PARTS)
         assert sum(of["per_cent"].values()) == pytest.approx(100)
         assert min(of["per_cent"].values()) > 0
-        assert of["outside_per_cent"] == pytest.approx(sum(of["per_cent"][part] for part in profile.PARTS[3:]))
+        assert of["outside_per_cent"] == pytest.approx(sum(of["per_cent"][part] for part in profile.PARTS[4:]))
 
 
 def test_overhead_is_sampling_and_step_over_all(load):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
 import os
 import random
@@ -10,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import full_disk
@@ -18,6 +21,7 @@ import helpers
 import kill_and_resume
 import pytest
 import torch
+from accelerate.utils import is_lomo_available
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
@@ -388,8 +392,9 @@ def states_equal(one, other):
 
 
 @both_methods
+@pytest.mark.parametrize("clip", [1.0, 0.0])
 @pytest.mark.parametrize("where", ["loss", "one micro-batch", "gradient", "loss alone"])
-def test_step_that_is_not_finite_is_left_out_counted_and_logged(method, where, tmp_path, monkeypatch):
+def test_step_that_is_not_finite_is_left_out_counted_and_logged(method, where, clip, tmp_path, monkeypatch):
     """The fourth, of two micro-batches."""
     model = helpers.tiny_model()
     spy, told = Spy(model), []
@@ -407,7 +412,7 @@ def test_step_that_is_not_finite_is_left_out_counted_and_logged(method, where, t
         monkeypatch.setattr(
             varlora.trainer, "class_loss", lambda *batch: class_loss(*batch) + (torch.inf if now() else 0)
         )
-    settings = {"batch_size": 2, "accumulation": 2, "training_arguments": {"logging_steps": 1}}
+    settings = {"batch_size": 2, "accumulation": 2, "training_arguments": {"logging_steps": 1, "max_grad_norm": clip}}
     helpers.run_fit(model, method, tmp_path, callbacks=[spy], warn=told.append, **settings)
     assert helpers.same(spy.ended[4], spy.begun[4])
     assert states_equal(spy.states[4], spy.states[3])
@@ -628,6 +633,23 @@ def test_short_walks_end_with_training(tmp_path):
     model = helpers.tiny_model()
     helpers.run_fit(model, METHODS[1], tmp_path, steps=1)
     assert not {"train", "zero_grad"} & vars(model).keys()
+
+
+def test_a_package_that_accelerate_looks_for_at_each_step_is_absent_while_training_and_not_after():
+    with short_walks(helpers.tiny_model()):
+        assert not is_lomo_available()
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("lomo_optim")
+    assert "lomo_optim" not in sys.modules
+
+
+def test_an_installed_package_stays(monkeypatch):
+    here = types.ModuleType("lomo_optim")
+    here.__spec__ = ModuleSpec("lomo_optim", None)
+    monkeypatch.setitem(sys.modules, "lomo_optim", here)
+    with short_walks(helpers.tiny_model()):
+        assert importlib.import_module("lomo_optim") is here
+    assert sys.modules["lomo_optim"] is here
 
 
 def test_a_copy_that_is_made_while_training_is_a_model_of_its_own():

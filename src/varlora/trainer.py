@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -73,10 +76,15 @@ class MethodTrainer(CheckpointTrainer):
         return int(self.varlora_flops_per_token * tokens)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradients of the trained parameters, without a walk over those of the base."""
-        if self.accelerator.distributed_type is DistributedType.FSDP:  # for which it has to be all of the model's
+        """Clip the gradients of the trained parameters, without a walk over those of the base, and show their norm."""
+        watch, most, kind = self.varlora_watch, self.args.max_grad_norm, self.accelerator.distributed_type
+        if kind is DistributedType.FSDP:  # for which it has to be all of the model's
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self.varlora_watch.params.values(), self.args.max_grad_norm)
+        if kind is not DistributedType.NO:
+            return self.accelerator.clip_grad_norm_(watch.params.values(), most)
+        self.accelerator.unscale_gradients()
+        watch.norm = nn.utils.clip_grad_norm_(watch.params.values(), most)
+        return watch.norm
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -142,6 +150,7 @@ class Watch(TrainerCallback):
         self.comparison: Tensor | None = None
         """Loss at the mean and under noise of rows of this step, (2,), where they were compared."""
         self.losses: list[Tensor] = []  # of the micro-batches of this step
+        self.norm: Tensor | None = None  # of this step's gradients, where it is known
         self.not_finite = 0
         self.not_finite_run = 0
         self.asked = False
@@ -168,8 +177,9 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a step out whose losses or gradients are not finite."""
-        gradients = [p.grad for p in self.params.values() if p.grad is not None]
-        norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else []
+        norms, self.norm = [] if self.norm is None else [self.norm.float()], None
+        if not norms and (gradients := [p.grad for p in self.params.values() if p.grad is not None]):
+            norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
         total = torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum()
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
             told = torch.stack([total, torch.full_like(total, self.asked)])
@@ -227,7 +237,7 @@ class _Walks:
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode, where a module is in the other one."""
         self.modules = self.modules or list(self.model.modules())
-        if any(module.training is not mode for module in self.modules):
+        if (not mode) in map(attrgetter("training"), self.modules):
             type(self.model).train(self.model, mode)
         return self.model
 
@@ -242,14 +252,23 @@ class _Walks:
 
 @contextmanager
 def short_walks(model: nn.Module) -> Iterator[None]:
-    """Within the context, the Trainer's `train` and `zero_grad` of each step cost little, whatever the model's size."""
+    """Within the context, what the Trainer walks at each step costs little: the model's modules, and the import path.
+
+    It calls the model's `train` and `zero_grad`, and accelerate looks twice for `lomo_optim`, an optimizer's package;
+    where that is not installed, Python is told not to search for it again.
+    """
     short: Any = model
     walks = _Walks(model)
     short.train, short.zero_grad = walks.train, walks.zero_grad
+    modules: dict[str, Any] = sys.modules
+    if find_spec("lomo_optim") is None:
+        modules["lomo_optim"] = None
     try:
         yield
     finally:
         del short.train, short.zero_grad
+        if modules.get("lomo_optim") is None:
+            modules.pop("lomo_optim", None)
 
 
 def of_first_rank(find: Callable[[], T]) -> T:

@@ -79,8 +79,8 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     for case in cases:
         save_file(run(case, rank, world), folder / f"{case}-{rank}.safetensors")
-    # At once, not by way of the interpreter's end. Once DDP has seen a group, its threads stay when it is destroyed, and
-    # one that comes to let go of a reduced tensor only then finds no interpreter, and aborts the process.
+    # At once, not by way of the interpreter's end. Once DDP has seen a group, its threads outlive it, and one that lets
+    # go of a reduced tensor when there is no interpreter any more aborts the process.
     os._exit(0)
 
 

@@ -361,12 +361,12 @@ class Ivon(Method):
                 lots[f"sigma/layer_{int(layer):02d}"].append(name)
             if matrix := MATRIX.search(name):
                 lots[f"sigma/{matrix[1]}.{matrix[2]}"].append(name)
+        sums = {name: std.sum().item() for name, std in posterior.std.items()}
+        sizes = {name: std.numel() for name, std in posterior.std.items()}
         logged = {
-            lot: sum(posterior.std[name].sum().item() for name in names)
-            / sum(posterior.std[name].numel() for name in names)
-            for lot, names in lots.items()
+            lot: sum(sums[name] for name in names) / sum(sizes[name] for name in names) for lot, names in lots.items()
         }
-        size = sum(std.numel() for std in posterior.std.values())
+        size = sum(sizes.values())
         heard = sum(int((posterior.mean[name].abs() > std).sum()) for name, std in posterior.std.items())
         of_group = {name: group for group in optimizer.param_groups for name in group["param_names"]}
         moved = sum(
