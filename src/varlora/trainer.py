@@ -222,6 +222,10 @@ class Watch(TrainerCallback):
                 self.start.say(words)
 
 
+MODELESS = {nn.Embedding, nn.Identity, nn.Linear, nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.Sequential}
+"""Types of modules, most of a model's, that do the same in training mode and in evaluation mode."""
+
+
 class _Walks:
     """`train` and `zero_grad` of a model, over lists of its modules and parameters that are made once.
 
@@ -235,8 +239,8 @@ class _Walks:
         self.parameters: list[nn.Parameter] = []
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode, where a module is in the other one."""
-        self.modules = self.modules or list(self.model.modules())
+        """Set the mode, where a module to which it matters is in the other one."""
+        self.modules = self.modules or [module for module in self.model.modules() if type(module) not in MODELESS]
         if (not mode) in map(attrgetter("training"), self.modules):
             type(self.model).train(self.model, mode)
         return self.model
