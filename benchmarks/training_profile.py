@@ -87,6 +87,7 @@ def _profile(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argpa
 
 def _parser() -> argparse.ArgumentParser:
     made = base_parser(__doc__, "training_profile")
+    made.set_defaults(rows=2000)  # two epochs of the steps below at 4 rows; with few rows an epoch begins too often
     made.add_argument("--steps", type=count, default=1000, help="timed steps (default: %(default)s)")
     made.add_argument("--warmup", type=count, default=20, help="steps before these (default: %(default)s)")
     made.add_argument("--batch-size", type=count, nargs="+", default=[4, 16], help="rows a batch (default: 4 16)")
