@@ -629,6 +629,29 @@ def test_whatever_a_callback_evaluates_trains_on_in_training_mode(part, compiled
     assert modes == [{True}] * 3
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, named = set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def flush(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def give(path, target):
+        if target.name.startswith("checkpoint-"):
+            assert {found.stat().st_ino for found in (path, *path.rglob("*"))} <= flushed
+            named.append(target)
+            flushed.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", give)
+    run_dir = tmp_path / "run"
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], run_dir, steps=2)
+    assert named == [run_dir / "checkpoint-2"]
+    assert run_dir.stat().st_ino in flushed
+
+
 def test_short_walks_end_with_training(tmp_path):
     model = helpers.tiny_model()
     helpers.run_fit(model, METHODS[1], tmp_path, steps=1)

@@ -6,7 +6,9 @@ Damage of two kinds: a disk's, which checksums find, and a stranger's, who wrote
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from varlora.params import trainable
 from varlora.posterior import POSTERIORS
 
 TIMES = 150
+SETTINGS: dict[str, dict[str, Any]] = {"swag": {"every": 1}}
 
 
 def cut(content: bytes, source: random.Random) -> bytes:
@@ -75,7 +78,7 @@ def model() -> Any:
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a checkpoint."""
     folder = tmp_path_factory.mktemp("run") / request.param
-    method = METHODS[request.param](**({"every": 1} if request.param == "swag" else {}))
+    method = METHODS[request.param](**SETTINGS.get(request.param, {}))
     helpers.run_fit(helpers.tiny_model(), method, folder, steps=6)
     return folder
 
@@ -165,3 +168,23 @@ def test_a_stranger_s_state_is_refused_by_name(run_dir: Path) -> None:
             assert str(checkpoint) in said
         mend()
     assert refused > TIMES / 4
+
+
+@pytest.mark.parametrize("names", [["trainer_state.json"], ["scheduler.json", "rng_state_0.json", "method.json"]])
+def test_a_run_goes_on_from_a_stranger_s_checkpoint_or_refuses_it_by_name(
+    run_dir: Path, names: list[str], tmp_path: Path
+) -> None:
+    """`trainer_state.json` is read by the Trainer itself, after a look at it: the checkpoint before is used instead."""
+    source, refused = random.Random(4), 0
+    for number in range(TIMES // 5):
+        copied = shutil.copytree(run_dir, tmp_path / str(number))
+        newest = latest_checkpoint(copied, print)
+        assert newest is not None
+        damaged(newest, names, source)
+        write_manifest(newest)
+        method, told = METHODS[run_dir.name](**SETTINGS.get(run_dir.name, {})), []
+        goes_on = partial(helpers.run_fit, helpers.tiny_model(), method, copied, steps=7, resume=True)
+        _, said = attempt(partial(goes_on, warn=told.append))
+        assert said is None or str(newest) in said
+        refused += any(str(newest) in line for line in [*told, str(said)])
+    assert refused > TIMES / 20

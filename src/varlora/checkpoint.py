@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from varlora.errors import DamagedFileError, VarloraError, did_you_mean
 from varlora.files import (
@@ -247,6 +247,7 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
     for path in reversed(_checkpoints(run_dir)):
         try:
             verify_manifest(path)
+            _check_trainer_state(path)
         except DamagedFileError as error:
             warn(str(error))
             refused = True
@@ -257,6 +258,22 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
     if refused:
         warn(f"There is no complete checkpoint in {run_dir}: starting from the beginning.")
     return None
+
+
+def _check_trainer_state(checkpoint: Path) -> None:
+    """Raise if the Trainer could not go on from its own state, which it reads by itself."""
+    path = checkpoint / "trainer_state.json"
+    stored = read_json(path, LARGEST_STATE)
+    with _damaged_if_it_fails(path):
+        state = TrainerState(**stored)
+        for name, usual in vars(TrainerState()).items():
+            kinds = (int, float) if isinstance(usual, (int, float)) else object if usual is None else type(usual)
+            if not isinstance(value := getattr(state, name), kinds):
+                raise TypeError(f"`{name}` cannot be {str(value)[:40]!r}")
+        if state.global_step != step_of(checkpoint):
+            raise ValueError(f"`global_step` is {state.global_step}")
+        if not all(isinstance(entry, dict) for entry in state.log_history):
+            raise TypeError("`log_history` is not of dicts")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -69,9 +69,9 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
     gaps = [length - len(row.input_ids) for row in rows]
     spare = [answers - len(row.label_tokens) for row in rows]
     return {
-        "input_ids": _matrix([(pad_token_id,) * gap + row.input_ids for gap, row in zip(gaps, rows)]),
+        "input_ids": _matrix([(*(pad_token_id,) * gap, *row.input_ids) for gap, row in zip(gaps, rows)]),
         "attention_mask": _matrix([(0,) * gap + (1,) * (length - gap) for gap in gaps]),
-        "label_tokens": _matrix([row.label_tokens + (0,) * few for few, row in zip(spare, rows)]),
+        "label_tokens": _matrix([(*row.label_tokens, *(0,) * few) for few, row in zip(spare, rows)]),
         "answer_mask": torch.tensor([[True] * (answers - few) + [False] * few for few in spare]),
         "labels": torch.tensor([-1 if row.label is None else row.label for row in rows]),
     }

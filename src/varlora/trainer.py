@@ -240,7 +240,8 @@ class _Walks:
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode, where a module to which it matters is in the other one."""
-        self.modules = self.modules or [module for module in self.model.modules() if type(module) not in MODELESS]
+        if not self.modules:
+            self.modules = [self.model, *(module for module in self.model.modules() if type(module) not in MODELESS)]
         if (not mode) in map(attrgetter("training"), self.modules):
             type(self.model).train(self.model, mode)
         return self.model

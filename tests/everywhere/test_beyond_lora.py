@@ -99,7 +99,10 @@ def full_fine_tune(make: Callable[[nn.Module], Any]) -> float:
 
 
 def test_a_full_fine_tune_reaches_the_loss_of_adamw() -> None:
-    adamw = full_fine_tune(lambda model: AdamW(model.parameters(), lr=1e-3))
+    def with_adamw(lr: float) -> float:
+        return full_fine_tune(lambda model: AdamW(model.parameters(), lr=lr))
+
+    adamw = min(with_adamw(lr) for lr in (3e-4, 1e-3, 3e-3))
     ivon = full_fine_tune(lambda model: IVON(model.named_parameters(), lr=0.3, ess=1e6, hess_init=1e-2, seed=0))
     lora = full_fine_tune(lambda model: IVON(model.named_parameters(), **LORA, seed=0))
     assert adamw < 0.5

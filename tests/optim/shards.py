@@ -7,6 +7,7 @@ FOLDER/WHAT-WORLD.safetensors.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -78,6 +79,19 @@ def results(model: nn.Module, optimizer: IVON, drawn: dict[str, Tensor]) -> dict
     }
 
 
+def check_left_out(model: nn.Module, optimizer: IVON, rank: int) -> None:
+    """A step is left out on all ranks where one alone has a gradient that is not finite."""
+    before = [p.to_local().clone() for p in model.parameters()]
+    optimizer.train()
+    model(torch.ones(ROWS, 20)).sum().backward()
+    if rank == 1:
+        next(model.parameters()).grad.to_local().view(-1)[0] = math.nan
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(p.to_local(), value) for p, value in zip(model.parameters(), before))
+
+
 def main() -> None:
     rank, world, folder, what = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     how, do = what.split("-")
@@ -100,14 +114,17 @@ def main() -> None:
         weights, state = get_state_dict(model, optimizer)  # to be filled: nothing is drawn yet
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / how)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    shard = next(model.parameters())
-    local = optimizer.state[shard]["mean"].to_local()
-    assert local.shape == shard.to_local().shape
-    assert local.numel() < shard.numel()
+    for p in model.parameters():
+        assert p.to_local().numel() < p.numel()
+        for key in ("mean", "momentum", "hess"):
+            state = optimizer.state[p][key]
+            assert (state.placements, state.device_mesh) == (p.placements, p.device_mesh)
+            assert state.to_local().shape == p.to_local().shape
     drawn = steps(model, optimizer, range(6, 9), mine)
     found = results(model, optimizer, drawn)
     if rank == 0:
         save_file(found, folder / f"{what}-{world}.safetensors")
+    check_left_out(model, optimizer, rank)
     dist.barrier()
     os._exit(0)  # as in ranks.py
 

@@ -168,3 +168,43 @@ def test_any_order_of_calls_leaves_one_draw_or_the_mean(
         model.call("leave")
     model.call("eval")
     assert same(values(model.parameters), model.expected())
+
+
+@pytest.mark.parametrize("approx", ["price", "gradsq"])
+@pytest.mark.parametrize("call", [IVON.train, IVON.step, lambda it: it.sampled_params(train=True).__enter__()])
+def test_within_one_of_several_draws_of_a_step_nothing_else_trains(call: Any, approx: str) -> None:
+    """Whoever catches the error goes on as if nothing had been."""
+
+    def wrong(optimizer: IVON) -> None:
+        with pytest.raises(RuntimeError, match=r"Leave `with optimizer.sampled_params\(train=True\):` first"):
+            call(optimizer)
+
+    found = []
+    for tries in (wrong, lambda optimizer: None):
+        model = Model([((4,), torch.float32, 0)], {"mc_samples": 2, "hess_approx": approx, "batch_size": 2})
+        for _ in range(3):
+            for _ in range(2):
+                with model.optimizer.sampled_params(train=True):
+                    tries(model.optimizer)
+                    model.backward()
+                    tries(model.optimizer)
+            model.optimizer.step()
+            model.optimizer.zero_grad()
+        found.append(model.state())
+    assert same(*found)
+
+
+def test_one_draw_may_end_in_its_step() -> None:
+    found = []
+    for within in (True, False):
+        model = Model([((4,), torch.float32, 0)], {})
+        for _ in range(3):
+            with model.optimizer.sampled_params(train=True):
+                model.backward()
+                if within:
+                    model.optimizer.step()
+            if not within:
+                model.optimizer.step()
+            model.optimizer.zero_grad()
+        found.append(model.state())
+    assert same(*found)

@@ -56,11 +56,13 @@ def test_four_ranks_hold_the_same_bits_and_the_right_hessian(case: str, on_four:
 
 def check(found: list[dict[str, Tensor]], case: str) -> None:
     for other in found[1:]:
+        assert found[0].keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
     curvature = ranks.CURVATURE[case.partition("-")[0]]
     h = hessian(found[0])
     assert (h != curvature).all()
-    assert h.mean().item() == pytest.approx(curvature, rel=0.02)
+    # h₀ is the curvature: for the estimates to be within 2 %, what they have replaced of h has to be
+    assert h.mean().item() == pytest.approx(curvature, rel=0.02 * (1 - ranks.BETA2**100))
 
 
 def test_noise_of_its_own_divides_the_variance_by_the_ranks(on_two: dict, on_four: dict) -> None:

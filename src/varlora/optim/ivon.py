@@ -131,6 +131,8 @@ class IVON(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Key of the evaluation draw that the parameters hold, if they hold one.
     _eval_key: int | None = None
+    # Whether a context of one of several draws of a step is open, whose gradient is added to the others at its end.
+    _is_adding = False
     # The ranks that average their gradients, and whether they have the same seed for sure. A copy begins anew.
     _process_group: Any = None
     _agreed = False
@@ -294,6 +296,7 @@ class IVON(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.set_gradients_aside()
         try:
+            self._is_adding = several
             self._perturb(new=drawn < now["mc_samples"])
             yield
         except BaseException:
@@ -303,6 +306,8 @@ class IVON(torch.optim.Optimizer):
                 for bucket in self._ready():
                     bucket.take_gradients_back(drawn)
             raise
+        finally:
+            self._is_adding = False
         if several:
             for bucket in self._ready():
                 bucket.fold_gradients(self.param_groups[0]["drawn"])
@@ -333,6 +338,11 @@ class IVON(torch.optim.Optimizer):
             raise RuntimeError(
                 f"Expected `optimizer.{call}` outside of draws for an evaluation, but one is under way. Leave "
                 "`with optimizer.sampled_params():` first."
+            )
+        if self._is_adding:
+            raise RuntimeError(
+                f"Expected `optimizer.{call}` outside of the draw whose gradient is to be added to those of the others "
+                "of this step. Leave `with optimizer.sampled_params(train=True):` first."
             )
         buckets = self._ready()
         if self.param_groups[0]["capturable"] or capturing():
