@@ -6,6 +6,9 @@ the clipping of gradients. Freeing the graph that the forward pass has made is a
 where it lets go of the loss; it has a line of its own, and both sums are shown. What is left between one step's end and
 the next one's is the Trainer's own loop.
 
+Then whole runs with IVON and with AdamW in turn: a step of the one over a step of the other. At every seventh IVON
+compares its draw with the mean, a forward pass more, which the mean over the steps shows and the median does not.
+
     python benchmarks/training_profile.py
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -24,7 +28,7 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from _common import count, print_table, spread, write_result
+from _common import count, print_table, ratio, spread, write_result
 from train_step import base_parser, load_base, training_rows
 from transformers import TrainerCallback
 
@@ -37,6 +41,12 @@ FREEING = "freeing the graph"
 PARTS = ("forward", "backward", FREEING, "optimizer", "data", "clipping", "the rest")
 BOUND = 3.0
 """Per cent of the time that all but the first four may take."""
+NOTES = [
+    "What is left outside forward, backward and optimizer is a fixed number of calls a step, whatever the batch: the "
+    "clipping of 24 gradients, the loader and the collator, and the Trainer's own loop, mostly out of the cache.",
+    "IVON over AdamW: a draw and a step, and at every seventh step a forward pass at the mean (a third of a step).",
+]
+"""What stands between the measurement and its limit."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -45,29 +55,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     begun = time.perf_counter()
     rows = training_rows(tokenizer, args)
     tokenising = time.perf_counter() - begun
-    found: dict[str, Any] = {"bound_per_cent": BOUND, "tokenising": {"rows": len(rows), "seconds": tokenising}}
+    found: dict[str, Any] = {
+        "notes": NOTES,
+        "bound_per_cent": BOUND,
+        "tokenising": {"rows": len(rows), "seconds": tokenising},
+    }
     found["batch_size"] = {size: _profile(model, tokenizer, rows, size, args) for size in args.batch_size}
+    found["ivon_to_adamw"] = {size: _in_turn(model, tokenizer, rows, size, args) for size in args.batch_size}
     print(f"Tokenising {len(rows)} rows, once, before the first step: {1000 * tokenising:.0f} ms.")
     write_result(args.out, "training_profile", args, device, **found)
     return found
 
 
 def _profile(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argparse.Namespace) -> dict[str, Any]:
-    clock, total = Clock(args.warmup), args.warmup + args.steps
-    with tempfile.TemporaryDirectory() as folder, _watched(clock, torch.device(args.device)):
-        fit.fit(
-            model,
-            METHODS["ivon"](),
-            rows,
-            Path(folder),
-            pad_token_id=tokenizer.pad_token_id,
-            steps=total,
-            batch_size=size,
-            checkpoint_every=total,
-            seed=args.seed,
-            callbacks=[clock],
-            warn=lambda words: None,
-        )
+    with _watched(clock := Clock(args.warmup), torch.device(args.device)):
+        _train(model, tokenizer, rows, size, args, "ivon", args.steps, clock)
     steps = clock.steps()
     whole = sum(sum(step.values()) for step in steps)
     seconds = {part: spread([step[part] for step in steps]) for part in PARTS}
@@ -85,11 +87,56 @@ def _profile(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argpa
     return {"seconds_per_step": seconds, "per_cent": share, "outside_per_cent": outside}
 
 
+def _in_turn(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Return IVON's seconds a step over AdamW's, of the medians and of the means of runs in turn."""
+    seconds: dict[str, list[list[float]]] = {"ivon": [], "adamw": []}
+    for _ in range(args.rounds):
+        for method, found in seconds.items():
+            clock = Clock(args.warmup)
+            _train(model, tokenizer, rows, size, args, method, max(2, args.steps // args.rounds), clock)
+            found.append([sum(step.values()) for step in clock.steps()])
+    ways = {"median_step": statistics.median, "mean_step": statistics.fmean}
+    ratios = {
+        name: ratio(*([way(steps) for steps in seconds[method]] for method in ("ivon", "adamw")))
+        for name, way in ways.items()
+    }
+    table = [[name, *(f"{value:.3f}" for value in found.values())] for name, found in ratios.items()]
+    print_table(f"IVON over AdamW on the Trainer, {size} rows", ["", *ratios["median_step"]], table)
+    return ratios
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Any],
+    size: int,
+    args: argparse.Namespace,
+    method: str,
+    steps: int,
+    clock: Clock,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fit.fit(
+            model,
+            METHODS[method](),
+            rows,
+            Path(folder),
+            pad_token_id=tokenizer.pad_token_id,
+            steps=args.warmup + steps,
+            batch_size=size,
+            checkpoint_every=args.warmup + steps,
+            seed=args.seed,
+            callbacks=[clock],
+            warn=lambda words: None,
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     made = base_parser(__doc__, "training_profile")
     made.set_defaults(rows=2000)  # two epochs of the steps below at 4 rows; with few rows an epoch begins too often
     made.add_argument("--steps", type=count, default=1000, help="timed steps (default: %(default)s)")
     made.add_argument("--warmup", type=count, default=20, help="steps before these (default: %(default)s)")
+    made.add_argument("--rounds", type=count, default=8, help="runs of each method in turn (default: %(default)s)")
     made.add_argument("--batch-size", type=count, nargs="+", default=[4, 16], help="rows a batch (default: 4 16)")
     return made
 

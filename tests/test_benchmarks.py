@@ -136,6 +136,7 @@ def test_the_training_step_benchmark_gives_overheads_of_the_whole_step(load, dat
 def test_the_profile_of_a_training_run_adds_up(load, data, out):
     profile = load("training_profile")
     settings = ["--steps", "3", "--warmup", "2", "--rows", "8", "--max-length", "24", "--batch-size", "2", "3"]
+    settings += ["--rounds", "1"]
     profile.main([*settings, "--out", str(out)])
     written = json.loads(out.read_text())
     check_origin(written)
@@ -145,6 +146,9 @@ def test_the_profile_of_a_training_run_adds_up(load, data, out):
         assert sum(of["per_cent"].values()) == pytest.approx(100)
         assert min(of["per_cent"].values()) > 0
         assert of["outside_per_cent"] == pytest.approx(sum(of["per_cent"][part] for part in profile.PARTS[4:]))
+    for of in written["ivon_to_adamw"].values():
+        assert 0.1 < of["median_step"]["of_medians"] < 10
+        assert 0.1 < of["mean_step"]["of_medians"] < 10
 
 
 def test_overhead_is_sampling_and_step_over_all(load):
