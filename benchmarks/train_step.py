@@ -45,8 +45,8 @@ NAMES = {"sampling": "sample"}
 BOUND = 3.0
 """Per cent that a step with IVON may take more than one with AdamW."""
 NOTES = [
-    "A draw and a step are a fixed number of calls (24 matrices) beside a forward and a backward pass over a base of 3.8 "
-    "million parameters: with a larger base the ratio is nearer to 1.",
+    "A draw and a step are a fixed number of calls (24 matrices) beside a forward and a backward pass over a base of "
+    "3.8 million parameters: with a larger base the ratio is nearer to 1.",
 ]
 """What stands between the measurement and its limit."""
 
