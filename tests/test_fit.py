@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import importlib
 import math
 import os
@@ -271,6 +272,24 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"checkpoint-4 could not be written: .*[Nn]o space left .* Make room", done.stdout)
+
+
+def test_a_log_that_cannot_be_written_leaves_the_checkpoint_before_and_says_so(tmp_path, monkeypatch):
+    model, opened = helpers.tiny_model(), Path.open
+
+    def full(path, mode="r", **settings):
+        if path.name == "training.jsonl" and mode == "a" and (tmp_path / "cut" / "checkpoint-2").is_dir():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(VarloraError, match=r"training\.jsonl could not be written: .*No space left .* Make room"):
+            helpers.run_fit(model, METHODS[1], tmp_path / "cut")
+    verify_manifest(tmp_path / "cut" / "checkpoint-2")
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path / "cut", resume=True)
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path / "whole")
+    assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
 
 
 @both_methods

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from varlora.checkpoint import CheckpointTrainer
 from varlora.data import Batch
-from varlora.files import write_text
+from varlora.files import told_if_unwritten, write_text
 from varlora.methods import Comparison, Method, Start
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
@@ -76,15 +76,12 @@ class MethodTrainer(CheckpointTrainer):
         return int(self.varlora_flops_per_token * tokens)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradients of the trained parameters, without a walk over those of the base, and show their norm."""
-        watch, most, kind = self.varlora_watch, self.args.max_grad_norm, self.accelerator.distributed_type
-        if kind is DistributedType.FSDP:  # for which it has to be all of the model's
+        """In one process, clip without a walk over the base's parameters, and show the watch the norm."""
+        if self.accelerator.distributed_type is not DistributedType.NO:
             return super()._clip_grad_norm(model)
-        if kind is not DistributedType.NO:
-            return self.accelerator.clip_grad_norm_(watch.params.values(), most)
         self.accelerator.unscale_gradients()
-        watch.norm = nn.utils.clip_grad_norm_(watch.params.values(), most)
-        return watch.norm
+        self.varlora_watch.norm = nn.utils.clip_grad_norm_(self.varlora_watch.params.values(), self.args.max_grad_norm)
+        return self.varlora_watch.norm
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -122,11 +119,12 @@ class MethodTrainer(CheckpointTrainer):
             return
         path = self.varlora_run_dir / "training.jsonl"
         lines = "".join(json.dumps(entry) + "\n" for entry in self.state.log_history[self.varlora_logged :])
-        if self.varlora_logged:
-            with path.open("a") as file:
-                file.write(lines)
-        else:  # what a resumed run had logged before its checkpoint is written again, and no more than that
-            write_text(path, lines)
+        with told_if_unwritten(path):
+            if self.varlora_logged:
+                with path.open("a") as file:
+                    file.write(lines)
+            else:  # what a resumed run had logged before its checkpoint is written again, and no more than that
+                write_text(path, lines)
         self.varlora_logged = len(self.state.log_history)
 
 
