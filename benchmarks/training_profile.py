@@ -6,8 +6,8 @@ the clipping of gradients. Freeing the graph that the forward pass has made is a
 where it lets go of the loss; it has a line of its own, and both sums are shown. What is left between one step's end and
 the next one's is the Trainer's own loop.
 
-Then whole runs with IVON and with AdamW in turn: a step of the one over a step of the other. At every seventh IVON
-compares its draw with the mean, a forward pass more, which the mean over the steps shows and the median does not.
+Then whole runs with IVON and with AdamW in turn: a step of the one over a step of the other. At some IVON compares its
+draw with the mean, a forward pass more, which the mean over the steps shows and the median does not.
 
     python benchmarks/training_profile.py
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import random
 import statistics
 import tempfile
 import time
@@ -44,7 +45,7 @@ BOUND = 3.0
 NOTES = [
     "What is left outside forward, backward and optimizer is a fixed number of calls a step, whatever the batch: the "
     "clipping of 24 gradients, the loader and the collator, and the Trainer's own loop, mostly out of the cache.",
-    "IVON over AdamW: a draw and a step, and at every seventh step a forward pass at the mean (a third of a step).",
+    "IVON over AdamW: a draw and a step, and now and then a forward pass at the mean, a third of a step.",
 ]
 """What stands between the measurement and its limit."""
 
@@ -90,8 +91,9 @@ def _profile(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argpa
 def _in_turn(model: Any, tokenizer: Any, rows: list[Any], size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return IVON's seconds a step over AdamW's, of the medians and of the means of runs in turn."""
     seconds: dict[str, list[list[float]]] = {"ivon": [], "adamw": []}
+    order = random.Random(args.seed)
     for _ in range(args.rounds):
-        for method, found in seconds.items():
+        for method, found in order.sample(list(seconds.items()), 2):
             clock = Clock(args.warmup)
             _train(model, tokenizer, rows, size, args, method, max(2, args.steps // args.rounds), clock)
             found.append([sum(step.values()) for step in clock.steps()])

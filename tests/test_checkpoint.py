@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from varlora import checkpoint
 from varlora.checkpoint import (
@@ -23,7 +23,7 @@ from varlora.checkpoint import (
 )
 from varlora.data import collate
 from varlora.demo.run import one_thread
-from varlora.errors import DamagedFileError
+from varlora.errors import DamagedFileError, VarloraError
 from varlora.files import save_tensors, write_manifest, write_text
 from varlora.model import class_logits
 from varlora.params import trainable
@@ -307,10 +307,15 @@ def test_damaged_state_is_refused_by_name(tmp_path):
 
 def make_checkpoint(run_dir, step, complete=True):
     folder = run_dir / f"checkpoint-{step}"
-    write_text(folder / "trainer_state.json", json.dumps({"global_step": step}))
+    write_text(folder / "trainer_state.json", json.dumps(trainer_state(step)))
     if complete:
         write_manifest(folder)
     return folder
+
+
+def trainer_state(step):
+    state = vars(TrainerState(global_step=step, train_batch_size=4))
+    return {**state, "stateful_callbacks": {"TrainerControl": TrainerControl().state(), "varlora": {"not_finite": 2}}}
 
 
 def test_newest_complete_checkpoint_is_used_and_newer_ones_are_named(tmp_path):
@@ -330,6 +335,40 @@ def test_newest_complete_checkpoint_is_used_and_newer_ones_are_named(tmp_path):
     assert told[3:] == [f"Going on from {tmp_path / 'checkpoint-9'}."]
     assert "trainer_state.json is damaged" in told[2]
     assert step_of(tmp_path / "checkpoint-9") == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("global_step", value) for value in (6, 10.0, "10", True, None)],
+        *[("train_batch_size", value) for value in (None, "4")],
+        *[("logging_steps", value) for value in (0, "1", None)],
+        ("max_steps", []),
+        ("total_flos", "many"),
+        ("best_model_checkpoint", [1]),
+        ("log_history", [1]),
+        ("log_history", 5),
+        *[("stateful_callbacks", value) for value in ({}, [1], {"TrainerControl": 1})],
+        ("stateful_callbacks", {"TrainerControl": {}, "varlora": 1}),
+        ("stateful_callbacks", {"TrainerControl": {}, "varlora": {"not_finite": "2"}}),
+    ],
+)
+def test_what_the_trainer_reads_by_itself_is_looked_at_before(name, value, tmp_path):
+    told: list[str] = []
+    make_checkpoint(tmp_path, 9)
+    newest = make_checkpoint(tmp_path, 10)
+    write_text(newest / "trainer_state.json", json.dumps({**trainer_state(10), name: value}))
+    write_manifest(newest)
+    assert latest_checkpoint(tmp_path, told.append) == tmp_path / "checkpoint-9"
+    assert str(newest / "trainer_state.json") in told[0]
+
+
+def test_a_checkpoint_of_another_version_of_transformers_is_not_taken_for_damaged(tmp_path):
+    newest = make_checkpoint(tmp_path, 10)
+    write_text(newest / "trainer_state.json", json.dumps({**trainer_state(10), "new_in_6": 1}))
+    write_manifest(newest)
+    with pytest.raises(VarloraError, match=r"it has `new_in_6` as well\. Go on with the version of transformers"):
+        latest_checkpoint(tmp_path, print)
 
 
 def test_rotation_keeps_complete_checkpoints(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
@@ -262,18 +263,30 @@ def latest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
 
 def _check_trainer_state(checkpoint: Path) -> None:
     """Raise if the Trainer could not go on from its own state, which it reads by itself."""
-    path = checkpoint / "trainer_state.json"
+    path, usual = checkpoint / "trainer_state.json", vars(TrainerState())
     stored = read_json(path, LARGEST_STATE)
+    if isinstance(stored, dict) and (unknown := sorted(stored.keys() - usual.keys())):
+        # Not damage, for which the run would begin anew, over checkpoints that are whole.
+        raise VarloraError(
+            f"Expected {path} as transformers {transformers.__version__} writes it, but it has `{unknown[0]}` as well. "
+            "Go on with the version of transformers that wrote it, or train anew in another folder."
+        )
     with _damaged_if_it_fails(path):
         state = TrainerState(**stored)
-        for name, usual in vars(TrainerState()).items():
-            kinds = (int, float) if isinstance(usual, (int, float)) else object if usual is None else type(usual)
-            if not isinstance(value := getattr(state, name), kinds):
-                raise TypeError(f"`{name}` cannot be {str(value)[:40]!r}")
-        if state.global_step != step_of(checkpoint):
-            raise ValueError(f"`global_step` is {state.global_step}")
-        if not all(isinstance(entry, dict) for entry in state.log_history):
-            raise TypeError("`log_history` is not of dicts")
+        callbacks: Any = state.stateful_callbacks
+        counted = callbacks.get("varlora", {"not_finite": 0})["not_finite"]
+        numbers = [name for name, value in usual.items() if isinstance(value, (int, float))]
+        fits = {name: isinstance(getattr(state, name), (int, float)) for name in numbers} | {
+            "global_step": type(state.global_step) is int and state.global_step == step_of(checkpoint),
+            "logging_steps": isinstance(state.logging_steps, (int, float)) and state.logging_steps > 0,
+            "train_batch_size": type(state.train_batch_size) is int,
+            "best_model_checkpoint": isinstance(state.best_model_checkpoint, str | None),
+            "log_history": all(isinstance(entry, dict) for entry in state.log_history),
+            "stateful_callbacks": isinstance(callbacks["TrainerControl"], dict) and type(counted) is int,
+        }
+    if wrong := [name for name, does in fits.items() if not does]:
+        found = str(getattr(state, wrong[0]))[:40]
+        raise DamagedFileError(f"{path} holds what no Trainer can go on from: `{wrong[0]}` is {found}.")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -77,7 +77,7 @@ class MethodTrainer(CheckpointTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """In one process, clip without a walk over the base's parameters, and show the watch the norm."""
-        if self.accelerator.distributed_type is not DistributedType.NO:
+        if self.accelerator.distributed_type is not DistributedType.NO:  # gradients may be sharded
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         self.varlora_watch.norm = nn.utils.clip_grad_norm_(self.varlora_watch.params.values(), self.args.max_grad_norm)
@@ -261,11 +261,11 @@ def short_walks(model: nn.Module) -> Iterator[None]:
     where that is not installed, Python is told not to search for it again.
     """
     short: Any = model
-    walks = _Walks(model)
-    short.train, short.zero_grad = walks.train, walks.zero_grad
     modules: dict[str, Any] = sys.modules
     if find_spec("lomo_optim") is None:
         modules["lomo_optim"] = None
+    walks = _Walks(model)
+    short.train, short.zero_grad = walks.train, walks.zero_grad
     try:
         yield
     finally:
