@@ -10,6 +10,7 @@ import torch
 from everywhere.checks import check_draws, check_twin
 from everywhere.rows import Automatic, Lightning, Manual, Module, Task
 from everywhere.twin import expected
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from varlora import IVON
 
@@ -47,6 +48,21 @@ def test_manual_optimization_with_a_closure(samples: int, tmp_path: Path) -> Non
     outcome = Made(Closure).run(task, tmp_path, mc_samples=samples)
     check_draws(outcome, task, draws=samples, passes=samples)
     check_twin(outcome, expected((task, F32), samples=samples, closure=True))
+
+
+def test_what_a_context_of_the_wrapper_refuses_the_optimizer_refuses() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = IVON([p], lr=0.1, ess=10.0, hess_init=1.0, mc_samples=2)
+    wrapper: Any = LightningOptimizer(optimizer)
+    with wrapper.sampled_params(train=True):
+        p.square().sum().backward()
+        with pytest.raises(RuntimeError, match=r"Leave `with optimizer.sampled_params\(train=True\):` first"):
+            optimizer.step()  # which the wrapper's calls
+    with wrapper.sampled_params():
+        with pytest.raises(RuntimeError, match=r"Leave `with optimizer.sampled_params\(\):` first"):
+            optimizer.train()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
 
 
 def test_automatic_optimization_clips_each_draw_on_its_own(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,16 @@ __all__ = ["IVON"]
 _TRANSIENT = ("grad_sum", "hess_sum")
 
 _Gradients = tuple[list[tuple[Tensor, Tensor, int]], Tensor | None]
+
+
+@dataclass
+class _Open:
+    """What contexts are open: a copy of the optimizer has none."""
+
+    eval_key: int | None = None
+    """Key of the evaluation draw that the parameters hold, if they hold one."""
+    adds: bool = False
+    """Whether one of several draws of a step is open, whose gradient is added to the others' at its end."""
 
 
 class IVON(torch.optim.Optimizer):
@@ -129,10 +140,6 @@ class IVON(torch.optim.Optimizer):
     # GradScaler then leaves unscaling and skipping to `step`, which ends the draw and counts the skip. On its own, it
     # would not call `step` after an overflow.
     _step_supports_amp_scaling = True
-    # Key of the evaluation draw that the parameters hold, if they hold one.
-    _eval_key: int | None = None
-    # Whether a context of one of several draws of a step is open, whose gradient is added to the others at its end.
-    _is_adding = False
     # The ranks that average their gradients, and whether they have the same seed for sure. A copy begins anew.
     _process_group: Any = None
     _agreed = False
@@ -166,7 +173,9 @@ class IVON(torch.optim.Optimizer):
         if seed is None:
             device = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
-        self._buckets: list[Bucket] = []  # changed in place: wrappers like Lightning's copy no more than the reference
+        # Both changed in place: wrappers like Lightning's copy no more than the reference.
+        self._buckets: list[Bucket] = []
+        self._open = _Open()
         self._process_group = process_group
         settings = {
             "lr": lr,
@@ -296,7 +305,7 @@ class IVON(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.set_gradients_aside()
         try:
-            self._is_adding = several
+            self._open.adds = several
             self._perturb(new=drawn < now["mc_samples"])
             yield
         except BaseException:
@@ -307,7 +316,7 @@ class IVON(torch.optim.Optimizer):
                     bucket.take_gradients_back(drawn)
             raise
         finally:
-            self._is_adding = False
+            self._open.adds = False
         if several:
             for bucket in self._ready():
                 bucket.fold_gradients(self.param_groups[0]["drawn"])
@@ -321,25 +330,25 @@ class IVON(torch.optim.Optimizer):
                 "its capture is under way. Capture the forward pass alone and replay it within `sampled_params()`."
             )
         self._ready()
-        outer, now = self._eval_key, self.param_groups[0]
+        outer, now = self._open.eval_key, self.param_groups[0]
         self._set(eval_draws=now["eval_draws"] + 1)
         try:
-            self._eval_key = mix(now["seed"], EVAL, now["eval_draws"])
+            self._open.eval_key = mix(now["seed"], EVAL, now["eval_draws"])
             self._show(now["perturbed"])
             yield
         finally:
             self._ready(adopt=False)  # while the key is there: of a parameter that was frozen meanwhile, the mean is
-            self._eval_key = outer
+            self._open.eval_key = outer
             self._show(self.param_groups[0]["perturbed"])  # not `now`: loading a state makes new groups
 
     def _to_train(self, call: str) -> list[Bucket]:
         """Return the buckets, for a draw that trains or a step; raise if this is no time for it."""
-        if self._eval_key is not None:
+        if self._open.eval_key is not None:
             raise RuntimeError(
                 f"Expected `optimizer.{call}` outside of draws for an evaluation, but one is under way. Leave "
                 "`with optimizer.sampled_params():` first."
             )
-        if self._is_adding:
+        if self._open.adds:
             raise RuntimeError(
                 f"Expected `optimizer.{call}` outside of the draw whose gradient is to be added to those of the others "
                 "of this step. Leave `with optimizer.sampled_params(train=True):` first."
@@ -396,8 +405,8 @@ class IVON(torch.optim.Optimizer):
     def _show(self, perturbed: bool) -> None:
         """Put into the parameters what belongs there: an evaluation draw, else the training draw, else the mean."""
         for bucket in self._ready(adopt=False):
-            if self._eval_key is not None:
-                bucket.to_draw(self._eval_key)
+            if self._open.eval_key is not None:
+                bucket.to_draw(self._open.eval_key)
             elif perturbed:
                 bucket.to_draw()
             else:
@@ -565,6 +574,7 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("noise_per_rank", False)
             group.setdefault("strayed", False)
         self.__dict__.setdefault("_buckets", []).clear()
+        self.__dict__.setdefault("_open", _Open())
         self._tensors = True
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
@@ -622,9 +632,9 @@ class IVON(torch.optim.Optimizer):
                 bucket.follow_weight_decay()
             self._release()
             self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
-            if perturbed or self._eval_key is not None:
+            if perturbed or self._open.eval_key is not None:
                 for bucket in self._buckets:
-                    bucket.to_draw(self._eval_key)
+                    bucket.to_draw(self._open.eval_key)
         elif adopt:
             self._adopt_outside_changes()
         for bucket in self._buckets:
@@ -649,7 +659,7 @@ class IVON(torch.optim.Optimizer):
         """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""
         self._read_back()
         for bucket in self._buckets:
-            if self.param_groups[0]["perturbed"] or self._eval_key is not None:
+            if self.param_groups[0]["perturbed"] or self._open.eval_key is not None:
                 bucket.to_mean()
             else:
                 bucket.adopt_outside_changes()
