@@ -145,7 +145,7 @@ def test_the_profile_of_a_training_run_adds_up(load, data, out):
         assert list(of["per_cent"]) == list(profile.PARTS)
         assert sum(of["per_cent"].values()) == pytest.approx(100)
         assert min(of["per_cent"].values()) > 0
-        assert of["outside_per_cent"] == pytest.approx(sum(of["per_cent"][part] for part in profile.PARTS[4:]))
+        assert of["outside_per_cent"] == pytest.approx(sum(of["per_cent"][part] for part in profile.PARTS[3:]))
     for of in written["ivon_to_adamw"].values():
         assert 0.1 < of["median_step"]["of_medians"] < 10
         assert 0.1 < of["mean_step"]["of_medians"] < 10
