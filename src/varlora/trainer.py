@@ -80,8 +80,12 @@ class MethodTrainer(CheckpointTrainer):
         if self.accelerator.distributed_type is not DistributedType.NO:  # gradients may be sharded
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        self.varlora_watch.norm = nn.utils.clip_grad_norm_(self.varlora_watch.params.values(), self.args.max_grad_norm)
-        return self.varlora_watch.norm
+        parameters, bound = list(self.varlora_watch.params.values()), self.args.max_grad_norm
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if norm.device.type != "cpu" or norm + 1e-6 > bound:  # a CPU knows at once where there is nothing to clip
+            nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+        self.varlora_watch.norm = norm
+        return norm
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
