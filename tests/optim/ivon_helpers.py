@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,9 +82,13 @@ WAYS = {"context": by_context, "train": by_train, "closure": by_closure}
 
 def start_ranks(script: str, world: int, *arguments: object) -> None:
     """Run a script in a process for each rank, as `script RANK WORLD ARGUMENTS...`, and wait for all."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     processes = [
         subprocess.Popen(
-            [sys.executable, script, *map(str, (rank, world, *arguments))], stderr=subprocess.PIPE, text=True
+            [sys.executable, script, *map(str, (rank, world, *arguments))],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
         )
         for rank in range(world)
     ]

@@ -27,6 +27,14 @@ from varlora import IVON
 
 ROWS = 8
 """Of all ranks, each step."""
+SETTINGS: dict[str, Any] = {
+    "lr": 0.05,
+    "ess": 100.0,
+    "hess_init": 0.5,
+    "beta2": 0.95,
+    "clip_radius": 0.5,
+    "seed": 3,
+}
 
 
 def make_model() -> nn.Module:
@@ -34,16 +42,8 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 88), nn.Tanh(), nn.Linear(88, 7, bias=False))  # 7 rows do not divide by 2 or 4
 
 
-def make_optimizer(model: nn.Module, **settings: Any) -> IVON:
-    defaults: dict[str, Any] = {
-        "lr": 0.05,
-        "ess": 100.0,
-        "hess_init": 0.5,
-        "beta2": 0.95,
-        "clip_radius": 0.5,
-        "seed": 3,
-    }
-    return IVON(model.named_parameters(), **(defaults | settings))
+def make_optimizer(model: nn.Module) -> IVON:
+    return IVON(model.named_parameters(), **SETTINGS)
 
 
 def steps(model: nn.Module, optimizer: IVON, numbers: range, mine: slice = slice(0, ROWS)) -> dict[str, Tensor]:

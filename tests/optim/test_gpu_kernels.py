@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from varlora.optim import bucket, ivon
 from varlora.optim.ivon import IVON
 from varlora.optim.native import Flat
-from varlora.optim.noise import fill_normal
+from varlora.optim.noise import Piece, fill_normal
 
 gpu = pytest.importorskip("varlora.optim.gpu")
 
@@ -38,9 +38,9 @@ def _arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def kernels(sizes: Sequence[int] = SIZES) -> tuple[Any, list[Tensor]]:
     n, ends = sum(sizes), list(itertools.accumulate(sizes))
     out = [torch.empty(size) for size in sizes]
-    pieces = [[(hi - size, size, 0)] for hi, size in zip(ends, sizes)]
+    pieces = [[Piece(hi - size, size, 3 + i, 0)] for i, (hi, size) in enumerate(zip(ends, sizes))]
     zeros = [0] * len(sizes)
-    made = gpu.Kernels(Flat(*torch.ones(3, n), pieces, range(3, 3 + n)), out, zeros, 0, 0)
+    made = gpu.Kernels(Flat(*torch.ones(3, n), pieces), out, zeros, 0, 0)
     return made, out
 
 
@@ -61,8 +61,8 @@ def test_a_parameter_in_pieces_is_worked_off_as_a_whole_one_is() -> None:
     """Columns 10 to 60 of a matrix of 30 rows: a run of neighbours for each row."""
     whole, (matrix,) = kernels((3_000,))
     whole.normal(7, [matrix])
-    pieces, found = [(50 * row, 50, 100 * row + 10) for row in range(30)], torch.empty(1_500)
-    part = gpu.Kernels(Flat(*torch.ones(3, 1_500), [pieces], [3]), [found], [0], 0, 0)
+    pieces, found = [Piece(50 * row, 50, 3, 100 * row + 10) for row in range(30)], torch.empty(1_500)
+    part = gpu.Kernels(Flat(*torch.ones(3, 1_500), [pieces]), [found], [0], 0, 0)
     part.normal(7, [found])
     assert torch.equal(found.view(30, 50), matrix.view(30, 100)[:, 10:60])
 

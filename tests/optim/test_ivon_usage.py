@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -375,12 +376,34 @@ def test_a_gradient_from_the_mean_among_those_from_draws_is_refused() -> None:
 
 
 def test_parameters_that_were_replaced_by_a_flat_copy_are_refused() -> None:
-    """As DeepSpeed's ZeRO does: forward passes do not see what is put into the copy."""
-    optimizer = make()[1]
-    for group in optimizer.param_groups:
-        group["params"] = [torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()]
-    with pytest.raises(RuntimeError, match=r"tensors were put in their place, as DeepSpeed's ZeRO does.*FSDP2"):
+    """Forward passes do not see what is put into the copy."""
+    parameters, optimizer = make()
+    optimizer.param_groups[0]["params"] = [torch.cat([p.detach().flatten() for p in parameters]).requires_grad_()]
+    with pytest.raises(RuntimeError, match=r"others were put in their place, as DeepSpeed does at stage 3.*FSDP2"):
         optimizer.train()
+
+
+def test_parameters_that_are_no_more_the_optimizers_are_let_go() -> None:
+    """As those of a model that FSDP2 has sharded: it frees them, and puts others into the groups."""
+    parameters, optimizer = make()
+    optimizer.param_groups[0]["params"] = [nn.Parameter(p.detach().clone()) for p in parameters]
+    references = [weakref.ref(p) for p in parameters]
+    parameters.clear()
+    assert not any(reference() is not None for reference in references)
+    optimizer.train()
+    for name, std in optimizer.posterior().std.items():
+        torch.testing.assert_close(std.mean().item(), optimizer.mean_sigma()[name])
+
+
+def test_there_may_be_nothing_to_train() -> None:
+    optimizer = IVON([{"params": []}], lr=0.1, ess=10.0, hess_init=1.0)
+    p = nn.Parameter(torch.ones(2))
+    for _ in range(2):
+        optimizer.train()
+        optimizer.step()
+    optimizer.add_param_group({"params": [p]})
+    optimizer.train()
+    assert (p != 1).all()
 
 
 def test_parameters_may_come_and_go_and_mere_tensors_be_given() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from varlora.optim import native
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import TILE, fill_normal, philox
+from varlora.optim.noise import TILE, Piece, fill_normal, philox
 
 SIZES = (1, 63, 64, 65, 5_000, 0, 70_001)
 """Of parameters: less than a tile, a tile, more; and enough for several threads."""
@@ -83,10 +83,8 @@ def kernels(sizes: tuple[int, ...] = SIZES) -> tuple[native.Kernels, list[Tensor
     n, ends = sum(sizes), torch.tensor(sizes).cumsum(0).tolist()
     mean, momentum, hess, gradients = torch.randn(4, n, generator=source).unbind()
     spans = list(zip([0, *ends], ends))
-    pieces = [[(lo, hi - lo, 0)] for lo, hi in spans]
-    made = native.Kernels(
-        native.Flat(mean.clone(), momentum.clone(), hess.square() + 0.1, pieces, range(3, 3 + len(sizes)))
-    )
+    pieces = [[Piece(lo, hi - lo, 3 + i, 0)] for i, (lo, hi) in enumerate(spans)]
+    made = native.Kernels(native.Flat(mean.clone(), momentum.clone(), hess.square() + 0.1, pieces))
     return made, [torch.empty(size) for size in sizes], [gradients[lo:hi] for lo, hi in spans]
 
 
@@ -165,7 +163,7 @@ def test_threads_share_everything_out_once(threads: int) -> None:
         assert shares == sorted(shares)
         assert len(shares) == threads + 1
         got = [(at + k, i) for (at, n, *_), i in zip(segments.tolist(), of_segment.tolist()) for k in range(n)]
-        spans = [(at, at + count) for ((at, count, _),) in made.flat.pieces]
+        spans = [(at, at + count) for ((at, count, *_),) in made.flat.pieces]
         assert got == [(k, which) for which, i in enumerate(indices) for k in range(*spans[i])]
         for (at, _, position, first, *_), start in zip(segments.tolist(), starts.tolist()):
             assert first % TILE == 0
@@ -192,8 +190,8 @@ def test_a_parameter_in_pieces_is_worked_off_as_a_whole_one_is(threads: int) -> 
     settings = native.Settings(**SETTINGS)
     whole.draw(5, [0], out, settings)
     matrix = [x.view(900, 100)[:, 10:60].contiguous().view(-1) for x in (*whole.flat[:3], out[0])]
-    pieces = [(50 * row, 50, 100 * row + 10) for row in range(900)]
-    part, found = native.Kernels(native.Flat(*matrix[:3], [pieces], [3])), torch.empty(45_000)
+    pieces = [Piece(50 * row, 50, 3, 100 * row + 10) for row in range(900)]
+    part, found = native.Kernels(native.Flat(*matrix[:3], [pieces])), torch.empty(45_000)
     part.draw(5, [0], [found], settings)
     assert torch.equal(found, matrix[3])
 

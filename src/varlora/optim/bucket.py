@@ -26,6 +26,7 @@ from .shards import as_sharded, is_sharded, local, pieces, ranks, shard_as
 
 if TYPE_CHECKING:
     from . import gpu
+    from .zero import Partitions
 
 __all__ = ["EVAL", "TRAIN", "Bucket", "capturing", "kernels_for", "make_buckets", "place_of", "plain"]
 
@@ -77,7 +78,9 @@ def place_of(p: Tensor) -> tuple[Any, ...]:
     return id(p), p.device, p.dtype, p.shape, p.is_contiguous()
 
 
-def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: Any = None) -> list[Bucket]:
+def make_buckets(
+    groups: Sequence[dict[str, Any]], state: Any, process_group: Any = None, partitions: Partitions | None = None
+) -> list[Bucket]:
     """Distribute the parameters over buckets, in order."""
     lots: list[tuple[dict[str, Any], list[Tensor], list[int]]] = []
     position = 0
@@ -93,7 +96,9 @@ def make_buckets(groups: Sequence[dict[str, Any]], state: Any, process_group: An
                 lot[1].append(p)
                 lot[2].append(position)
             position += 1
-    return [Bucket(group, parameters, positions, state, process_group) for group, parameters, positions in lots]
+    return [
+        Bucket(group, parameters, positions, state, process_group, partitions) for group, parameters, positions in lots
+    ]
 
 
 class _Run(NamedTuple):
@@ -123,14 +128,20 @@ class Bucket:
         positions: list[int],
         state: Any,
         process_group: Any = None,
+        partitions: Partitions | None = None,
     ) -> None:
         self.group, self.parameters, self.positions = group, parameters, positions
-        self.process_group = process_group
-        self.sharded = any(map(is_sharded, parameters))
+        self.process_group, self.partitions = process_group, partitions
+        self.sharded = partitions is not None or any(map(is_sharded, parameters))
         if self.sharded and group["noise_per_rank"]:
             raise ValueError(
                 "Expected `noise_per_rank` with parameters that each rank has whole, but some are sharded, and their "
                 "ranks never see a gradient of their own. Leave it out."
+            )
+        if partitions is not None and group["mc_samples"] > 1:
+            raise ValueError(
+                "Expected `mc_samples=1` with DeepSpeed's ZeRO, which shows gradients in the step only, all together, "
+                f"but got {group['mc_samples']}. Leave it out, and accumulate gradients."
             )
         self.states = [state[p] for p in parameters]
         shards = self.shards
@@ -161,13 +172,16 @@ class Bucket:
                 self.views[name].append(view)
                 state_p[name] = as_sharded(view, p)
 
-        self.pieces = [pieces(p, lo) for p, (lo, _) in zip(parameters, self.spans)]
+        self.pieces = [
+            pieces(p, position, lo) if partitions is None else partitions.pieces(p, lo)
+            for p, position, (lo, _) in zip(parameters, positions, self.spans)
+        ]
         self.kernels: native.Kernels | None = None
         self.gpu: gpu.Kernels | None = None
         contiguous = all(p.is_contiguous() for p in shards)
         wanted = group["fused"] is not False and dtype == torch.float32
         kind = kernels_for(self.mean.device) if wanted else None
-        flat = native.Flat(self.mean, self.momentum, self.hess, self.pieces, positions)
+        flat = native.Flat(self.mean, self.momentum, self.hess, self.pieces)
         if kind == "native":
             self.kernels = native.Kernels(flat)
         elif kind == "triton" and contiguous:
@@ -191,7 +205,8 @@ class Bucket:
         self.hess_aside: Tensor | None = None
         self.arriving: list[Tensor | None] = [None] * len(parameters)
         self.hooks: list[Any] = []
-        for i, p in enumerate(parameters if self.watches else parameters[:1]):
+        first = parameters[:1] if partitions is None else [partitions.first]  # a partition itself sees nothing arrive
+        for i, p in enumerate(parameters if self.watches else first):
             if self.watches:
                 self.hooks.append(p.register_hook(_weakly(self._arrives, i)))
             self.hooks.append(p.register_post_accumulate_grad_hook(_weakly(self._has_arrived, i)))
@@ -274,9 +289,9 @@ class Bucket:
             self.kernels.normal(key, indices, out)
         else:
             jobs = [
-                (x.view(-1)[at - self.spans[i][0] :][:count], self.positions[i], first)
+                (x.view(-1)[at - self.spans[i][0] :][:count], position, first)
                 for x, i in zip(out, indices)
-                for at, count, first in self.pieces[i]
+                for at, count, position, first in self.pieces[i]
             ]
             fill_normal(key, jobs)
 
@@ -334,10 +349,13 @@ class Bucket:
 
     @plain()
     def adopt_outside_changes(self) -> None:
-        """Make values that others wrote into the parameters, a loaded checkpoint, the mean."""
+        """Make values that others wrote into the parameters, a loaded checkpoint, the mean.
+
+        Into partitions DeepSpeed writes by way of `.data`, which no version counts: they have to hold the mean.
+        """
         for i, (p, mean) in enumerate(zip(self.shards, self.views["mean"])):
             version = p.data_ptr(), p._version
-            if version != self.versions[i]:
+            if version != self.versions[i] or self.partitions is not None:
                 if not torch.equal(p, mean.to(p)):
                     mean.copy_(p)
                 self.versions[i] = version

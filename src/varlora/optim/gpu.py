@@ -279,8 +279,8 @@ class Kernels:
         rows: list[tuple[int, ...]] = []
         blocks: list[int] = []
         before = 0
-        for which, (p, position, parts) in enumerate(zip(parameters, flat.positions, flat.pieces)):
-            for at, count, first in parts:
+        for which, (p, parts) in enumerate(zip(parameters, flat.pieces)):
+            for at, count, position, first in parts:
                 tiles = -(-(first % TILE + count) // TILE) if count else 0
                 rows.append((which, position, first, count, at, at - before, len(blocks)))
                 blocks += [len(rows) - 1] * -(-tiles // TILES)

@@ -19,6 +19,7 @@ the one method that then goes without its return type.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +29,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bucket import EVAL, Bucket, capturing, kernels_for, make_buckets, place_of, plain
 from .noise import mix
 from .shards import ranks, whole
+from .zero import partitions_of
 
 if TYPE_CHECKING:
     from varlora.posterior import DiagonalGaussian
+
+    from .zero import Partitions
 
 __all__ = ["IVON"]
 
@@ -143,8 +147,6 @@ class IVON(torch.optim.Optimizer):
     # The ranks that average their gradients, and whether they have the same seed for sure. A copy begins anew.
     _process_group: Any = None
     _agreed = False
-    # Whether the parameters were given as mere tensors, or may have been: of what was unpickled nobody knows.
-    _tensors = False
     # Whether the last draw for training was captured in a CUDA graph.
     _captures = False
 
@@ -173,9 +175,10 @@ class IVON(torch.optim.Optimizer):
         if seed is None:
             device = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
-        # Both changed in place: wrappers like Lightning's copy no more than the reference.
+        # All changed in place: wrappers like Lightning's copy no more than the reference.
         self._buckets: list[Bucket] = []
         self._open = _Open()
+        self._given: list[weakref.ref[Tensor]] = []  # the parameters as they were given, of which some may be no more
         self._process_group = process_group
         settings = {
             "lr": lr,
@@ -228,7 +231,7 @@ class IVON(torch.optim.Optimizer):
             raise
         for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "strayed", "perturbed", "averages"):
             group[name] = first[name]
-        self._tensors |= not all(isinstance(p, nn.Parameter) for p in group["params"])
+        self._given += map(weakref.ref, group["params"])
 
     # --- the posterior -----------------------------------------------------------------------------------------------
 
@@ -242,16 +245,18 @@ class IVON(torch.optim.Optimizer):
         """
         from varlora.posterior import DiagonalGaussian  # the one import that this file can do without
 
-        moments = self._by_name(lambda bucket: [(whole(m.clone()), whole(std)) for m, std in bucket.moments()])
+        moments = self._by_name(lambda mean, std: (whole(mean.clone()), whole(std)))
         return DiagonalGaussian({n: m for n, (m, _) in moments.items()}, {n: std for n, (_, std) in moments.items()})
 
     def mean_sigma(self) -> dict[str, float]:
         """Return the posterior standard deviation of each parameter, averaged over its entries, by parameter name.
 
+        Of parameters that are sharded over ranks as well: call it on all of them.
+
         Raises:
             ValueError: the optimizer was made without names.
         """
-        return self._by_name(lambda bucket: [whole(std.mean()).item() for _, std in bucket.moments()])
+        return self._by_name(lambda _, std: whole(std.mean()).item())
 
     @property
     def skipped_steps(self) -> int:
@@ -367,7 +372,7 @@ class IVON(torch.optim.Optimizer):
     def _were_cleared(self, buckets: Sequence[Bucket]) -> bool:
         """Return whether there are no gradients any more, so that it does not matter where they were taken."""
         taken = any(group["used"] or group["strayed"] for group in self.param_groups)  # else nobody has to look
-        if not taken or any(bucket.has_gradients for bucket in buckets):
+        if not taken or self._partitions is not None or any(bucket.has_gradients for bucket in buckets):
             return False
         self._set(strayed=False)
         return True
@@ -387,6 +392,7 @@ class IVON(torch.optim.Optimizer):
         self._set(perturbed=True)  # before it is so: if this is interrupted, `eval` still has something to do
         for bucket in buckets:
             bucket.to_draw()
+        self._show_partitions()
 
     @plain()
     def _agree(self) -> None:
@@ -412,6 +418,11 @@ class IVON(torch.optim.Optimizer):
             else:
                 bucket.to_mean()
         self._set(perturbed=perturbed)
+        self._show_partitions()
+
+    def _show_partitions(self) -> None:
+        if self._partitions is not None:
+            self._partitions.show()
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -450,7 +461,7 @@ class IVON(torch.optim.Optimizer):
             for bucket in buckets:
                 bucket.unscale_gradients(scale)
         if any(bucket.has_gradients for bucket in buckets):
-            if not now["drawn"] and self._makes_state():
+            if not now["drawn"] and self._partitions is None and self._makes_state():
                 return None
             if not now["drawn"]:
                 raise RuntimeError(
@@ -575,7 +586,7 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("strayed", False)
         self.__dict__.setdefault("_buckets", []).clear()
         self.__dict__.setdefault("_open", _Open())
-        self._tensors = True
+        self.__dict__.setdefault("_given", [])
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
 
@@ -602,16 +613,27 @@ class IVON(torch.optim.Optimizer):
         smallest = min((gradient for _, gradient, _ in found), key=Tensor.numel, default=None)
         return found, None if smallest is None else smallest.any()
 
-    def _by_name(self, values: Callable[[Bucket], list[Any]]) -> dict[str, Any]:
-        """Return one value for each parameter by name, in the order in which the parameters were given."""
+    def _by_name(self, value: Callable[[Tensor, Tensor], Any]) -> dict[str, Any]:
+        """Return a value of each parameter's mean (a view) and standard deviation by name, in the order as given."""
         if any("param_names" not in group for group in self.param_groups):
             raise ValueError(
                 "Expected an optimizer that knows its parameters' names, but it was made without. "
                 "Pass named parameters: `IVON(model.named_parameters(), ...)`."
             )
         names = [name for group in self.param_groups for name in group["param_names"]]
-        found = {at: value for bucket in self._ready() for at, value in zip(bucket.positions, values(bucket))}
+        buckets = self._ready()
+        if self._partitions is None:
+            found = {at: value(*x) for bucket in buckets for at, x in zip(bucket.positions, bucket.moments())}
+        else:
+            moments = [x for bucket in buckets for x in bucket.moments()]
+            means, stds = (self._partitions.whole(x) for x in zip(*moments))
+            found = {at: value(mean, stds[at]) for at, mean in means.items()}
         return {name: found[at] for at, name in enumerate(names) if at in found}
+
+    @property
+    def _partitions(self) -> Partitions | None:
+        """What DeepSpeed's ZeRO has put in the place of the parameters, if it has."""
+        return self._buckets[0].partitions if self._buckets else None
 
     def _ready(self, adopt: bool = True) -> list[Bucket]:
         """Return the buckets, made anew where parameters were added, unfrozen, moved or laid out anew.
@@ -620,38 +642,49 @@ class IVON(torch.optim.Optimizer):
         mean.
         """
         wanted = {place_of(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
-        if wanted != {place for bucket in self._buckets for place in bucket.places}:
+        known = {place for bucket in self._buckets for place in bucket.places}
+        buckets = self._buckets
+        if self._partitions is not None and wanted < known:  # DeepSpeed's ZeRO steps with one group after the other
+            buckets = [bucket for bucket in buckets if wanted.issuperset(bucket.places)]
+        elif wanted != known or not known:
             perturbed = self.param_groups[0]["perturbed"]
-            self._check_parameters()
+            partitions = self._find_partitions()
             if capturing():
                 raise RuntimeError(
                     "Expected a state that was there before the capture of a CUDA graph, but it has to be made. "
                     "Make one step before the capture."
                 )
-            for bucket in self._buckets:
+            for bucket in buckets:
                 bucket.follow_weight_decay()
             self._release()
-            self._buckets[:] = make_buckets(self.param_groups, self.state, self._process_group)
+            buckets[:] = make_buckets(self.param_groups, self.state, self._process_group, partitions)
             if perturbed or self._open.eval_key is not None:
-                for bucket in self._buckets:
+                for bucket in buckets:
                     bucket.to_draw(self._open.eval_key)
         elif adopt:
             self._adopt_outside_changes()
-        for bucket in self._buckets:
+        for bucket in buckets:
             bucket.follow_weight_decay()
-        return self._buckets
+        return buckets
 
-    def _check_parameters(self) -> None:
-        """Raise where mere tensors were put in the place of parameters: no forward pass sees what is drawn there."""
-        if not self._tensors and any(not isinstance(p, nn.Parameter) for g in self.param_groups for p in g["params"]):
-            raise RuntimeError(
-                "Expected the model's parameters, but tensors were put in their place, as DeepSpeed's ZeRO does: a "
-                "draw would be in these, and gradients be taken at the mean. Use DDP, or FSDP2 for large models."
-            )
+    def _find_partitions(self) -> Partitions | None:
+        """Return what DeepSpeed's ZeRO has put in the place of the parameters; raise if it comes too late for that."""
+        given = [reference() for reference in self._given]
+        found = partitions_of(given, [p for group in self.param_groups for p in group["params"]])
+        if found is not None:
+            before = [p for p in given if p is not None and p in self.state]
+            if self.param_groups[0]["draws"] and before:
+                raise RuntimeError(
+                    "Expected an optimizer that had drawn nothing and loaded no state before DeepSpeed took its "
+                    "parameters, but it had. Pass a new one to `deepspeed.initialize`, and load a checkpoint after it."
+                )
+            for p in before:  # what is known without a draw is known of the partitions too
+                del self.state[p]
+        return found
 
     def _adopt_outside_changes(self) -> None:
         """Make values that others wrote into the parameters the mean, unless those hold a draw of training."""
-        if not self.param_groups[0]["perturbed"]:
+        if not self.param_groups[0]["perturbed"] and (self._partitions is None or self._open.eval_key is None):
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .noise import Piece
+
 __all__ = ["Flat", "Kernels", "Settings", "library"]
 
 VERSION = 2
@@ -75,11 +77,8 @@ class Flat(NamedTuple):
     """(N,), as the next two."""
     momentum: Tensor
     hess: Tensor
-    pieces: Sequence[Sequence[tuple[int, int, int]]]
-    """Of each parameter, where runs of neighbouring elements lie: their place in the state, their number, and the first
-    one's index within the parameter."""
-    positions: Sequence[int]
-    """The position of each parameter among the optimizer's."""
+    pieces: Sequence[Sequence[Piece]]
+    """Of each parameter."""
 
 
 class Kernels:
@@ -139,16 +138,16 @@ class Kernels:
             The table of `Segment`, which of the indices each is of, by how many bytes it starts after that one's first
             element, and where each thread's share of the table begins and ends.
         """
-        numel = sum(count for i in indices for _, count, _ in self.flat.pieces[i])
+        numel = sum(piece.numel for i in indices for piece in self.flat.pieces[i])
         threads = threads if numel > ALONE else 1
         cuts = [share * numel // threads for share in range(1, threads)]
         rows, of_row, before = [], [], 0
         for which, i in enumerate(indices):
             lo = before
-            for at, count, first in self.flat.pieces[i]:
+            for at, count, position, first in self.flat.pieces[i]:
                 inside = {-(-(cut - before) // TILE) * TILE for cut in cuts if before < cut < before + count}
                 for begin, end in itertools.pairwise([0, *sorted(x for x in inside if x < count), count]):
-                    rows.append([at + begin, end - begin, self.flat.positions[i], first + begin, 0, 0])
+                    rows.append([at + begin, end - begin, position, first + begin, 0, 0])
                     of_row.append((which, before - lo + begin, before + begin))
                 before += count
         of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64, device="cpu").view(-1, 3).T.contiguous()

@@ -18,17 +18,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "TILE", "fill_normal", "mix", "normal", "philox"]
+__all__ = ["LANES", "TILE", "Piece", "fill_normal", "mix", "normal", "philox"]
 
 LANES = 16
 TILE = 4 * LANES
 # Tiles that are worked off at once on a CPU, so that what is in between fits the cache.
 _AT_ONCE = 1 << 10
 _WORD = (1 << 32) - 1
+
+
+class Piece(NamedTuple):
+    """A run of elements that lie side by side in a flat state, and that are neighbours in a parameter: whose they are
+    says what noise they get."""
+
+    at: int
+    """Where they start in the state."""
+    numel: int
+    position: int
+    """Of the parameter, among the optimizer's."""
+    first: int
+    """The first one's index within the parameter."""
 
 
 def mix(*numbers: int) -> int:

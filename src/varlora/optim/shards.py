@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from .noise import Piece
+
 __all__ = ["as_sharded", "is_sharded", "local", "pieces", "ranks", "shard_as", "whole"]
 
 
@@ -51,18 +53,16 @@ def shard_as(x: Any, p: Any) -> Tensor:
     return local(x)
 
 
-def pieces(p: Any, lo: int) -> list[tuple[int, int, int]]:
-    """Return where runs of elements that are neighbours in the whole parameter lie, as (at, count, first).
+def pieces(p: Any, position: int, lo: int) -> list[Piece]:
+    """Return the runs of elements that are neighbours in the whole parameter.
 
     Args:
         p: a parameter.
+        position: its position among the optimizer's.
         lo: where this rank's shard of it starts in the flat state.
-
-    Returns:
-        Where a run starts in the flat state, its length, and its first element's index within the whole parameter.
     """
     if not is_sharded(p):
-        return [(lo, p.numel(), 0)]
+        return [Piece(lo, p.numel(), position, 0)]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -74,6 +74,6 @@ def pieces(p: Any, lo: int) -> list[tuple[int, int, int]]:
     strides = [math.prod(p.shape[d + 1 :]) for d in range(len(p.shape))]
     start = sum(o * stride for o, stride in zip(offset, strides))
     return [
-        (lo + n * count, count, start + sum(i * stride for i, stride in zip(index, strides)))
+        Piece(lo + n * count, count, position, start + sum(i * stride for i, stride in zip(index, strides)))
         for n, index in enumerate(itertools.product(*map(range, rows)))
     ]
