@@ -538,6 +538,22 @@ def test_unknown_arguments_and_ours_are_refused_together(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [{"deepspeed": "zero2.json"}, {"fsdp": True}])
+def test_adapters_that_are_spread_over_processes_are_refused(tmp_path, arguments):
+    with pytest.raises(ConfigError, match=r"`training_arguments\.\w+` would spread .* `varlora.IVON` in a script"):
+        helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments=arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert check_training_arguments(dict.fromkeys(arguments)) == []
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_so_is_what_accelerate_launch_says_of_it(tmp_path, monkeypatch, name):
+    """With DeepSpeed the Trainer would make AdamW of any optimizer."""
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match=f"`{name}` in the environment would spread the adapter"):
+        helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"lr_scheduler_type": "linaer"}, {"logging_steps": "many"}, {"warmup_steps": -1}]
 )
@@ -624,11 +640,14 @@ def test_rows_must_exist_and_have_labels(tmp_path):
 @both_methods
 def test_steps_that_walk_over_all_modules_end_in_the_same_bits(method, tmp_path, monkeypatch):
     """What is left out of a step changes nothing: modes, gradients and clipping are those of the whole walk."""
-    loud = {"max_grad_norm": 1e-2}
-    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "short", training_arguments=loud)
+    arguments = {"max_grad_norm": 2.7, "logging_steps": 1}
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "short", training_arguments=arguments)
     monkeypatch.setattr(varlora.fit, "short_walks", lambda *_: nullcontext())
     monkeypatch.delattr(MethodTrainer, "_clip_grad_norm")
-    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "whole", training_arguments=loud)
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path / "whole", training_arguments=arguments)
+    norms = [line["grad_norm"] for line in helpers.logged(tmp_path / "short")]
+    assert min(norms) < 2.7 < max(norms)
+    assert norms == [line["grad_norm"] for line in helpers.logged(tmp_path / "whole")]
     short, whole = (helpers.bits(helpers.reloaded(tmp_path / name)[0]) for name in ("short", "whole"))
     assert all(torch.equal(short[name], whole[name]) for name in whole)
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
@@ -480,8 +481,10 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """
     known = set(TrainingArguments.__dataclass_fields__)
     problems = []
-    for name in map(str, arguments):
-        if name in OURS:
+    for name, value in ((str(name), value) for name, value in arguments.items()):
+        if name in ("deepspeed", "fsdp") and value:
+            problems.append(_spreads(f"`training_arguments.{name}`"))
+        elif name in OURS:
             problems.append(f"`training_arguments.{name}` is set by `{OURS[name]}`. Set that and leave this out.")
         elif name not in known:
             near = did_you_mean(name, known)
@@ -490,7 +493,17 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _spreads(what: str) -> str:
+    return (
+        f"{what} would spread the adapter over processes, and a run keeps it whole. Leave it out, or use "
+        "`varlora.IVON` in a script of your own, as docs/distributed.md shows."
+    )
+
+
 def _arguments(**values: Any) -> TrainingArguments:
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # of `accelerate launch`
+        if parse_flag_from_env(name):
+            raise ConfigError([_spreads(f"`{name}` in the environment")])
     try:
         return TrainingArguments(**values)
     except (ImportError, TypeError, ValueError) as error:  # transformers' message says which field and why
