@@ -18,8 +18,13 @@ from varlora.optim.bucket import EVAL, TRAIN
 from varlora.optim.ivon import IVON
 from varlora.optim.noise import fill_normal, mix
 
-CALLS = ("train", "eval", "backward", "step", "zero_grad", "save and load", "a draw and backward", "enter", "leave")
-ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2}  # noise is made in float32
+CALLS = (
+    *("train", "eval", "backward", "step", "step with a closure", "zero_grad"),
+    *("save and load", "a draw and backward", "enter", "leave"),
+)
+STEPS = ("step", "step with a closure")
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # noise is float32
+OF_A_GROUP = ({}, {"ess": 20.0, "lr": 0.02, "weight_decay": 0.3}, {"hess_init": 2.0, "clip_radius": 0.1, "beta2": 0.9})
 
 shapes = st.lists(st.integers(0, 70), max_size=2).map(tuple)
 parameters = st.lists(st.tuples(shapes, st.sampled_from(list(ROUNDING)), st.integers(0, 2)), min_size=1, max_size=4)
@@ -31,7 +36,7 @@ class Model:
     def __init__(self, kinds: list[tuple[tuple[int, ...], torch.dtype, int]], arguments: dict[str, Any]) -> None:
         source = torch.Generator().manual_seed(1)
         made = [(nn.Parameter(torch.randn(shape, generator=source).to(dtype)), of) for shape, dtype, of in kinds]
-        groups = [{"params": [p for p, of in made if of == which]} for which in range(3)]
+        groups = [{"params": [p for p, of in made if of == which], **own} for which, own in enumerate(OF_A_GROUP)]
         groups = [group for group in groups if group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = IVON(groups, **(SETTINGS | arguments))
@@ -53,7 +58,7 @@ class Model:
         make_loss(self.parameters, self.losses)().backward()
 
     def call(self, what: str) -> None:
-        if self.contexts and what in ("train", "step", "a draw and backward"):
+        if self.contexts and what in ("train", *STEPS, "a draw and backward"):
             with pytest.raises(RuntimeError, match=r"Leave `with optimizer.sampled_params\(\):` first"):
                 self.make(what)
         else:
@@ -91,6 +96,8 @@ class Model:
             self.eval_draws.pop()
         elif what == "step":
             self.step()
+        elif what == "step with a closure":
+            self.step_with_a_closure()
 
     def has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)
@@ -120,6 +127,24 @@ class Model:
             self.drawn = self.perturbed = self.strayed = False
             assert same(self.state(), before) != any(p.grad is not None and p.numel() for p in self.parameters)
 
+    def step_with_a_closure(self) -> None:
+        def closure() -> Tensor:
+            self.make("zero_grad")
+            self.backward()
+            return torch.zeros(())
+
+        if self.contexts:
+            self.optimizer.step(closure)
+        before = self.state()
+        if self.drawn and not self.perturbed:  # after a draw's context: the closure is called as things are
+            with pytest.raises(RuntimeError, match=r"one was taken at the mean since the draw"):
+                self.optimizer.step(closure)
+            assert same(self.state(), before)
+        else:
+            self.optimizer.step(closure)
+            self.drawn = self.perturbed = self.strayed = False
+            assert same(self.state(), before) != any(p.numel() for p in self.parameters)
+
     def expected(self) -> list[Tensor]:
         now = self.optimizer.param_groups[0]
         if self.eval_draws:
@@ -129,12 +154,13 @@ class Model:
         else:
             key = None
         found = []
-        for position, p in enumerate(self.parameters):
+        groups = [group for group in self.optimizer.param_groups for _ in group["params"]]
+        for position, (p, group) in enumerate(zip(self.parameters, groups)):
             mean, hess = (self.optimizer.state[p][name] for name in ("mean", "hess"))
             noise = torch.empty(p.shape)
             if key is not None:
                 fill_normal(key, [(noise, position, 0)])
-                mean = mean + noise / (now["ess"] * hess).sqrt()
+                mean = mean + noise / (group["ess"] * (hess + group["weight_decay"])).sqrt()
             found.append(mean.to(p.dtype))
         return found
 
@@ -160,7 +186,7 @@ def test_any_order_of_calls_leaves_one_draw_or_the_mean(
     for what in calls:
         before = model.state()
         model.call(what)
-        if what != "step":
+        if what not in STEPS:
             assert same(model.state(), before), what
         for p, wanted in zip(values(model.parameters), model.expected()):
             torch.testing.assert_close(p, wanted, rtol=ROUNDING[p.dtype], atol=ROUNDING[p.dtype])
