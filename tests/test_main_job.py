@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import same
+from transformers import PreTrainedTokenizerBase
 
 import varlora
 from varlora import metrics
@@ -62,6 +64,21 @@ def test_the_run_directory_holds_what_the_architecture_says(run_dir):
     logged = [json.loads(line) for line in (run_dir / "training.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3]
     assert all(entry["sigma"] > 0 for entry in logged if "loss" in entry)
+
+
+def test_each_prompt_is_tokenised_once_however_many_epochs_there_are(base, tmp_path, monkeypatch):
+    prompts: list[str] = []
+    call = PreTrainedTokenizerBase.__call__
+
+    def spy(self, text, *args, **kwargs):
+        prompts.extend([text] if isinstance(text, str) else text)
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", spy)
+    train(settings_from({**base, "run_dir": str(tmp_path / "run"), "steps": 7, "batch_size": 2}), say=silent)
+    long = Counter(prompt for prompt in prompts if "Context:" in prompt)
+    assert len(long) == 3
+    assert set(long.values()) == {1}
 
 
 def test_signs_that_a_scale_does_not_suit_are_said_at_the_end(base, tmp_path):
