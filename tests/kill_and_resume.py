@@ -3,22 +3,25 @@
     python kill_and_resume.py FOLDER SEED
     python kill_and_resume.py FOLDER SEED --random RANKS
     python kill_and_resume.py FOLDER SEED --stop RANK
+    python kill_and_resume.py FOLDER SEED --spoil
 
 For each method, FOLDER then holds the run `<method>/whole` and, for each way to die, a run that died and was resumed.
 With `--random` it holds one run with IVON, `whole`, and the same one, `killed`, which died 20 times at random moments;
-with `--stop`, of two ranks, `killed` was stopped by a SIGTERM to one.
+with `--stop`, of two ranks, `killed` was stopped by a SIGTERM to one; with `--spoil`, `0`, `1` and `01` had a loss that
+was not finite, of these of two ranks.
 The children share no state but the imports, which are what takes long.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,19 @@ def die_at(moment: int, number: int = signal.SIGKILL) -> None:
     sys.addaudithook(audit)
 
 
+def spoil(step: int) -> None:
+    """Make a loss of one step infinite; its gradients stay as they are."""
+    compute_loss = trainer.MethodTrainer.compute_loss
+
+    def spoiled(self: Any, *arguments: Any, **more: Any) -> Any:
+        found = compute_loss(self, *arguments, **more)
+        if self.state.global_step + 1 == step:
+            self.varlora_watch.losses[-1] = self.varlora_watch.losses[-1] + math.inf
+        return found
+
+    trainer.MethodTrainer.compute_loss = spoiled
+
+
 def run(run_dir: Path, method: str, resume: bool, steps: int = STEPS) -> None:
     model = helpers.tiny_model(dropout=0.1)
     settings: dict[str, Any] = {"steps": steps, "batch_size": 2, "accumulation": ACCUMULATION}
@@ -112,7 +128,9 @@ def in_a_child(run_dir: Path, method: str, resume: bool = False, death: str | No
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def start(rank: int, ranks: int, port: int, run_dir: Path, steps: int, moment: int | None, number: int) -> int:
+def start(
+    rank: int, ranks: int, port: int, run_dir: Path, steps: int, moment: int | None, number: int, spoiled: bool
+) -> int:
     """Go on with a run in a child, which gets a signal at a moment, as one of several ranks; return its process."""
     child = os.fork()
     if child == 0:
@@ -123,6 +141,8 @@ def start(rank: int, ranks: int, port: int, run_dir: Path, steps: int, moment: i
                 os.environ |= {name: str(value) for name, value in of_all.items()} | {"MASTER_ADDR": "127.0.0.1"}
             if moment is not None:
                 die_at(moment, number)
+            if spoiled:
+                spoil(step=4)
             run(run_dir, "ivon", resume=True, steps=steps)
         except Interrupted:
             os._exit(STOPPED)
@@ -140,12 +160,16 @@ def go_on(
     moment: int | None = None,
     number: int = signal.SIGKILL,
     steps: int = LONG,
+    spoiled: Sequence[int] = (),
 ) -> list[int]:
     """Go on with a run; return how each rank ended. With a victim of SIGKILL the others are killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [start(r, ranks, port, run_dir, steps, moment if r == victim else None, number) for r in range(ranks)]
+    children = [
+        start(rank, ranks, port, run_dir, steps, moment if rank == victim else None, number, rank in spoiled)
+        for rank in range(ranks)
+    ]
     ended = {victim: os.waitpid(children[victim], 0)[1]}
     for rank, child in enumerate(children):
         if rank != victim:
@@ -174,6 +198,13 @@ def stop_one_of_two(folder: Path, victim: int) -> None:
     assert go_on(folder / "killed", 2, steps=STEPS) == [0, 0]
 
 
+def spoil_one_of_two(folder: Path) -> None:
+    for spoiled in ((0,), (1,), (0, 1)):
+        run_dir = folder / "".join(map(str, spoiled))
+        run_dir.mkdir()
+        assert go_on(run_dir, 2, steps=STEPS, spoiled=spoiled) == [0, 0]
+
+
 def main(folder: Path, seed: int) -> None:
     helpers.base_folder()
     for method in METHODS:
@@ -193,5 +224,8 @@ if __name__ == "__main__":
     elif "--stop" in sys.argv:
         helpers.base_folder()
         stop_one_of_two(Path(sys.argv[1]), int(sys.argv[4]))
+    elif "--spoil" in sys.argv:
+        helpers.base_folder()
+        spoil_one_of_two(Path(sys.argv[1]))
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -258,6 +258,18 @@ def test_a_signal_to_one_of_two_ranks_stops_both_after_a_checkpoint(rank, tmp_pa
     assert helpers.outcome(tmp_path / "killed") == helpers.outcome(tmp_path / "whole")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_step_that_is_not_finite_on_one_of_two_ranks_is_left_out_on_both(tmp_path):
+    """The loss alone is not: gradients are averaged, and one that is not finite would be seen on both."""
+    command = [sys.executable, Path(kill_and_resume.__file__), tmp_path, "0", "--spoil"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    outcomes = [helpers.outcome(tmp_path / name) for name in ("0", "1", "01")]
+    for outcome in outcomes:
+        assert [line.get("not_finite_steps") for line in outcome.pop("log")] == [None, None, None, *[1] * 5]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
 SMALL = 'mount -t tmpfs -o size=4m tmpfs "$1" && exec "$2" "$3" "$1" "$4"'
 
 
