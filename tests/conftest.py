@@ -9,10 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks when a kernel is defined, that is at its import
-
 
 def shared_folder() -> Path:
     """Return the folder of development data and models (`$VARLORA_SHARED` or `../shared`), whether it exists or not."""
