@@ -483,7 +483,7 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, value in ((str(name), value) for name, value in arguments.items()):
         if name in ("deepspeed", "fsdp") and value:
-            problems.append(_spreads(f"`training_arguments.{name}`"))
+            problems.append(_spreads(f"`training_arguments.{name}`", "Leave it out"))
         elif name in OURS:
             problems.append(f"`training_arguments.{name}` is set by `{OURS[name]}`. Set that and leave this out.")
         elif name not in known:
@@ -493,17 +493,17 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _spreads(what: str) -> str:
+def _spreads(what: str, remedy: str) -> str:
     return (
-        f"{what} would spread the adapter over processes, and a run keeps it whole. Leave it out, or use "
-        "`varlora.IVON` in a script of your own, as docs/distributed.md shows."
+        f"{what} would spread the adapter over processes, and a run keeps it whole. {remedy}, or use `varlora.IVON` in "
+        "a script of your own, as docs/distributed.md shows."
     )
 
 
 def _arguments(**values: Any) -> TrainingArguments:
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # of `accelerate launch`
         if parse_flag_from_env(name):
-            raise ConfigError([_spreads(f"`{name}` in the environment")])
+            raise ConfigError([_spreads(f"`{name}` in the environment", "Start with `torchrun`")])
     try:
         return TrainingArguments(**values)
     except (ImportError, TypeError, ValueError) as error:  # transformers' message says which field and why

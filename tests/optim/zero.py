@@ -7,6 +7,7 @@ FOLDER/CASE-RANK.safetensors. `alone` is what a process that has everything ends
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
@@ -46,7 +47,9 @@ class Model(PreTrainedModel):
         self.layers[0].bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> SequenceClassifierOutput:
-        out = self.layers(x.to(self.layers[0].weight.dtype))
+        out = x
+        for layer in self.layers:
+            out = layer(out.to(layer.weight) if hasattr(layer, "weight") else out)
         return SequenceClassifierOutput(loss=(out - x[:, :7].to(out)).square().mean(), logits=out)
 
 
@@ -104,13 +107,15 @@ def make_optimizer(model: nn.Module, kind: str, **settings: Any) -> IVON:
     """One with a group for each layer, or with one for all."""
     *first, last = model.named_parameters()
     groups: list[Any] = [{"params": first}, {"params": [last], "lr": 0.02}]
-    return IVON(groups if kind == "groups" else [*first, last], **shards.SETTINGS, **settings)
+    in_groups = kind in ("groups", "again", "types")
+    return IVON(groups if in_groups else [*first, last], **shards.SETTINGS, **settings)
 
 
 def alone(way: str, kind: str) -> dict[str, Tensor]:
     model = Model(PreTrainedConfig())
     optimizer = make_optimizer(model, kind)
     recorder = Recorder(model, optimizer)
+    model.layers[0].weight.requires_grad_(kind != "frozen")
     for number in range(STEPS * BATCHES):
         optimizer.train()
         (model(batch(number)).loss / BATCHES).backward()
@@ -147,11 +152,15 @@ def by_engine(stage: int, kind: str, do: str, rank: int, world: int, folder: Pat
     import deepspeed
 
     model = Model(PreTrainedConfig())
+    if kind == "again":
+        train_and_destroy(model, stage)
     optimizer = make_optimizer(model, kind)
     if kind == "groups":
         optimizer.mean_sigma()  # which makes a state of the parameters, before DeepSpeed takes them
+        model, optimizer = copy.deepcopy((model, optimizer))
     recorder = Recorder(model, optimizer)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, kind))[0]
+    model.layers[0].weight.requires_grad_(kind != "frozen")  # after DeepSpeed took it
     if do == "load":
         engine.load_checkpoint(folder)
     for number in range(SAVED * BATCHES if do == "load" else 0, (SAVED if do == "save" else STEPS) * BATCHES):
@@ -172,6 +181,23 @@ def by_engine(stage: int, kind: str, do: str, rank: int, world: int, folder: Pat
     if do == "check":
         check_what_goes_wrong(engine, optimizer, rank)
     return found
+
+
+def train_and_destroy(model: Model, stage: int) -> None:
+    """Train, with all parameters in one group and none frozen, and leave the weights as they were."""
+    import deepspeed
+
+    before = copy.deepcopy(model.state_dict())
+    model.layers[0].bias.requires_grad_(True)
+    optimizer = make_optimizer(model, "plain")
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, "plain"))[0]
+    for number in range(BATCHES):
+        optimizer.train()
+        engine.backward(engine(batch(number)).loss)
+        engine.step()
+    engine.destroy()
+    model.layers[0].bias.requires_grad_(False)
+    model.load_state_dict(before)
 
 
 def by_accelerate(stage: int, kind: str, do: str, rank: int, world: int, folder: Path) -> dict[str, Tensor]:
@@ -298,10 +324,17 @@ def by_refusal(stage: int, kind: str, do: str, rank: int, world: int, folder: Pa
     model: Any = Model(PreTrainedConfig())
     if kind == "robin":  # of three ranks, each finds its own part in order
         model = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in (12, 6, 6, 12))
+    if kind == "types":
+        model.layers[2].bfloat16()
     extra: dict[str, Any] = {"samples": {"mc_samples": 2}, "own": {"noise_per_rank": True}}.get(kind, {})
     optimizer = make_optimizer(model, kind, **extra)
     if kind == "late":
         optimizer.train()
+    if kind == "second":
+        deepspeed.initialize(model=model, optimizer=make_optimizer(model, kind), config=config(stage, kind))[
+            0
+        ].destroy()
+        kept = deepspeed.initialize(model=model, optimizer=make_optimizer(model, kind), config=config(stage, kind))[0]
 
     expected = {
         "samples": (ValueError, "`mc_samples=1` with DeepSpeed's ZeRO"),
@@ -309,17 +342,21 @@ def by_refusal(stage: int, kind: str, do: str, rank: int, world: int, folder: Pa
         "robin": (RuntimeError, "Set `round_robin_gradients`"),
         "plain": (RuntimeError, "as DeepSpeed does at stage 3"),
         "late": (RuntimeError, "had drawn nothing and loaded no state before DeepSpeed"),
-        "groups": (RuntimeError, "one after the other and nothing was drawn before"),
+        "groups": (RuntimeError, "one after the other, and nothing was drawn before"),
+        "types": (RuntimeError, "one after the other, and nothing was drawn before"),
+        "second": (RuntimeError, "some are in none, as another engine of DeepSpeed had the model"),
     }
     error, words = expected[kind]
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, kind))[0]
-    if kind == "groups":
+    if kind == "second":
+        kept.destroy()  # and with it all notes at the parameters
+    if kind in ("groups", "types"):
         for _ in range(BATCHES - 1):
             engine.backward(engine(batch(0)).loss)
             engine.step()
         engine.backward(engine(batch(0)).loss)
     with pytest.raises(error, match=words):
-        engine.step() if kind == "groups" else optimizer.train()
+        engine.step() if kind in ("groups", "types") else optimizer.train()
     return {}
 
 

@@ -205,8 +205,10 @@ class Bucket:
         self.hess_aside: Tensor | None = None
         self.arriving: list[Tensor | None] = [None] * len(parameters)
         self.hooks: list[Any] = []
-        first = parameters[:1] if partitions is None else [partitions.first]  # a partition itself sees nothing arrive
-        for i, p in enumerate(parameters if self.watches else first):
+        watched = parameters if self.watches else parameters[:1]
+        if partitions is not None:  # which see nothing arrive themselves
+            watched = [] if partitions.first is None else [partitions.first]
+        for i, p in enumerate(watched):
             if self.watches:
                 self.hooks.append(p.register_hook(_weakly(self._arrives, i)))
             self.hooks.append(p.register_post_accumulate_grad_hook(_weakly(self._has_arrived, i)))

@@ -178,7 +178,7 @@ class IVON(torch.optim.Optimizer):
         # All changed in place: wrappers like Lightning's copy no more than the reference.
         self._buckets: list[Bucket] = []
         self._open = _Open()
-        self._given: list[weakref.ref[Tensor]] = []  # the parameters as they were given, of which some may be no more
+        self._given: list[list[weakref.ref[Tensor]]] = []  # the groups as they were given; some may be no more
         self._process_group = process_group
         settings = {
             "lr": lr,
@@ -231,7 +231,7 @@ class IVON(torch.optim.Optimizer):
             raise
         for name in ("seed", "draws", "eval_draws", "skipped", "drawn", "used", "strayed", "perturbed", "averages"):
             group[name] = first[name]
-        self._given += map(weakref.ref, group["params"])
+        self._given.append(list(map(weakref.ref, group["params"])))
 
     # --- the posterior -----------------------------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ class IVON(torch.optim.Optimizer):
 
     def _perturb(self, new: bool) -> None:
         """θ = m + σε, with new noise or that of the current draw."""
-        buckets, now = self._ready(), self.param_groups[0]
+        buckets, now = self._ready(adopt=False), self.param_groups[0]
         if new:
             self._agree()
             self._set(draws=now["draws"] + 1, drawn=now["drawn"] + 1, used=False)
@@ -402,11 +402,16 @@ class IVON(torch.optim.Optimizer):
         the curvature estimate and let the ranks' posteriors drift apart.
         """
         if not self._agreed and ranks(self._process_group)[1] > 1:
-            device = next(p.device for group in self.param_groups for p in group["params"])
+            device = self._told_on(next(p.device for group in self.param_groups for p in group["params"]))
             seed = torch.tensor(self.param_groups[0]["seed"] & (1 << 63) - 1, device=device)
             dist.broadcast(seed, group=self._process_group, group_src=0)
             self._set(seed=int(seed.item()))
             self._agreed = True
+
+    def _told_on(self, device: torch.device) -> torch.device:
+        """Return where ranks tell one another what is on a device: DeepSpeed may have its partitions on the CPU."""
+        first = None if self._partitions is None else self._partitions.first
+        return device if first is None else first.device
 
     def _show(self, perturbed: bool) -> None:
         """Put into the parameters what belongs there: an evaluation draw, else the training draw, else the mean."""
@@ -513,7 +518,9 @@ class IVON(torch.optim.Optimizer):
         for note in notes[1:]:
             torch.maximum(notes[0], note.to(notes[0].device, non_blocking=True), out=notes[0])
         if any(bucket.sharded for bucket in buckets):
-            dist.all_reduce(notes[0], dist.ReduceOp.MAX, group=self._process_group)
+            told = notes[0].to(self._told_on(notes[0].device))
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._process_group)
+            notes[0].copy_(told, non_blocking=True)
         for note in notes[1:]:
             note.copy_(notes[0], non_blocking=True)
         return not others or not notes[0].item()
@@ -586,7 +593,7 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("strayed", False)
         self.__dict__.setdefault("_buckets", []).clear()
         self.__dict__.setdefault("_open", _Open())
-        self.__dict__.setdefault("_given", [])
+        self.__dict__.setdefault("_given", [list(map(weakref.ref, group["params"])) for group in self.param_groups])
         if self.state and self.param_groups[0]["perturbed"]:
             self._ready()  # a backward pass may come next, which the buckets watch
 
@@ -669,11 +676,11 @@ class IVON(torch.optim.Optimizer):
 
     def _find_partitions(self) -> Partitions | None:
         """Return what DeepSpeed's ZeRO has put in the place of the parameters; raise if it comes too late for that."""
-        given = [reference() for reference in self._given]
+        given = [[reference() for reference in group] for group in self._given]
         found = partitions_of(given, [p for group in self.param_groups for p in group["params"]])
         if found is not None:
-            before = [p for p in given if p is not None and p in self.state]
-            if self.param_groups[0]["draws"] and before:
+            before = [p for group in given for p in group if p is not None and p in self.state]
+            if before and (self.param_groups[0]["draws"] or self._open.eval_key is not None):
                 raise RuntimeError(
                     "Expected an optimizer that had drawn nothing and loaded no state before DeepSpeed took its "
                     "parameters, but it had. Pass a new one to `deepspeed.initialize`, and load a checkpoint after it."
