@@ -80,10 +80,16 @@ class MethodTrainer(CheckpointTrainer):
         if self.accelerator.distributed_type is not DistributedType.NO:  # gradients may be sharded
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        parameters, bound = list(self.varlora_watch.params.values()), self.args.max_grad_norm
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if norm.device.type != "cpu" or norm + 1e-6 > bound:  # a CPU knows at once where there is nothing to clip
-            nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+        parameters, bound = self.varlora_watch.params.values(), self.args.max_grad_norm
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if {gradient.device.type for gradient in gradients} == {
+            "cpu"
+        }:  # to torch's bits, without its sorting by device
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            if norm + 1e-6 > bound:  # as a CPU knows at once
+                torch._foreach_mul_(gradients, bound / (norm + 1e-6))
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, bound)
         self.varlora_watch.norm = norm
         return norm
 
