@@ -157,7 +157,7 @@ def test_the_kernels_noise_is_that_of_torch_to_rounding() -> None:
 def test_threads_share_everything_out_once(threads: int) -> None:
     made, _, _ = kernels()
     for indices in (range(len(SIZES)), [6], [1, 4, 6]):
-        segments, of_segment, starts, shares = made.segments(tuple(indices), threads)
+        segments, of_segment, starts, shares, _ = made.segments(tuple(indices), threads)
         assert shares[0] == 0
         assert shares[-1] == len(segments)
         assert shares == sorted(shares)

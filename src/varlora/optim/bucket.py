@@ -13,8 +13,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
     from . import gpu
     from .zero import Partitions
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 __all__ = ["EVAL", "TRAIN", "Bucket", "capturing", "kernels_for", "make_buckets", "place_of", "plain"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
@@ -39,11 +41,17 @@ _CHUNK = 1 << 20
 TRAIN, EVAL = 0, 1
 
 
-@contextmanager
-def plain() -> Iterator[None]:
-    """Neither a graph nor inference tensors, whatever the caller is in the middle of."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+def plain(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function work with neither a graph nor inference tensors, whatever its caller is in the middle of."""
+
+    @functools.wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return inner
 
 
 def capturing() -> bool:
@@ -120,7 +128,7 @@ class Bucket:
     and none for others.
     """
 
-    @plain()
+    @plain
     def __init__(
         self,
         group: dict[str, Any],
@@ -278,7 +286,7 @@ class Bucket:
         own = [ranks(self.process_group)[0]] if self.group["noise_per_rank"] else []
         return mix(self.group["seed"], TRAIN, self.group["draws"] - 1, *own)
 
-    @plain()
+    @plain
     def next_draw(self) -> None:
         """Go on to the next training draw, which the group has counted."""
         if self.gpu_step is not None:  # counts for itself, in a CUDA graph as well
@@ -299,7 +307,7 @@ class Bucket:
 
     # --- parameters ---
 
-    @plain()
+    @plain
     def to_mean(self, indices: Iterable[int] | None = None) -> None:
         """Put the mean into all parameters, or into some."""
         chosen = range(len(self.parameters)) if indices is None else list(indices)
@@ -308,7 +316,7 @@ class Bucket:
             torch._foreach_copy_([shards[i] for i in chosen], [self.views["mean"][i] for i in chosen])
         self._written(chosen)
 
-    @plain()
+    @plain
     def to_draw(self, key: int | None = None) -> None:
         """Put θ = m + σε into the parameters, with the ε of the training draw or of a key."""
         shards = self.shards
@@ -349,7 +357,7 @@ class Bucket:
         for i in indices:
             self.versions[i] = shards[i].data_ptr(), shards[i]._version
 
-    @plain()
+    @plain
     def adopt_outside_changes(self) -> None:
         """Make values that others wrote into the parameters, a loaded checkpoint, the mean.
 
@@ -362,7 +370,7 @@ class Bucket:
                     mean.copy_(p)
                 self.versions[i] = version
 
-    @plain()
+    @plain
     def follow_weight_decay(self) -> None:
         """Where δ was lowered and h is below 0, let h + δ fall to its half at the most, as in a step, and not to 0."""
         delta = self.group["weight_decay"]
@@ -376,7 +384,7 @@ class Bucket:
         h, ess, delta = self.hess[lo:hi], self.group["ess"], self.group["weight_decay"]
         return torch.add(h, delta, out=out).mul_(ess) if delta else torch.mul(h, ess, out=out)
 
-    @plain()
+    @plain
     def moments(self) -> list[tuple[Tensor, Tensor]]:
         """Return mean (a view) and standard deviation (a new tensor) of each parameter, sharded as it is."""
         found = []
@@ -390,21 +398,23 @@ class Bucket:
     def runs(self) -> Iterator[_Run]:
         """Yield what is updated together."""
         for chunk in self.chunks:
-            start = self.spans[chunk[0]][0]
-            run: _Run | None = None
+            indices: list[int] = []
             for i in chunk:
                 if self.parameters[i].grad is None:
                     continue
-                (lo, hi), t = self.spans[i], self.states[i]["step"] + 1
-                if run and (run.hi, run.t) == (lo, t):
-                    run.indices.append(i)
-                    run = run._replace(hi=hi)
-                else:
-                    if run:
-                        yield run
-                    run = _Run(start, lo, hi, [i], t)
-            if run:
-                yield run
+                if indices and not self._follows(i, indices[-1]):
+                    yield self._run(chunk, indices)
+                    indices = []
+                indices.append(i)
+            if indices:
+                yield self._run(chunk, indices)
+
+    def _follows(self, i: int, before: int) -> bool:
+        return self.spans[before][1] == self.spans[i][0] and self.states[before]["step"] == self.states[i]["step"]
+
+    def _run(self, chunk: Sequence[int], indices: list[int]) -> _Run:
+        lo, hi = self.spans[indices[0]][0], self.spans[indices[-1]][1]
+        return _Run(self.spans[chunk[0]][0], lo, hi, indices, self.states[indices[0]]["step"] + 1)
 
     def _gather(self, run: _Run) -> Tensor:
         """Return ĝ of a run, in the third scratch buffer."""
@@ -416,7 +426,7 @@ class Bucket:
         """Whether a parameter has a gradient."""
         return any(p.grad is not None for p in self.parameters)
 
-    @plain()
+    @plain
     def gradients_are_finite(self) -> bool:
         """Return whether all gradients are finite; true if there is none."""
         there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
@@ -441,7 +451,7 @@ class Bucket:
                 "`capturable` and the graph out."
             )
 
-    @plain()
+    @plain
     def look_at_gradients(self) -> Tensor:
         """Return, on the device, whether a gradient is not finite: what `update` will ask."""
         assert self.gpu_step is not None
@@ -454,26 +464,26 @@ class Bucket:
         self.gpu_step.look(self.looked_at)
         return self.gpu_step.bad
 
-    @plain()
+    @plain
     def read_back(self) -> None:
         """Wait for the device, and note here how many draws it has made and how many steps it has left out."""
         if self.gpu_step is not None:
             self.group["draws"], self.group["skipped"] = self.gpu_step.counters.tolist()
 
-    @plain()
+    @plain
     def begin_step(self) -> None:
         """Forget the gradients of earlier draws."""
         if self.watches:
             self.sums.zero_()
 
-    @plain()
+    @plain
     def unscale_gradients(self, scale: Tensor) -> None:
         """Divide the gradients by a GradScaler's scale."""
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.div_(scale.to(p.device))
 
-    @plain()
+    @plain
     def set_gradients_aside(self) -> None:
         """Before another of several draws: clear the gradients, and keep them in case that draw has none, or fails."""
         self.aside = [p.grad for p in self.parameters]
@@ -482,7 +492,7 @@ class Bucket:
             if gradient is not None:
                 gradient.zero_()
 
-    @plain()
+    @plain
     def fold_gradients(self, draws: int) -> None:
         """After one of several draws: add its gradient and curvature up, and show the average gradient so far."""
         for run in self.runs():
@@ -495,7 +505,7 @@ class Bucket:
                 p.grad = gradient
         self._show_average(draws)
 
-    @plain()
+    @plain
     def take_gradients_back(self, draws: int) -> None:
         """After a draw that failed: show the average gradient of those before it."""
         for p, gradient in zip(self.parameters, self.aside):
@@ -516,7 +526,7 @@ class Bucket:
         _check_dense([gradient])
         self.arriving[i] = gradient.detach()
 
-    @plain()
+    @plain
     def _has_arrived(self, i: int, p: Tensor) -> None:
         """Add up a micro-batch's own gradient and curvature, now that it is sure to count, where that is asked for.
 
@@ -534,7 +544,7 @@ class Bucket:
         self.hess_sum[lo:hi] += self._to_curvature(ghat, slice(lo, hi))
         self.group["used"] = True
 
-    @plain()
+    @plain
     def reduce(self) -> None:
         """Average over ranks what was added up on each, as their gradients were."""
         count = ranks(self.process_group)[1]
@@ -573,7 +583,7 @@ class Bucket:
 
     # --- Algorithm 1 ---
 
-    @plain()
+    @plain
     def update(self, draws: int) -> None:
         """Move every parameter that has a gradient, and put the mean into all.
 

@@ -266,6 +266,7 @@ class IVON(torch.optim.Optimizer):
 
     # --- draws -------------------------------------------------------------------------------------------------------
 
+    @plain
     def train(self) -> None:
         """Put a draw from the posterior into the parameters: call it before the forward pass of each micro-batch."""
         buckets, now = self._to_train("train()"), self.param_groups[0]
@@ -280,8 +281,9 @@ class IVON(torch.optim.Optimizer):
         new = now["drawn"] == 0 or (used and now["drawn"] < now["mc_samples"])
         if new or not now["perturbed"]:
             self._set(averages=False)
-            self._perturb(new)
+            self._perturb(buckets, new)
 
+    @plain
     def eval(self) -> None:
         """Put the mean into the parameters: call it before an evaluation."""
         if self.param_groups[0]["perturbed"]:
@@ -311,7 +313,7 @@ class IVON(torch.optim.Optimizer):
                 bucket.set_gradients_aside()
         try:
             self._open.adds = several
-            self._perturb(new=drawn < now["mc_samples"])
+            self._perturb(buckets, new=drawn < now["mc_samples"])
             yield
         except BaseException:
             self._show(perturbed=False)
@@ -377,9 +379,9 @@ class IVON(torch.optim.Optimizer):
         self._set(strayed=False)
         return True
 
-    def _perturb(self, new: bool) -> None:
+    def _perturb(self, buckets: Sequence[Bucket], new: bool) -> None:
         """θ = m + σε, with new noise or that of the current draw."""
-        buckets, now = self._ready(adopt=False), self.param_groups[0]
+        now = self.param_groups[0]
         if new:
             self._agree()
             self._set(draws=now["draws"] + 1, drawn=now["drawn"] + 1, used=False)
@@ -394,7 +396,7 @@ class IVON(torch.optim.Optimizer):
             bucket.to_draw()
         self._show_partitions()
 
-    @plain()
+    @plain
     def _agree(self) -> None:
         """Take the first rank's seed, once, before anything is drawn with it.
 
@@ -431,6 +433,7 @@ class IVON(torch.optim.Optimizer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
+    @plain
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the posterior by one step of Algorithm 1 and put its mean into the parameters.
 
@@ -495,7 +498,7 @@ class IVON(torch.optim.Optimizer):
         self._set(drawn=0, strayed=False)
         return sum(losses) / len(losses) if losses and losses[0] is not None else None
 
-    @plain()
+    @plain
     def _makes_state(self) -> bool:
         """Whether this is no step: a checkpoint's reader makes one with gradients of zero, so that there is a state."""
         groups = self.param_groups
@@ -504,7 +507,7 @@ class IVON(torch.optim.Optimizer):
             whole(p.grad.any()).item() for group in groups for p in group["params"] if p.grad is not None
         )
 
-    @plain()
+    @plain
     def _gradients_are_finite(self, buckets: Sequence[Bucket]) -> bool:
         """Return whether all gradients are finite, those of other ranks' shards included.
 

@@ -108,22 +108,24 @@ class Kernels:
 
     def finite(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> bool:
         """Return whether all numbers of contiguous float32 gradients are finite."""
-        return all(self._run("ivon_finite", 0, indices, gradients, gradients, Settings()))
+        return all(self._run("ivon_finite", 0, indices, None, gradients, Settings()))
 
     def _run(
         self,
         name: str,
         key: int,
         indices: Sequence[int],
-        out: Sequence[Tensor],
+        out: Sequence[Tensor] | None,
         gradients: Sequence[Tensor] | None,
         settings: Settings,
     ) -> list[int]:
         """Call a kernel for some parameters, shared out to as many threads as torch uses."""
-        segments, of_segment, starts, shares = self.segments(tuple(indices), torch.get_num_threads())
-        segments[:, 4] = torch.tensor([x.data_ptr() for x in out], device="cpu")[of_segment] + starts
-        if gradients is not None:
-            segments[:, 5] = torch.tensor([x.data_ptr() for x in gradients], device="cpu")[of_segment] + starts
+        segments, of_segment, starts, shares, known = self.segments(tuple(indices), torch.get_num_threads())
+        for column, tensors in ((4, out), (5, gradients)):
+            addresses = None if tensors is None else [x.data_ptr() for x in tensors]
+            if addresses is not None and known.get(column) != addresses:
+                known[column] = addresses
+                segments[:, column] = torch.tensor(addresses, device="cpu")[of_segment] + starts
         row, state = 8 * segments.shape[1], [x.data_ptr() for x in self.flat[:3]]
         works = [
             _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
@@ -131,12 +133,14 @@ class Kernels:
         ]
         return _run_all(name, works)
 
-    def _segments(self, indices: tuple[int, ...], threads: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def _segments(
+        self, indices: tuple[int, ...], threads: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], dict[int, list[int]]]:
         """Share some parameters out to threads; to one if they are small.
 
         Returns:
             The table of `Segment`, which of the indices each is of, by how many bytes it starts after that one's first
-            element, and where each thread's share of the table begins and ends.
+            element, where each thread's share of the table begins and ends, and what addresses its columns have.
         """
         numel = sum(piece.numel for i in indices for piece in self.flat.pieces[i])
         threads = threads if numel > ALONE else 1
@@ -152,7 +156,7 @@ class Kernels:
                 before += count
         of_segment, within, starts = torch.tensor(of_row, dtype=torch.int64, device="cpu").view(-1, 3).T.contiguous()
         shares = [0, *(bisect.bisect_left(starts.tolist(), cut) for cut in cuts), len(rows)]
-        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 6), of_segment, 4 * within, shares
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 6), of_segment, 4 * within, shares, {}
 
 
 # --- threads

@@ -134,7 +134,7 @@ class Partitions:
         """The first of the model's parameters that are trained."""
         self._check(absent, misplaced)
 
-    @plain()
+    @plain
     def _check(self, absent: bool, misplaced: bool) -> None:
         """Raise on all ranks if a partition is absent on one, or a parameter is not where it should be, or nowhere.
 
@@ -187,7 +187,7 @@ class Partitions:
             found.append(Piece(lo + end, flat.numel() - end, self.padding_position, end))
         return found
 
-    @plain()
+    @plain
     def show(self) -> None:
         """Put what is in the partitions into the model, on all ranks: all of them have to call this."""
         for lot in self.lots:
@@ -195,7 +195,7 @@ class Partitions:
             torch._foreach_copy_(lot.parameters, lot.together(self.flats, lot.buffer))
         torch.clear_autocast_cache()  # in whose context the next pass would else be that of the values before
 
-    @plain()
+    @plain
     def whole(self, values: Iterable[Tensor]) -> dict[int, Tensor]:
         """Return what all ranks have of values like the partitions, by the parameters' positions: call it on all."""
         flats = list(values)
