@@ -185,15 +185,17 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a step out whose losses or gradients are not finite."""
-        norms, self.norm = [] if self.norm is None else [self.norm.float()], None
+        norms, self.norm = [] if self.norm is None else [self.norm], None
         if not norms and (gradients := [p.grad for p in self.params.values() if p.grad is not None]):
             norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-        total = torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum()
+        values = [*norms, *self.losses]
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
+            total = torch.stack([value.float() for value in values]).sum()
             told = torch.stack([total, torch.full_like(total, self.asked)])
             dist.all_reduce(told)
-            total, self.stop = told[0], bool(told[1])
-        finite = math.isfinite(total.item())
+            finite, self.stop = math.isfinite(told[0].item()), bool(told[1])
+        else:
+            finite = all(math.isfinite(value.item()) for value in values)
         self.losses.clear()
         if not finite:
             if not args.fp16:  # with loss scaling, the scaler has to see the overflow; it leaves the step out itself
