@@ -47,7 +47,7 @@ def test_the_whole_step_costs_as_much_as_with_adamw() -> None:
 
 
 def test_little_of_a_training_run_is_outside_of_what_it_is_for() -> None:
-    """The bound is kept with 16 rows a batch, and just missed with 4, as the page says."""
+    """The bound is kept with 16 rows a batch, and missed by a tenth with 4, as the page says."""
     found = result("training_profile")
     few, many = (found["batch_size"][size] for size in ("4", "16"))
     for of in (few, many):
