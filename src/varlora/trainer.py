@@ -82,11 +82,10 @@ class MethodTrainer(CheckpointTrainer):
         self.accelerator.unscale_gradients()
         parameters, bound = self.varlora_watch.params.values(), self.args.max_grad_norm
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if {gradient.device.type for gradient in gradients} == {
-            "cpu"
-        }:  # to torch's bits, without its sorting by device
+        if gradients and all(gradient.device.type == "cpu" for gradient in gradients):
+            # As torch does, but for its sorting by device and type, and where there is nothing to clip.
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            if norm + 1e-6 > bound:  # as a CPU knows at once
+            if norm + 1e-6 > bound:
                 torch._foreach_mul_(gradients, bound / (norm + 1e-6))
         else:
             norm = nn.utils.clip_grad_norm_(parameters, bound)
@@ -185,17 +184,15 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a step out whose losses or gradients are not finite."""
-        norms, self.norm = [] if self.norm is None else [self.norm], None
+        norms, self.norm = [] if self.norm is None else [self.norm.float()], None
         if not norms and (gradients := [p.grad for p in self.params.values() if p.grad is not None]):
             norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-        values = [*norms, *self.losses]
+        total = torch.stack([*norms, *(loss.float() for loss in self.losses)]).sum()
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
-            total = torch.stack([value.float() for value in values]).sum()
             told = torch.stack([total, torch.full_like(total, self.asked)])
             dist.all_reduce(told)
-            finite, self.stop = math.isfinite(told[0].item()), bool(told[1])
-        else:
-            finite = all(math.isfinite(value.item()) for value in values)
+            total, self.stop = told[0], bool(told[1])
+        finite = math.isfinite(total.item())
         self.losses.clear()
         if not finite:
             if not args.fp16:  # with loss scaling, the scaler has to see the overflow; it leaves the step out itself
