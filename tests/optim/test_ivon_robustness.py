@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.ivon_helpers import SETTINGS, WAYS, make, make_loss, noise_of, run, same, snapshot, values
+from optim.ivon_helpers import SETTINGS, WAYS, by_closure, make, make_loss, noise_of, run, same, snapshot, values
 from reference.ivon_slow import SlowIVON
 from torch import nn
 
@@ -218,10 +218,13 @@ def test_sampling_under_inference_mode_does_not_break_training(train: bool, samp
         run(optimizer, parameters, range(2), samples, way)
         with torch.inference_mode(), optimizer.sampled_params():
             pass
+    losses = [make_loss(parameters, key) for key in range(samples)]
     with torch.inference_mode():
         optimizer.posterior()
         saved = optimizer.state_dict()
         optimizer.load_state_dict(saved)
+        by_closure(optimizer, losses)
+        assert torch.is_inference_mode_enabled()
     run(optimizer, parameters, range(2), samples)
     assert not any(
         value.is_inference() for p in parameters for name, value in optimizer.state[p].items() if name != "step"

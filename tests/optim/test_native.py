@@ -226,6 +226,33 @@ def test_with_and_without_kernels_agree_to_rounding(approx: str, settings: dict[
 
 
 @pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize("drawn", [False, True])
+def test_an_interrupt_while_addresses_are_noted_leaves_none_that_is_wrong(
+    drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, settings = range(len(SIZES)), native.Settings(**SETTINGS)
+    made, out, _ = kernels()
+    wanted = [torch.empty_like(x) for x in out]
+    kernels()[0].draw(5, every, wanted, settings)
+    made.segments(tuple(every), torch.get_num_threads())
+    before = [torch.zeros_like(x) for x in out]
+    if drawn:
+        made.draw(5, every, before, settings)
+    values = [x.clone() for x in before]
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            made.draw(6, every, out, settings)
+    made.draw(5, every, out, settings)
+    assert same(out, wanted)
+    assert same(before, values)
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
 def test_gradients_of_any_layout_are_read() -> None:
     found = []
     for transposed in (False, True):

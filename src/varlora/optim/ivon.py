@@ -443,7 +443,7 @@ class IVON(torch.optim.Optimizer):
                 contexts, it is called once as things are, and may do nothing: Lightning gives every step a closure.
 
         Returns:
-            The closure's loss, averaged over the samples; None without a closure.
+            The closure's loss, averaged over the samples and without a graph; None without a closure.
 
         Raises:
             RuntimeError: there are gradients, but none was taken at a draw, or one was taken at the mean after it, or

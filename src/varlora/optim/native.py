@@ -124,8 +124,9 @@ class Kernels:
         for column, tensors in ((4, out), (5, gradients)):
             addresses = None if tensors is None else [x.data_ptr() for x in tensors]
             if addresses is not None and known.get(column) != addresses:
-                known[column] = addresses
+                known.pop(column, None)  # in case this is interrupted
                 segments[:, column] = torch.tensor(addresses, device="cpu")[of_segment] + starts
+                known[column] = addresses
         row, state = 8 * segments.shape[1], [x.data_ptr() for x in self.flat[:3]]
         works = [
             _Work(key, segments.data_ptr() + lo * row, hi - lo, *state, settings, self.widest)
