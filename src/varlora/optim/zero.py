@@ -141,12 +141,11 @@ class Partitions:
         All parameters of a group lie in one memory, the first of them at its beginning, and each rank's partition is
         the part of that memory that has the rank's number. So every element of a parameter is in one partition.
         """
-        partial = False
+        partial, ones = False, [torch.ones_like(flat) for flat in self.flats]
         for lot in self.lots:
             told = torch.tensor([absent, misplaced], dtype=torch.int32, device=lot.parameters[0].device)
             dist.all_reduce(told, dist.ReduceOp.MAX, group=lot.process_group)
             absent, misplaced = map(bool, told.tolist())
-            ones = [torch.ones_like(flat) for flat in self.flats]
             partial |= any(bool((x != 1).any()) for x in lot.together(ones, lot.empty(torch.float32)))
         if absent:
             raise RuntimeError(
