@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from . import gpu
     from .zero import Partitions
 
+__all__ = ["EVAL", "TRAIN", "Bucket", "capturing", "kernels_for", "make_buckets", "place_of", "plain"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
-
-__all__ = ["EVAL", "TRAIN", "Bucket", "capturing", "kernels_for", "make_buckets", "place_of", "plain"]
 
 # A bucket holds at most this many elements (a larger parameter has its own).
 _BUCKET = 1 << 24

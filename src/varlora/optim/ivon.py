@@ -372,7 +372,10 @@ class IVON(torch.optim.Optimizer):
         self._set(strayed=False)
 
     def _were_cleared(self, buckets: Sequence[Bucket]) -> bool:
-        """Return whether there are no gradients any more, so that it does not matter where they were taken."""
+        """Return whether there are no gradients any more, so that it does not matter where they were taken.
+
+        Partitions have theirs within a step of DeepSpeed's only: of those it is never known.
+        """
         taken = any(group["used"] or group["strayed"] for group in self.param_groups)  # else nobody has to look
         if not taken or self._partitions is not None or any(bucket.has_gradients for bucket in buckets):
             return False
