@@ -649,19 +649,27 @@ def test_rows_must_exist_and_have_labels(tmp_path):
         fit(helpers.tiny_model(), METHODS[0], rows, tmp_path, pad_token_id=0, steps=1)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @both_methods
-def test_steps_that_walk_over_all_modules_end_in_the_same_bits(method, tmp_path, monkeypatch):
-    """What is left out of a step changes nothing: modes, gradients and clipping are those of the whole walk."""
+def test_steps_that_walk_over_all_modules_end_in_the_same_place(method, kernels, tmp_path, monkeypatch):
+    """What is left out of a step changes nothing: modes, gradients and clipping are those of the whole walk.
+
+    The compiled kernel's norm differs from torch's by rounding, so the bits are the same without it alone.
+    """
     arguments = {"max_grad_norm": 2.7, "logging_steps": 1}
+    if not kernels:
+        monkeypatch.setattr(varlora.trainer, "clip", lambda *_: None)
     helpers.run_fit(helpers.tiny_model(), method, tmp_path / "short", training_arguments=arguments)
     monkeypatch.setattr(varlora.fit, "short_walks", lambda *_: nullcontext())
     monkeypatch.delattr(MethodTrainer, "_clip_grad_norm")
     helpers.run_fit(helpers.tiny_model(), method, tmp_path / "whole", training_arguments=arguments)
     norms = [line["grad_norm"] for line in helpers.logged(tmp_path / "short")]
     assert min(norms) < 2.7 < max(norms)
-    assert norms == [line["grad_norm"] for line in helpers.logged(tmp_path / "whole")]
+    within = 1e-5 if kernels else 0.0
+    assert norms == pytest.approx([line["grad_norm"] for line in helpers.logged(tmp_path / "whole")], rel=within)
     short, whole = (helpers.bits(helpers.reloaded(tmp_path / name)[0]) for name in ("short", "whole"))
-    assert all(torch.equal(short[name], whole[name]) for name in whole)
+    for name, p in whole.items():
+        torch.testing.assert_close(short[name], p, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -72,14 +72,14 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
         "input_ids": _matrix([(*(pad_token_id,) * gap, *row.input_ids) for gap, row in zip(gaps, rows)]),
         "attention_mask": _matrix([(0,) * gap + (1,) * (length - gap) for gap in gaps]),
         "label_tokens": _matrix([(*row.label_tokens, *(0,) * few) for few, row in zip(spare, rows)]),
-        "answer_mask": torch.tensor([[True] * (answers - few) + [False] * few for few in spare]),
-        "labels": torch.tensor([-1 if row.label is None else row.label for row in rows]),
+        "answer_mask": _matrix([(1,) * (answers - few) + (0,) * few for few in spare], "b", torch.bool),
+        "labels": _matrix([(-1 if row.label is None else row.label,) for row in rows]).view(-1),
     }
 
 
-def _matrix(rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Return B rows of length T >= 1 as (B, T) int64, by way of an array: torch takes far longer for nested rows."""
-    return torch.frombuffer(array("q", chain.from_iterable(rows)), dtype=torch.int64).view(len(rows), -1)
+def _matrix(rows: Sequence[tuple[int, ...]], code: str = "q", dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return B rows of length T >= 1 as (B, T), by way of an array: torch takes far longer for nested rows."""
+    return torch.frombuffer(array(code, chain.from_iterable(rows)), dtype=dtype).view(len(rows), -1)
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -313,6 +313,42 @@ def test_a_build_that_is_absent_damaged_or_of_another_version_is_not_used(
     assert find() is None
 
 
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize("share", [0.01, 0.999, 1.001, 100.0])
+def test_gradients_are_clipped_as_torch_does(share: float) -> None:
+    gradients = [torch.randn(size) for size in SIZES]
+    exact = torch.cat(gradients).double().norm().item()
+    before, versions = [gradient.clone() for gradient in gradients], [gradient._version for gradient in gradients]
+    parameters = [nn.Parameter(torch.empty_like(gradient)) for gradient in gradients]
+    for p, gradient in zip(parameters, before):
+        p.grad = gradient.clone()
+    nn.utils.clip_grad_norm_(parameters, share * exact)
+    assert native.clip(gradients, share * exact) == pytest.approx(exact, rel=1e-12)
+    for p, gradient in zip(parameters, gradients):
+        assert p.grad is not None
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-6, atol=0)
+    unchanged, seen = same(gradients, before), [gradient._version for gradient in gradients] != versions
+    assert (unchanged, seen) == (share > 1, share < 1)
+
+
+@pytest.mark.usefixtures("_only_with_kernels")
+@pytest.mark.parametrize(("value", "norm"), [(1e30, 1e30), (math.inf, math.inf), (-math.inf, math.inf)])
+def test_a_norm_beyond_float32_is_the_right_one(value: float, norm: float) -> None:
+    gradients = [torch.zeros(70), torch.tensor([[0.0, value]])]
+    assert native.clip(gradients, 1.0) == pytest.approx(norm, rel=1e-6)
+    assert math.isinf(value) or gradients[1].tolist() == [[0.0, pytest.approx(1.0)]]
+    assert math.isnan(native.clip([torch.tensor([math.nan, 1.0])], 1.0) or 0.0)
+
+
+def test_what_kernels_cannot_read_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.ones(4, 4)
+    for other in (one.half(), torch.ones(4, 4).T[:2], torch.ones(4).expand(4, 4), one.to_sparse()):
+        assert native.clip([one, other], 0.1) is None
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert native.clip([one], 0.1) is None
+    assert torch.equal(one, torch.ones(4, 4))
+
+
 def test_the_structures_are_those_of_the_source() -> None:
     text = re.sub(r"/\*.*?\*/", "", (Path(native.__file__).parent / "native.c").read_text(), flags=re.DOTALL)
     for structure, fields in (("Settings", native.Settings._fields_), ("Work", native._Work._fields_)):

@@ -433,7 +433,7 @@ class Bucket:
         gradients = self.gradients(there)
         if not gradients:
             return True
-        if self.kernels is not None and all(_readable(gradient) for gradient in gradients):
+        if self.kernels is not None and all(native.readable(gradient) for gradient in gradients):
             return self.kernels.finite(there, gradients)
         _check_dense(gradients)
         narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
@@ -637,7 +637,7 @@ class Bucket:
         targets = [shards[i] for i in run.indices]
         out = targets if self.direct else [self.work_views[0][i] for i in run.indices]
         gradients = self.gradients(run.indices)
-        if not all(_readable(gradient) for gradient in gradients):
+        if not all(native.readable(gradient) for gradient in gradients):
             self._gather(run)
             gradients = [self.work_views[2][i] for i in run.indices]
         assert self.kernels is not None
@@ -699,8 +699,3 @@ def _check_dense(gradients: Sequence[Tensor]) -> None:
             f"Expected dense gradients, but got one with layout {sparse}: noise is drawn for all entries, so all have "
             "a gradient. Make the module without sparse gradients, e.g. `nn.Embedding(..., sparse=False)`."
         )
-
-
-def _readable(gradient: Tensor) -> bool:
-    """Whether kernels can read a gradient where it is."""
-    return gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.layout == torch.strided

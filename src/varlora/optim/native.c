@@ -25,7 +25,7 @@
 #define INLINE static inline
 #endif
 
-enum { VERSION = 2, LANES = 16, TILE = 4 * LANES };
+enum { VERSION = 3, LANES = 16, TILE = 4 * LANES };
 
 /* Some of a parameter's elements, in order. */
 typedef struct {
@@ -211,6 +211,23 @@ EXPORT int ivon_finite(const Work *work) {
         if (found & 0x80000000u) return 0;
     }
     return 1;
+}
+
+/* Scale gradients to a norm of at most `bound`; return the norm that they had. */
+EXPORT double ivon_clip(float *const *gradients, const int64_t *counts, int64_t number, double bound) {
+    double squares[LANES] = {0}, square = 0;
+    for (int64_t k = 0; k < number; k++) {
+        const float *grad = gradients[k];
+        int64_t i = 0;
+        for (; i + LANES <= counts[k]; i += LANES)
+            for (int j = 0; j < LANES; j++) squares[j] += (double)grad[i + j] * grad[i + j];
+        for (int j = 0; i + j < counts[k]; j++) squares[j] += (double)grad[i + j] * grad[i + j];
+    }
+    for (int j = 0; j < LANES; j++) square += squares[j];
+    double norm = sqrt(square), share = bound / (norm + 1e-6);
+    for (int64_t k = 0; k < number && share < 1; k++)
+        for (int64_t i = 0; i < counts[k]; i++) gradients[k][i] *= (float)share;
+    return norm;
 }
 
 #if defined(__GNUC__)

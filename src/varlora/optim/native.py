@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import sysconfig
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from .noise import Piece
 
-__all__ = ["Flat", "Kernels", "Settings", "library"]
+__all__ = ["Flat", "Kernels", "Settings", "clip", "library", "readable"]
 
-VERSION = 2
+VERSION = 3
 """Of native.c; a build of another one is not used."""
 TILE = 64
 """Elements that are worked off together; threads share a parameter out at multiples of it."""
@@ -65,9 +66,33 @@ def library() -> ctypes.CDLL | None:
     path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
     try:
         found = ctypes.CDLL(str(path))
+        found.ivon_clip.restype = ctypes.c_double
         return found if found.ivon_version() == VERSION else None
     except (OSError, AttributeError):
         return None
+
+
+def readable(gradient: Tensor) -> bool:
+    """Whether kernels can read a gradient on a CPU where it is."""
+    return gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.layout == torch.strided
+
+
+def clip(gradients: Sequence[Tensor], bound: float) -> float | None:
+    """Scale gradients on a CPU to a norm of at most `bound`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Returns:
+        The norm that they had; None, and nothing is done, if there are no kernels or they cannot read one of them.
+    """
+    kernels = library()
+    if kernels is None or not all(map(readable, gradients)):
+        return None
+    addresses = array("Q", [gradient.data_ptr() for gradient in gradients])
+    counts = array("q", [gradient.numel() for gradient in gradients])
+    pointers = [ctypes.c_void_p(numbers.buffer_info()[0]) for numbers in (addresses, counts)]
+    norm = float(kernels.ivon_clip(*pointers, ctypes.c_int64(len(gradients)), ctypes.c_double(bound)))
+    if norm > bound:
+        torch.autograd.graph.increment_version(gradients)
+    return norm
 
 
 class Flat(NamedTuple):
