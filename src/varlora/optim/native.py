@@ -90,7 +90,7 @@ def clip(gradients: Sequence[Tensor], bound: float) -> float | None:
     counts = array("q", [gradient.numel() for gradient in gradients])
     pointers = [ctypes.c_void_p(numbers.buffer_info()[0]) for numbers in (addresses, counts)]
     norm = float(kernels.ivon_clip(*pointers, ctypes.c_int64(len(gradients)), ctypes.c_double(bound)))
-    if norm > bound:
+    if norm + 1e-6 > bound:
         torch.autograd.graph.increment_version(gradients)
     return norm
 
