@@ -14,6 +14,7 @@ from reference.laplace_slow import log_evidence, truncated
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+import varlora.curvature
 from varlora.curvature import RANGE, Diagonal, Factor, Kronecker, best_evidence, root, sampled_root
 from varlora.demo.run import one_thread
 from varlora.errors import VarloraError
@@ -198,10 +199,29 @@ def test_kronecker_is_g_times_a_over_all_tokens() -> None:
             np.testing.assert_allclose(covariance(posterior, name), inverse, rtol=1e-3, atol=1e-5 / precision)
 
 
-def test_eigenvectors_are_orthonormal_and_their_number_is_the_rank_of_large_factors() -> None:
-    sizes = {"up": (50, 4), "down": (4, 60), "both": (50, 60)}
+def test_eigenvectors_are_orthonormal_and_their_number_is_the_rank_of_large_factors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An adapter's rank, the smaller side of its matrices, is kept whole, be it as large as 64."""
+    monkeypatch.setattr(varlora.curvature, "WHOLE", 64)
+    sizes = {
+        "up": (50, 4),
+        "down": (4, 60),
+        "rank 50": (50, 60),
+        "rank 64": (70, 64),
+        "square": (64, 64),
+        "large": (65, 66),
+    }
     posterior = collected(kronecker(3), batches(sizes)).gaussian(zeros(sizes), 1.0)
-    for name, ranks in {"up": (3, 4), "down": (4, 3), "both": (3, 3)}.items():
+    expected = {
+        "up": (3, 4),
+        "down": (4, 3),
+        "rank 50": (50, 3),
+        "rank 64": (3, 64),
+        "square": (64, 3),
+        "large": (3, 3),
+    }
+    for name, ranks in expected.items():
         assert posterior.variance[name].shape == ranks
         for basis, rank in zip((posterior.left[name], posterior.right[name]), ranks):
             torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)

@@ -24,6 +24,8 @@ __all__ = ["RANGE", "Curvature", "Diagonal", "Factor", "Kronecker", "best_eviden
 
 RANGE = (1e-4, 1e8)
 """Between these the prior precision is looked for."""
+WHOLE = 256
+"""Up to this size a matrix's smaller side, which is the adapter's rank, is not cut to fewer eigenvectors."""
 
 
 class Curvature(Protocol):
@@ -139,7 +141,7 @@ class Kronecker:
         self.tokens = defaultdict[str, int](int)
         self.a: dict[str, Factor] = {}
         self.g: dict[str, Factor] = {}
-        self._omegas: dict[int, Tensor] = {}
+        self._omegas: dict[tuple[int, int], Tensor] = {}
         self._eigen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(
@@ -149,8 +151,10 @@ class Kronecker:
         for name, a in inputs.items():
             self.tokens[name] += tokens[name]
             if name not in self.a:
-                self.a[name] = Factor(self.rank, self._omega(a))
-                self.g[name] = Factor(self.rank, self._omega(gradients[0][name]))
+                out = gradients[0][name]
+                wide = a.shape[-1] >= out.shape[-1]
+                self.a[name] = Factor(self.rank, self._omega(a, smaller=not wide))
+                self.g[name] = Factor(self.rank, self._omega(out, smaller=wide))
             self.a[name].add(a)
             for g in gradients:
                 self.g[name].add(g[name])
@@ -184,14 +188,19 @@ class Kronecker:
                 self.say(f"{damped} of {2 * len(self.a)} curvature factors were not positive definite: damped.")
         return self._eigen
 
-    def _omega(self, vectors: Tensor) -> Tensor:
-        """Return the test matrix of factors of this size, the same for all of them."""
+    def _omega(self, vectors: Tensor, smaller: bool) -> Tensor:
+        """Return the test matrix of factors of this size, the same for all of them; the identity for small ones.
+
+        Args:
+            vectors: (..., size).
+            smaller: whether this is the smaller side of its matrix.
+        """
         size = vectors.shape[-1]
-        if size not in self._omegas:
-            width = 2 * self.rank
+        width = min(size, 2 * self.rank) if size > WHOLE or not smaller else size
+        if (size, width) not in self._omegas:
             whole = torch.eye(size, device=vectors.device)
-            self._omegas[size] = normal(whole, self.generator, size, width) if width < size else whole
-        return self._omegas[size]
+            self._omegas[size, width] = normal(whole, self.generator, size, width) if width < size else whole
+        return self._omegas[size, width]
 
 
 class Factor:

@@ -223,7 +223,10 @@ def out_of_distribution(row: Row) -> tuple[list[Outside], list[str]]:
 
 
 def _uncertainty(predictions: Predictions, draws: int) -> metrics.Uncertainty:
-    return predictions.uncertainty if draws else metrics.uncertainty(predictions.logits_mean[None])
+    """Return the uncertainties in units of ln C, the most that a row of C answers can have: C differs between tasks."""
+    found = predictions.uncertainty if draws else metrics.uncertainty(predictions.logits_mean[None])
+    most = (predictions.logits_mean > -math.inf).sum(1).clamp(min=2).double().log()
+    return metrics.Uncertainty(*(of / most for of in found))
 
 
 def _logs(run_dir: Path) -> list[Path]:

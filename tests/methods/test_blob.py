@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import varlora.methods.blob
 from varlora.checkpoint import load_state, save_state
+from varlora.errors import VarloraError
 from varlora.fit import check_method
 from varlora.methods import Plan, Trained
 from varlora.methods.blob import Blob, _kl, _kl_gradient, _kl_weight
@@ -331,6 +333,13 @@ def test_posterior_and_log_are_read_from_the_optimizer():
     posterior.std[A].zero_()
     assert model.get_parameter(A).abs().sum() > 0
     assert optimizer.G[A].abs().sum() > 0
+
+
+def test_several_processes_are_refused(monkeypatch):
+    """G belongs to the optimizer, and DDP does not average its gradient."""
+    monkeypatch.setattr(varlora.methods.blob, "ranks", lambda: (0, 2))
+    with pytest.raises(VarloraError, match=r"one process for `blob`.* but 2 train together"):
+        made(Blob())
 
 
 def test_learns_twelve_rows_by_heart(tmp_path):

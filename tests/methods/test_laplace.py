@@ -390,6 +390,36 @@ def test_a_candidate_whose_draws_are_not_finite_is_not_chosen() -> None:
     assert posterior.std["a.weight"].max() <= 1
 
 
+@pytest.mark.parametrize("lost", [1, 4])
+def test_held_out_rows_that_are_not_finite_at_the_mean_choose_nothing(lost: int) -> None:
+    """As one long row is in float16. Where all of them are, the evidence chooses."""
+    said: list[str] = []
+    net, held_out = Net(), helpers.make_rows(4, seed=2)
+    trained = ended(net, calibration=held_out, say=said.append)
+
+    def draw(posterior: Any, rows: Any, n: int) -> tuple[Tensor, Tensor]:
+        logits, labels = trained.draw(posterior, rows, n)
+        return logits.masked_fill(torch.tensor([row in held_out[:lost] for row in rows])[:, None], math.nan), labels
+
+    found = LaplaceDiag(choose_by="calibration").posterior(Trained(**{**vars(trained), "draw": draw}))
+    assert f"{lost} of 4 rows are left out: their logits are not finite at the mean." in said
+    of_the_rest = LaplaceDiag(choose_by="evidence" if lost == 4 else "calibration")
+    expected = of_the_rest.posterior(Trained(**{**vars(trained), "calibration": held_out[lost:]}))
+    assert helpers.same(found.tensors(), expected.tensors())
+
+
+def test_an_evidence_that_does_not_set_the_precision_is_doubted() -> None:
+    """As where all rows are learned by heart."""
+    said: list[str] = []
+    net = Net()
+    with torch.no_grad():
+        for p in trainable(net).values():
+            p *= 100
+    LaplaceDiag().posterior(ended(net, say=said.append))
+    (words,) = about(said, "precision is")
+    assert words.startswith("The prior precision is 0.0001; it is at the end of its range, so the training rows do not")
+
+
 # --- the Fisher estimate ---
 
 

@@ -245,6 +245,29 @@ def test_the_loss_on_the_anchor_rows_rises_as_far_as_the_bound_allows(method: Tf
     assert about(said, "scale of the noise is") == [f"The scale of the noise is {sigma:.4g}."]
 
 
+@pytest.mark.parametrize("lost", [1, 12])
+def test_anchor_rows_that_are_not_finite_at_the_mean_are_left_out(lost: int, fitted: Any) -> None:
+    """With one of them all noise would pass: its loss without noise is infinite."""
+    said: list[str] = []
+    model, _, _ = fitted(method := Tfb(lr=2e-2, samples=3))
+    rows = helpers.make_rows(12)
+    bad = {row.id for row in rows[:lost]}
+    whole = ended(model, rows)
+
+    def draw(posterior: Any, rows: Any, n: int) -> tuple[Tensor, Tensor]:
+        logits, labels = whole.draw(posterior, rows, n)
+        return logits.masked_fill(torch.tensor([row.id in bad for row in rows])[:, None], math.nan), labels
+
+    if lost == 12:
+        with pytest.raises(VarloraError, match="training rows with finite logits, but there are none"):
+            method.posterior(ended(model, rows, draw))
+        return
+    found = method.posterior(ended(model, rows, draw, say=said.append))
+    assert "1 of 12 rows are left out: their logits are not finite at the mean." in said
+    assert about(said, "scale of the noise is")
+    assert max(float(std.max()) for std in found.std.values()) < 100
+
+
 def pairs(posterior: DiagonalGaussian) -> list[tuple[Tensor, str]]:
     """The standard deviation of each A, and the name of its B."""
     return [(std, name.replace(".lora_A.", ".lora_B.")) for name, std in posterior.std.items() if ".lora_A." in name]

@@ -85,6 +85,18 @@ class Given:
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         return [self.rows[i] for i in order[:count]]
 
+    def at_mean(self, posterior: Posterior, rows: Sequence[Encoded]) -> tuple[list[Encoded], float]:
+        """Return the rows whose logits at the mean are finite, and their NLL there; what is lost is said.
+
+        A base in float16 may overflow on a single long row, and with it every loss would be infinite.
+        """
+        logits, labels = self.draw(posterior, rows, 0)  # (1, N, C), -inf where a row does not have the answer
+        kept = ~(logits.isnan() | (logits == math.inf)).any(2)[0]
+        if not kept.all():
+            self.say(f"{int((~kept).sum())} of {len(kept)} rows are left out: their logits are not finite at the mean.")
+        nll = metrics.nll(metrics.average_probs(logits[:, kept]), labels[kept]) if kept.any() else math.nan
+        return [row for row, good in zip(rows, kept.tolist()) if good], nll
+
     def nll(self, posterior: Posterior, rows: Sequence[Encoded], n: int) -> float:
         """Return the NLL of rows by the average of `n` draws, or by the mean for n = 0; infinity for lost logits."""
         try:

@@ -30,7 +30,9 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from varlora.adapter import check_no_dora
+from varlora.errors import VarloraError
 from varlora.methods.base import Method, Plan, Trained
+from varlora.optim.shards import ranks
 from varlora.posterior import DiagonalGaussian
 
 __all__ = ["Blob"]
@@ -98,7 +100,16 @@ class Blob(Method):
     def optimizer(
         self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
     ) -> _BlobOptimizer:
-        """Return the optimizer, which owns G."""
+        """Return the optimizer, which owns G.
+
+        Raises:
+            VarloraError: several processes train together.
+        """
+        if ranks()[1] > 1:
+            raise VarloraError(
+                f"Expected one process for `blob`, as G's gradient is not averaged over several, but {ranks()[1]} "
+                "train together. Start it without torchrun or `accelerate launch`."
+            )
         return _BlobOptimizer(params, self, num_examples, batch_size, seed)
 
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:

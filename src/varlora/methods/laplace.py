@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from varlora.curvature import Curvature, Diagonal, Kronecker, best_evidence, root, sampled_root
+from varlora.curvature import RANGE, Curvature, Diagonal, Kronecker, best_evidence, root, sampled_root
 from varlora.errors import VarloraError
 from varlora.gradients import one_pass, trained_layers
 from varlora.methods.base import AdamWTraining, Plan, Trained
@@ -82,19 +82,20 @@ class _Laplace(AdamWTraining):
         for inputs, gradients, tokens in self.passes(trained):
             found.add(inputs, gradients, tokens)
         precision = self.prior_precision or self.chosen(found, mean, trained)
-        trained.say(f"The prior precision is {precision:.4g}.")
+        at_end = not self.prior_precision and not 1.01 * RANGE[0] < precision < RANGE[1] / 1.01
+        doubt = "; it is at the end of its range, so the training rows do not set it. Give `prior_precision`"
+        trained.say(f"The prior precision is {precision:.4g}{doubt if at_end else ''}.")
         return self.concluded(found, mean, precision)
 
     def chosen(self, found: Curvature, mean: Mapping[str, Tensor], trained: Trained) -> float:
         """Choose the prior precision."""
-        if self.choose_by == "evidence":
-            return best_evidence(found.eigenvalues(), sum(p.double().square().sum().item() for p in mean.values()))
-
-        def loss(precision: float) -> float:
-            candidate = self.concluded(found, mean, precision)
-            return trained.nll(candidate, trained.calibration, DRAWS)
-
-        return min(CANDIDATES, key=loss)
+        if self.choose_by == "calibration":
+            rows, _ = trained.at_mean(self.concluded(found, mean, CANDIDATES[-1]), trained.calibration)
+            nll = {c: trained.nll(self.concluded(found, mean, c), rows, DRAWS) for c in CANDIDATES} if rows else {}
+            if math.isfinite(min(nll.values(), default=math.inf)):
+                return min(nll, key=nll.__getitem__)
+            trained.say("No prior precision gives finite probabilities on the held-out rows: chosen by the evidence.")
+        return best_evidence(found.eigenvalues(), sum(p.double().square().sum().item() for p in mean.values()))
 
     def concluded(self, found: Curvature, mean: Mapping[str, Tensor], precision: float) -> Posterior:
         """Return the posterior with this prior precision."""
@@ -180,7 +181,7 @@ class LaplaceKfac(_Laplace):
     title: ClassVar[str] = "LA (KFAC)"
 
     rank: int = 10
-    """Rank of the large side of each factor."""
+    """Rank of what is kept of each matrix's larger side."""
 
     def problems(self, plan: Plan) -> list[str]:
         """A factor of rank 0 is none."""

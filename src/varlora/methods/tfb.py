@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from varlora.adapter import lora_pairs
+from varlora.errors import VarloraError
 from varlora.methods.base import AdamWTraining, Plan, Trained
 from varlora.params import copied, trainable
 from varlora.posterior import DiagonalGaussian
@@ -49,7 +50,7 @@ class Tfb(AdamWTraining):
     bound: float = 0.003
     """Relative rise of the NLL that is borne."""
     anchor_rows: int = 500
-    """Training rows, the first ones, on which the NLL is taken."""
+    """Training rows, chosen by the seed, on which the NLL is taken."""
     samples: int = 10
     """Draws S that are averaged for it."""
 
@@ -83,9 +84,13 @@ class Tfb(AdamWTraining):
             trained.say(f"{dead} of {directions} directions of the adapter have no singular value and get no noise.")
         if dead == directions:
             return noisy(0.0)
-        anchors = trained.some_rows(self.anchor_rows)
+        anchors, without = trained.at_mean(noisy(0.0), trained.some_rows(self.anchor_rows))
+        if not anchors:
+            raise VarloraError(
+                "Expected training rows with finite logits, but there are none. Load the base in float32 or bfloat16."
+            )
         trained.say(f"Searching the scale of the noise on {len(anchors)} training rows.")
-        limit = (1 + self.bound) * trained.nll(noisy(0.0), anchors, 0)
+        limit = (1 + self.bound) * without
         sigma = largest(lambda sigma: trained.nll(noisy(sigma), anchors, self.samples) <= limit)
         if sigma == 0:
             trained.say("No noise passes the bound, so there is none. Raise `bound`.")
