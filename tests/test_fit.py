@@ -647,6 +647,11 @@ def test_rows_must_exist_and_have_labels(tmp_path):
     rows = helpers.make_rows(3) + helpers.make_rows(2, labelled=False)
     with pytest.raises(VarloraError, match="2 of 5 have none"):
         fit(helpers.tiny_model(), METHODS[0], rows, tmp_path, pad_token_id=0, steps=1)
+    for label in (-100, 5):  # of which torch ignores the one, and gives infinity for the other
+        wrong = [*helpers.make_rows(3), dataclasses.replace(row := helpers.make_rows(4)[3], label=label)]
+        last = len(row.label_tokens) - 1
+        with pytest.raises(VarloraError, match=f"from 0 to {last} in row '{row.id}', but got {label}"):
+            fit(helpers.tiny_model(), METHODS[0], wrong, tmp_path, pad_token_id=0, steps=1)
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -749,10 +749,11 @@ def test_a_row_larger_than_a_chunk_is_a_chunk(monkeypatch: pytest.MonkeyPatch) -
 # --- Mixture ---
 
 
-def test_a_mixture_takes_its_members_in_turn() -> None:
+@pytest.mark.parametrize(("n", "rounds"), [(1, 1), (3, 1), (7, 3), (9, 3), (10, 4)])
+def test_a_mixture_takes_its_members_in_turn_and_equally_often(n: int, rounds: int) -> None:
     members = [Point(weights(seed)) for seed in (1, 2, 3)]
     means = torch.cat([logits(member, 0) for member in members])
-    torch.testing.assert_close(logits(Mixture(members), 7), means[[0, 1, 2, 0, 1, 2, 0]])
+    torch.testing.assert_close(logits(Mixture(members), n), means.repeat(rounds, 1, 1))
 
 
 def test_no_member_of_a_mixture_within_a_mixture_is_left_out() -> None:

@@ -35,6 +35,7 @@ from varlora.data import collate
 from varlora.errors import ConfigError, DamagedFileError, Interrupted, VarloraError, did_you_mean
 from varlora.files import read_json, write_json
 from varlora.methods import Method, Plan, Start, Trained
+from varlora.methods.ensemble import APART
 from varlora.model import class_logits
 from varlora.optim.shards import ranks
 from varlora.params import not_finite, trainable
@@ -160,7 +161,9 @@ def fit(
             "callbacks": callbacks,
         }
         sources = [
-            _fit_member(model, member, rows, run_dir / f"member-{number}", seed + number, resume, **settings, **every)
+            _fit_member(
+                model, member, rows, run_dir / f"member-{number}", seed + APART * number, resume, **settings, **every
+            )
             for number, member in enumerate(members)
         ]
         return conclude(model, method, rows, run_dir, sources=sources, seed=seed, **every)
@@ -470,6 +473,11 @@ def _check_rows(rows: Sequence[Encoded], calibration: Sequence[Encoded]) -> None
             raise VarloraError(f"Expected two answers or more in each {what} row, but {few} of {len(of)} have less.")
         if unlabelled := sum(row.label is None for row in of):
             raise VarloraError(f"Expected a label in each {what} row, but {unlabelled} of {len(of)} have none.")
+        if (wrong := next((r for r in of if not 0 <= (r.label or 0) < len(r.label_tokens)), None)) is not None:
+            raise VarloraError(
+                f"Expected `label` of each {what} row to be the number of one of its answers, from 0 to "
+                f"{len(wrong.label_tokens) - 1} in row {wrong.id!r}, but got {wrong.label}."
+            )
 
 
 def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:

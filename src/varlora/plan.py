@@ -19,6 +19,7 @@ from varlora.config import Settings, assign_all, convert_all, read_recipe, setti
 from varlora.errors import ConfigError, VarloraError, did_you_mean
 from varlora.loading import rows_of_split, training_rows
 from varlora.methods import ANY, METHODS
+from varlora.methods.ensemble import APART
 from varlora.sources import check_taken_over, recipe_on
 from varlora.tasks import get_task
 from varlora.training import check_unchanged
@@ -50,8 +51,6 @@ PLANNED = {
 """Settings of a run that a plan decides, and how."""
 RUN = {field.name for field in dataclasses.fields(Settings)}
 """Settings of a run; among a method's they are meant for its runs."""
-MEMBER = 1000
-"""Between the seeds of an ensemble's members, so that the ensembles of different seeds share none."""
 
 
 @dataclass(frozen=True)
@@ -268,10 +267,10 @@ def _member_problems(plan: Plan, method: str) -> Iterable[str]:
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
             yield f"Expected `methods.{method}.size` to be a number of members >= 2, but got {size!r}."
             continue
-        members = [seed + MEMBER * member for seed in plan.seeds for member in range(size)]
+        members = [seed + APART * member for seed in plan.seeds for member in range(size)]
         if len(set(members)) < len(members):
             yield (
-                f"Expected `seeds` whose runs of {method} share no members, which are {MEMBER} seeds apart, but got "
+                f"Expected `seeds` whose runs of {method} share no members, which are {APART} seeds apart, but got "
                 f"{', '.join(map(str, plan.seeds))}."
             )
 
@@ -334,7 +333,7 @@ def _base_seeds(plan: Plan, candidate: Candidate, seed: int) -> Iterable[int]:
     several = METHODS[candidate.method].several_sources
     own = {**_own(plan, candidate.task, candidate.method), **candidate.own}
     size = own.get("size", METHODS[candidate.method].size) if several else 1
-    return range(seed, seed + MEMBER * size, MEMBER)
+    return range(seed, seed + APART * size, APART)
 
 
 def _runs(plan: Plan, candidate: Candidate, seed: int) -> Iterable[Settings]:

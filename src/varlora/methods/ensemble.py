@@ -13,7 +13,10 @@ from typing import ClassVar
 from varlora.methods.base import Method, Plan, Trained, Wrapping
 from varlora.posterior import Mixture
 
-__all__ = ["Ensemble"]
+__all__ = ["APART", "Ensemble"]
+
+APART = 1000
+"""Seeds between a member and the next, so that ensembles of neighbouring seeds share none."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Ensemble(Wrapping):
     title: ClassVar[str] = "Ensemble"
     several_sources: ClassVar[bool] = True
     size: int = 3
-    """Members; the one numbered k from 0 has the run's seed plus k."""
+    """Members; the one numbered k from 0 has the run's seed plus 1000 k."""
 
     def problems(self, plan: Plan) -> list[str]:
         """Fewer than two members are no ensemble."""

@@ -53,7 +53,7 @@ class Posterior(Protocol):
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
         """Class logits of `n` draws, (S, B, C); with `n = 0` at the mean, S = 1.
 
-        S is `n`, but one where all draws are the same, and more where more cost nothing.
+        S is `n`, but one where all draws are the same, and more where more cost nothing or members take equal parts.
         """
         ...
 

@@ -26,9 +26,9 @@ T = TypeVar("T")
 class Mixture:
     """Equal shares of several posteriors of the same base: an ensemble, MultiSWAG, several IVON runs.
 
-    Draws take the members in turn, so that S draws hold each of K members S/K times, and once at the least; where K
-    does not divide S, the first ones once more than the others. It has no single mean: at the mean, the logarithm of
-    the members' average probability is returned as logits, so that their softmax is that average.
+    Draws take the members in turn, each as often as the others: S is rounded up to a multiple of the K members. It has
+    no single mean: at the mean, the logarithm of the members' average probability is returned as logits, so that their
+    softmax is that average.
 
     Example:
         >>> from varlora.posterior import Point
@@ -71,23 +71,22 @@ class Mixture:
     def drawn(self, n: int, generator: torch.Generator, how: Drawing = PLAIN) -> Drawn:
         """The members' draws in turn; as one stack, where all of them have weights."""
         check_draws(n, 1)
-        n = max(n, len(self.members))  # fewer would leave members out
-        shares = [len(range(index, n, len(self.members))) for index in range(len(self.members))]
+        share = math.ceil(n / len(self.members))  # unequal ones would favour the first members
         # a source for each member: how much one takes from it may depend on the batch
         device, bound = generator.device, 2**62
         seeds = torch.randint(bound, (len(self.members),), generator=generator, device=device).tolist()
         parts = [
             member.drawn(share, torch.Generator(device).manual_seed(seed), how)
-            for member, share, seed in zip(self.members, shares, seeds)
+            for member, seed in zip(self.members, seeds)
         ]
         stacks = [part for part in parts if isinstance(part, Stack)]
         # members differ below the last layers, and each has its own error to stop at
         if len(stacks) < len(parts) or how.last_layers or how.tolerance:
-            return _MixedDraws(parts, shares)
+            return _MixedDraws(parts, share)
         starts = itertools.accumulate((stack.distinct for stack in stacks), initial=0)
         orders = [[start + index for index in stack.order] for start, stack in zip(starts, stacks)]
         draws = [draw for stack in stacks for draw in stack.draws()]
-        return Stack(draws, mixed(orders, shares), how=how)
+        return Stack(draws, mixed(orders, share), how=how)
 
     def scale(self, tau: float) -> Mixture:
         """Scale each member's variance; the spread between members stays."""
@@ -112,7 +111,7 @@ class _MixedDraws:
     """Draws of several posteriors, in turn."""
 
     parts: Sequence[Drawn]
-    shares: Sequence[int]
+    share: int
     """How many of them each gives."""
 
     @property
@@ -127,28 +126,23 @@ class _MixedDraws:
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
         """Class logits of each draw, (S, B, C)."""
-        return torch.stack(mixed([list(part.logits(model, batch, forward)) for part in self.parts], self.shares))
+        return torch.stack(mixed([list(part.logits(model, batch, forward)) for part in self.parts], self.share))
 
     def models(self) -> list[Draw]:
         """The members' draws in turn."""
-        return mixed([part.models() for part in self.parts], self.shares)
+        return mixed([part.models() for part in self.parts], self.share)
 
 
-def mixed(of_each: Sequence[Sequence[T]], shares: Sequence[int]) -> list[T]:
-    """Take as much of each as its share is, one at a time from each in turn, and what there is again where it ends.
+def mixed(of_each: Sequence[Sequence[T]], share: int) -> list[T]:
+    """Take a share of each, one at a time from each in turn, and what there is again where it ends.
 
     One that has more than its share gives it all, be it that its draws cost nothing or that it has members of its own,
     and then so do the others.
 
     Example:
-        >>> mixed(["ab", "x"], [3, 2])
-        ['a', 'x', 'b', 'x', 'a']
-        >>> mixed(["ab", "x"], [1, 1])
+        >>> mixed(["ab", "x"], 3)
+        ['a', 'x', 'b', 'x', 'a', 'x']
+        >>> mixed(["ab", "x"], 1)
         ['a', 'x', 'b', 'x']
-        >>> mixed(["x", "ab"], [2, 1])
-        ['x', 'a', 'x', 'b']
     """
-    if any(len(of) > share for of, share in zip(of_each, shares)):
-        shares = [max(*shares, *map(len, of_each))] * len(of_each)
-    turns = range(max(shares))
-    return [of[turn % len(of)] for turn in turns for of, share in zip(of_each, shares) if turn < share]
+    return [of[turn % len(of)] for turn in range(max(share, *map(len, of_each))) for of in of_each]
