@@ -292,6 +292,16 @@ def test_state_of_other_things_is_refused(tmp_path):
         save_state(tmp_path, "state", {"a": object()})
 
 
+@pytest.mark.parametrize("dtype", ["V2000000000", "U1000000000", "O", "M8[s]", "no type"])
+def test_an_array_that_is_not_of_numbers_is_refused(dtype, tmp_path):
+    """A stranger's text type of a million letters would take all memory."""
+    save_state(tmp_path, "state", np.arange(3))
+    path = tmp_path / "state.json"
+    path.write_text(path.read_text().replace("int64", dtype))
+    with pytest.raises(DamagedFileError, match=r"state\.json"):
+        load_state(tmp_path, "state")
+
+
 def test_damaged_state_is_refused_by_name(tmp_path):
     save_state(tmp_path, "state", STATES["an optimizer's"])
     for name in ("state.json", "state.safetensors"):

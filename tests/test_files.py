@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -159,6 +160,22 @@ def test_what_does_not_end_is_not_read(tmp_path):
             load_tensors(tmp_path / name)
     (tmp_path / "manifest.json").symlink_to("/dev/zero")
     with pytest.raises(DamagedFileError, match="has no manifest"):
+        verify_manifest(tmp_path)
+
+
+def test_a_listed_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    """A bad sector, or a name that no file can have: resume then falls back to the checkpoint before."""
+    write_text(tmp_path / "a", "text")
+    write_manifest(tmp_path)
+
+    def broken(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "file_digest", broken)
+    with pytest.raises(DamagedFileError, match=r"a cannot be read \(Input/output error\)"):
+        verify_manifest(tmp_path)
+    write_json(tmp_path / "manifest.json", {"n" * 300: "0"})
+    with pytest.raises(DamagedFileError, match=r"cannot be read \(File name too long\)"):
         verify_manifest(tmp_path)
 
 

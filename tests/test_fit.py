@@ -39,6 +39,7 @@ from varlora.fit import NotFiniteError, check_training_arguments
 from varlora.methods import AdamW, Ivon
 from varlora.model import LoRA, load_model
 from varlora.optim.ivon import IVON
+from varlora.optim.native import library
 from varlora.params import trainable
 from varlora.prompt import Encoded
 from varlora.trainer import MethodTrainer, class_loss, of_first_rank, short_walks
@@ -675,6 +676,45 @@ def test_steps_that_walk_over_all_modules_end_in_the_same_place(method, kernels,
     short, whole = (helpers.bits(helpers.reloaded(tmp_path / name)[0]) for name in ("short", "whole"))
     for name, p in whole.items():
         torch.testing.assert_close(short[name], p, rtol=within, atol=within)
+
+
+def test_what_a_callback_freezes_for_a_while_ends_in_the_same_bits_with_short_walks(tmp_path, monkeypatch):
+    """Its gradients are cleared once it is trained again."""
+
+    class Freeze(TrainerCallback):
+        def __init__(self, model):
+            self.parameters = [p for p in model.parameters() if p.requires_grad][:4]
+
+        def on_init_end(self, args, state, control, **kwargs):
+            self.set(False)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.set(state.global_step >= 2)
+
+        def set(self, trains):
+            for p in self.parameters:
+                p.requires_grad = trains
+
+    for folder in ("short", "whole"):
+        model = helpers.tiny_model()
+        helpers.run_fit(model, METHODS[1], tmp_path / folder, steps=6, callbacks=[Freeze(model)])
+        monkeypatch.setattr(varlora.fit, "short_walks", lambda *_: nullcontext())
+    assert helpers.outcome(tmp_path / "short") == helpers.outcome(tmp_path / "whole")
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels were not built")
+def test_a_gradient_beyond_float32_that_is_clipped_is_a_step(tmp_path):
+    class Large(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            (p,) = [p for name, p in kwargs["model"].named_parameters() if "layers.0.self_attn.q_proj.lora_B" in name]
+            hook = p.register_hook(lambda gradient: torch.full_like(gradient, 2e38))
+            self.hook = hook
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.hook.remove()
+
+    helpers.run_fit(helpers.tiny_model(), METHODS[0], tmp_path, steps=2, callbacks=[Large()])
+    assert not any("not_finite_steps" in line for line in helpers.logged(tmp_path))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -224,7 +224,10 @@ def load_state(folder: Path, name: str) -> Any:
         if "tensor" in tree:
             return tensors[tree["tensor"]]
         if "array" in tree:
-            return tensors[tree["array"]].numpy().astype(tree["dtype"])
+            dtype = np.dtype(tree["dtype"])
+            if dtype.kind not in "biuf":  # a stranger's texts of a million letters would take all memory
+                raise TypeError(f"an array of {dtype} where numbers were expected")
+            return tensors[tree["array"]].numpy().astype(dtype)
         if "tuple" in tree:
             return tuple(value(item) for item in tree["tuple"])
         return {value(key): value(item) for key, item in tree["dict"]}

@@ -254,7 +254,8 @@ def verify_manifest(folder: Path) -> None:
     """Check a folder against its manifest.
 
     Raises:
-        DamagedFileError: the manifest is absent (writing was interrupted), or a file is absent or altered.
+        DamagedFileError: the manifest is absent (writing was interrupted), or a file is absent, altered or cannot be
+            read.
     """
     if not (folder / MANIFEST).is_file():
         raise DamagedFileError(f"{folder} has no {MANIFEST}: writing it was interrupted, so it is not used.")
@@ -262,9 +263,15 @@ def verify_manifest(folder: Path) -> None:
     if not isinstance(manifest, Mapping) or not manifest:
         raise DamagedFileError(f"Expected file names and checksums in {folder / MANIFEST}, but there are none.")
     for name, digest in manifest.items():
-        if not (folder / name).is_file():
-            raise DamagedFileError(f"{folder / name} is absent, but {MANIFEST} lists it. Restore it from a copy.")
-        if file_digest(folder / name) != digest:
+        try:
+            if not (folder / name).is_file():
+                raise DamagedFileError(f"{folder / name} is absent, but {MANIFEST} lists it. Restore it from a copy.")
+            found = file_digest(folder / name)
+        except OSError as error:
+            raise DamagedFileError(
+                f"{folder / name} cannot be read ({error.strerror}), but {MANIFEST} lists it. Restore it from a copy."
+            ) from error
+        if found != digest:
             raise DamagedFileError(f"{folder / name} is damaged: it differs from {MANIFEST}. Restore it from a copy.")
 
 

@@ -223,7 +223,8 @@ def fit(
             restore(model, optimizer, state, start)  # cut off after the last step; the Trainer would take one more
             step = steps
         else:
-            with stop_on_signals(watch), method.training(model, optimizer), short_walks(model):
+            walks = short_walks(model, list(params.values()))
+            with stop_on_signals(watch), method.training(model, optimizer), walks:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
             step = trainer.state.global_step
     finally:

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from operator import itemgetter
@@ -189,7 +189,7 @@ class Watch(TrainerCallback):
         if norm is None:
             gradients = [p.grad for p in self.params.values() if p.grad is not None]
             norm = sum(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else 0.0
-        total: Any = sum(self.losses, norm)
+        total: Any = sum(self.losses, 0 * norm)  # NaN for a norm that is not finite; one beyond float32 is, if clipped
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
             told = torch.stack([total, torch.full_like(total, self.asked)])
             dist.all_reduce(told)
@@ -240,16 +240,20 @@ class _Walks:
 
     At the first call, as until then the Trainer may put others in their places (FSDP2 does). An object, and not two
     functions, so that a deep copy of the model has one of its own.
+
+    Args:
+        model: the model.
+        trained: what the optimizer has; a callback may have frozen some of it for a while.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+        self.model, self.trained = model, trained
         self.modules: list[dict[str, Any]] = []
         """Their attributes, in which it takes half as long to look."""
         self.parameters: list[nn.Parameter] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Walks:
-        return _Walks(copy.deepcopy(self.model, memo))
+        return _Walks(copy.deepcopy(self.model, memo), copy.deepcopy(self.trained, memo))
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode, where a module to which it matters is in the other one."""
@@ -264,14 +268,15 @@ class _Walks:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, of all parameters at the first call."""
         if not (set_to_none and self.parameters):
-            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+            found = [*self.trained, *(p for p in self.model.parameters() if p.requires_grad)]
+            self.parameters = list({id(p): p for p in found}.values())
             return type(self.model).zero_grad(self.model, set_to_none)
         for p in self.parameters:
             p.grad = None
 
 
 @contextmanager
-def short_walks(model: nn.Module) -> Iterator[None]:
+def short_walks(model: nn.Module, trained: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """Within the context, what the Trainer walks at each step costs little: the model's modules, and the import path.
 
     It calls the model's `train` and `zero_grad`, and accelerate looks twice for `lomo_optim`, an optimizer's package;
@@ -281,7 +286,7 @@ def short_walks(model: nn.Module) -> Iterator[None]:
     modules: dict[str, Any] = sys.modules
     if find_spec("lomo_optim") is None:
         modules["lomo_optim"] = None
-    walks = _Walks(model)
+    walks = _Walks(model, trained)
     short.train, short.zero_grad = walks.train, walks.zero_grad
     try:
         yield
