@@ -205,6 +205,8 @@ def test_calibration_rows_are_never_trained_on_nor_reported(base, tmp_path):
     assert 0 < len(calibration) < 40
     assert config["training_rows"] == 40 - len(calibration)
     assert len(rows_of_split(task, "dev", settings, silent)) == 1
+    trained = {example.id for example in rows_of_split(task, "train", settings, silent)}
+    assert trained.isdisjoint(example.id for example in calibration)  # what is chosen on rows is not shown on them
     results = evaluate(folder, split="calibration", samples=1, say=silent)
     assert results["rows"] == len(calibration)
     assert (folder / "metrics-calibration.json").is_file()

@@ -855,6 +855,24 @@ def test_members_of_a_mixture_settle_by_themselves(model):
     assert drawn.how.tolerance == 0.02
 
 
+@pytest.mark.parametrize("temperature", [0.2, 5.0])
+def test_draws_stop_by_the_probabilities_that_are_returned(temperature, model):
+    """Those at the temperature, and not by those before it."""
+
+    def divided(model, batch):
+        return class_logits(model, batch) / temperature
+
+    inner, how = gaussian(model, scale=0.05), Drawing(tolerance=0.02)
+    tempered, alone, by_hand = (
+        posterior.drawn(64, seeded(), how) for posterior in (Tempered(inner, temperature, 1.0), inner, inner)
+    )
+    with torch.no_grad():
+        found = tempered.logits(model, BATCH, class_logits)
+        alone.logits(model, BATCH, class_logits)
+        torch.testing.assert_close(found, by_hand.logits(model, BATCH, divided), rtol=1e-4, atol=1e-5)
+    assert tempered.passes == by_hand.passes != alone.passes
+
+
 def test_a_mixture_within_one_loses_no_member(model):
     points = [Point(random_like(model, 0.3, seed)) for seed in range(3)]
     nested = Mixture([Mixture(points[:2]), points[2]])

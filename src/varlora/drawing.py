@@ -38,6 +38,8 @@ alone; then more need not be computed.
 
 Noise = Literal["independent", "antithetic", "latin"]
 NOISES: tuple[Noise, ...] = ("independent", "antithetic", "latin")
+LEAST_DRAWS = 4
+"""Draws, or pairs of antithetic ones, before a row may be called settled."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,17 @@ class Drawing:
         """
         return dataclasses.replace(chosen, **self._said())
 
+    def stops(self, total: int) -> list[int]:
+        """Return after how many of `total` draws rows are looked at, the last one included: those that divide it.
+
+        Example:
+            >>> Drawing(tolerance=0.01).stops(16), Drawing(tolerance=0.01, noise="antithetic").stops(10)
+            ([4, 8, 16], [10])
+        """
+        paired = self.noise == "antithetic"
+        least = 2 * LEAST_DRAWS if paired else LEAST_DRAWS
+        return [n for n in range(least, total) if total % n == 0 and not (paired and n % 2)] + [total]
+
     def changed(self) -> dict[str, str]:
         """Return what changes predictions by more than rounding, as far as it is not the default."""
         said = self._said().items()
@@ -102,7 +115,7 @@ class Drawing:
 PLAIN = Drawing()
 """As it is done where nothing is said."""
 LATIN = Drawing(noise="latin")
-"""As `calibrate` has it done where nothing is said: more from few draws, of any posterior."""
+"""As `calibrate` has it done where nothing is said: for any posterior; measured no better than independent draws."""
 
 
 class Draw(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def evaluate(
             "on and is not reported. Leave them out, or the split."
         )
     check_draws(samples, what="samples")
+    _say_if_all_are_drawn(how, samples, say)
     adapter = _adapter(run_dir)
     loaded = load(run_dir, model=model)
     for factor in (tau, *taus):
@@ -375,7 +377,7 @@ def answer_rows(
     """Yield for each example its id, the most probable answer, all probabilities and the uncertainty in nats.
 
     They come in the order of the examples, `AT_ONCE` at a time, so that there is something to keep of a long run that
-    is interrupted.
+    is interrupted. One whose logits are not finite, as they may be in float16, has its id and an `error`.
 
     Args:
         loaded: what `load` returned; it is used as `calibrate` chose, if it did.
@@ -390,17 +392,41 @@ def answer_rows(
     """
     rows = encode_rows(loaded.model, loaded.tokenizer, examples, loaded.settings, say).rows
     posterior, samples, _, as_chosen = loaded.used(samples, tau)
-    predictor = Predictor(loaded.model, posterior, samples, seed=seed, how=how.over(as_chosen))
+    how = how.over(as_chosen)
+    _say_if_all_are_drawn(how, samples, say)
+    predictor = Predictor(loaded.model, posterior, samples, seed=seed, how=how)
     with (progress or no_progress)(len(rows)) as advance:
         for start in range(0, len(rows), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            found = predictor.predictions(rows[some], pad_token_id=pad_of(loaded.tokenizer), progress=advance)
-            yield from _answers(examples[some], found)
+            logits = predictor.predictions(rows[some], pad_token_id=pad_of(loaded.tokenizer), progress=advance).logits
+            kept = metrics.finite_rows(logits)
+            answers = _answers(list(itertools.compress(examples[some], kept.tolist())), logits[:, kept])
+            for example, row, good in zip(examples[some], rows[some], kept.tolist()):
+                yield next(answers) if good else _alone(example, row, predictor, loaded)
 
 
-def _answers(examples: Sequence[Example], predictions: Predictions) -> Iterator[dict[str, Any]]:
-    parts = predictions.uncertainty._asdict()
-    for i, (example, probs) in enumerate(zip(examples, predictions.probs.tolist(), strict=True)):
+def _say_if_all_are_drawn(how: Drawing, samples: int, say: Say) -> None:
+    """Say so where a tolerance can stop nothing."""
+    if how.tolerance is not None and samples and how.stops(samples) == [samples]:
+        say(
+            f"`tolerance` leaves out none of {samples} draws: rows are looked at after each number of draws that "
+            "divides them, from 4 on, or of antithetic draws from 8 on if it is even. Take 16 or 32."
+        )
+
+
+def _alone(example: Example, row: Encoded, predictor: Predictor, loaded: Loaded) -> dict[str, Any]:
+    """Answer a row whose logits are not finite once more without others, whose padding may be what overflows."""
+    logits = predictor.predictions([row], pad_token_id=pad_of(loaded.tokenizer)).logits
+    if metrics.finite_rows(logits).all():
+        return next(_answers([example], logits))
+    return {"id": example.id, "error": "Its logits are not finite: the model overflows."}
+
+
+def _answers(examples: Sequence[Example], logits: Tensor) -> Iterator[dict[str, Any]]:
+    if not examples:
+        return
+    parts = metrics.uncertainty(logits)._asdict()
+    for i, (example, probs) in enumerate(zip(examples, metrics.average_probs(logits).tolist(), strict=True)):
         probabilities = dict(zip(example.answers, probs))
         yield {
             "id": example.id,

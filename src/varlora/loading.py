@@ -221,7 +221,12 @@ def training_rows(task: Task, settings: Settings, say: Say) -> tuple[list[Exampl
 
 
 def rows_of_split(task: Task, split: str, settings: Settings, say: Say) -> list[Example]:
-    """Return the rows of an official split, or of `calibration`: the training rows that were held out."""
+    """Return the rows of an official split, or of `calibration`: the training rows that were held out.
+
+    These are not among those of `train`: what was chosen on them is not shown on them.
+    """
+    if split == "train":
+        return training_rows(task, settings, say)[0]
     if split == "calibration":
         calibration = training_rows(task, settings, say)[1]
         if not calibration:

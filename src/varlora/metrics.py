@@ -394,6 +394,20 @@ def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:
     return RiskCoverage(k / n, risk, auroc(rows.confidence, rows.right) if both else math.nan)
 
 
+def finite_rows(logits: Tensor) -> Tensor:
+    """Return which rows have numbers in all draws, (N,) bool: a base in float16 may overflow on some.
+
+    Args:
+        logits: (S, N, C), -inf where a row does not have the answer.
+
+    Example:
+        >>> finite_rows(torch.tensor([[[1.0, -math.inf], [math.inf, 0.0], [math.nan, 0.0], [-math.inf, -math.inf]]]))
+        tensor([ True, False, False, False])
+    """
+    highest = logits.amax(2)  # NaN where one is
+    return ((highest > -math.inf) & (highest < math.inf)).all(0)
+
+
 def average_probs(logits: Tensor) -> Tensor:
     """Return the average over draws of the draws' probabilities: softmax, then mean; never the mean of logits.
 

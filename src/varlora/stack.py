@@ -38,8 +38,6 @@ THREAD_TOKENS = 1024
 the bits would depend."""
 FREE_SHARE = 0.7
 """Share of a GPU's free memory that a pass may take."""
-LEAST_DRAWS = 4
-"""Draws, or pairs of antithetic ones, before a row may be called settled."""
 TIME_MAJOR = ("xlnet",)
 """Architectures whose layers see (T, B, D)."""
 
@@ -144,8 +142,7 @@ class Stack:
     def _until_settled(self, model: nn.Module, batch: Any, forward: Forward, tolerance: float) -> Tensor:
         """Return the logits of each draw; of rows that settled early, the draws so far again, each as often."""
         total, paired = self.distinct, self.how.noise == "antithetic"
-        least = 2 * LEAST_DRAWS if paired else LEAST_DRAWS
-        stops = [n for n in range(least, total) if total % n == 0 and not (paired and n % 2)] + [total]
+        stops = self.how.stops(total)
         made = self._run(model, batch, forward, 0, stops[0])
         logits = made.repeat(total // stops[0], 1, 1)
         going = torch.arange(made.shape[1], device=made.device)

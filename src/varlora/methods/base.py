@@ -91,7 +91,7 @@ class Given:
         A base in float16 may overflow on a single long row, and with it every loss would be infinite.
         """
         logits, labels = self.draw(posterior, rows, 0)  # (1, N, C), -inf where a row does not have the answer
-        kept = ~(logits.isnan() | (logits == math.inf)).any(2)[0]
+        kept = metrics.finite_rows(logits)
         if not kept.all():
             self.say(f"{int((~kept).sum())} of {len(kept)} rows are left out: their logits are not finite at the mean.")
         nll = metrics.nll(metrics.average_probs(logits[:, kept]), labels[kept]) if kept.any() else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -105,8 +106,15 @@ class _TemperedDraws:
         return self.inner.passes
 
     def logits(self, model: nn.Module, batch: Any, forward: Forward) -> Tensor:
-        """Class logits of each draw, (S, B, C)."""
-        return self.inner.logits(model, batch, forward) / self.temperature
+        """Class logits of each draw, (S, B, C); whether rows may stop early is judged by these."""
+        if self.how.tolerance is None:
+            return self.inner.logits(model, batch, forward) / self.temperature
+
+        @functools.wraps(forward)
+        def divided(model: nn.Module, batch: Any) -> Tensor:
+            return forward(model, batch) / self.temperature
+
+        return self.inner.logits(model, batch, divided)
 
     def models(self) -> list[Draw]:
         """The inner posterior's draws, with the temperature."""
