@@ -181,6 +181,21 @@ def test_one_draw_is_taken_if_it_does_as_well_as_all_and_the_mean_does_not(sampl
     assert (chosen.tau, chosen.samples) == (1.0, 1)
 
 
+def test_few_draws_are_taken_only_if_they_do_as_well_when_they_are_made() -> None:
+    """One or two of the many would do, but made by themselves they know nothing, as the mean."""
+    problem = Linear(noise=0.0)
+
+    def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
+        logits = problem.logits(problem.posterior.mean)
+        return torch.stack([logits * (n > 2)] * max(n, 1)), problem.labels
+
+    search = calibrate(problem.posterior, draw)
+    chosen, found = search.chosen, {(trial.tau, trial.samples): trial.nll for trial in search.trials}
+    assert {1, 2} <= {samples for _, samples in found}
+    assert found[chosen.tau, chosen.samples] <= (1 + BEARABLE) * found[chosen.tau, 16]
+    assert chosen.samples == 4
+
+
 def test_weights_that_are_noise_alone_are_pruned() -> None:
     """Half of the rows' features say nothing, and the posterior is unsure of their weights."""
     useless = Linear(noise=1.0, useless=WEIGHTS // 2)
@@ -189,6 +204,22 @@ def test_weights_that_are_noise_alone_are_pruned() -> None:
     pruned = search.chosen.applied(useless.posterior).inner
     assert (pruned.mean["w"][: WEIGHTS // 2] == 0).float().mean() > 0.35
     assert (pruned.mean["w"][WEIGHTS // 2 :] == 0).float().mean() < 0.25
+
+
+def test_more_is_pruned_of_a_posterior_that_is_pruned_already() -> None:
+    """The first shares that are tried change nothing."""
+    useless = Linear(noise=1.0, useless=WEIGHTS // 2)
+    search = calibrate(useless.posterior.prune(0.3), useless.draw)
+    assert search.chosen.pruned in (0.4, 0.6)
+
+
+def test_without_draws_to_choose_on_those_that_are_asked_for_later_are_as_trained() -> None:
+    problem = Linear(noise=0.3)
+    search = calibrate(problem.posterior, problem.draw, samples=0)
+    temperature = fit_temperature(*problem.draw(problem.posterior, 0))
+    assert search.chosen == Calibration(1.0, 0.0, temperature, temperature, 0)
+    assert {trial.samples for trial in search.trials} == {0}
+    assert search.chosen.applied(problem.posterior).inner is problem.posterior
 
 
 def test_of_a_point_only_the_temperature_is_chosen() -> None:
@@ -273,6 +304,18 @@ def test_what_is_chosen_is_stored_with_the_adapter_and_used(copy: Path, capsys: 
     assert {"commit", "versions", "trials", "rows", "passes"} <= stored.keys()
     assert isinstance(loaded.posterior, DiagonalGaussian)  # what was trained, as ever
     assert isinstance(loaded.calibrated, Tempered)
+
+
+def test_draws_on_request_differ_where_only_the_mean_was_looked_at(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", str(copy), "--samples", "0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "passes over them: the mean; 0% pruned" in said
+    loaded = load(copy)
+    task = get_task(loaded.settings.task)
+    (row,) = answer_rows(loaded, load_rows(task, task.evaluation, None).examples[:1], samples=8)
+    assert row["uncertainty"]["epistemic"] > 0
 
 
 def test_the_last_layers_are_chosen_for_and_drawn_from_then_on(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,6 +477,24 @@ def test_a_gain_within_its_standard_error_prunes_nothing(gain: float, pruned: fl
 
         def losses(self, trial: Trial) -> Tensor:
             return losses[trial.pruned]
+
+    assert _share(Trials(), 1.0) == pruned  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("gains", "pruned"), [((0.0, 0.3), 0.1), ((0.3, 0.3), 0.05), ((0.0, 0.0), 0.0)])
+def test_a_share_that_changes_nothing_does_not_end_the_search(gains: tuple[float, float], pruned: float) -> None:
+    losses = {
+        share: 2.0 - gain for share, gain in zip((0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8), (0.0, *gains, *[-1.0] * 4))
+    }
+
+    class Trials:
+        posterior = Linear(noise=0.0).posterior
+
+        def made(self, tau: float, pruned: float = 0.0) -> Trial:
+            return Trial(tau, pruned, SEARCH_DRAWS, 1.0, losses[pruned])
+
+        def losses(self, trial: Trial) -> Tensor:
+            return torch.full((100,), losses[trial.pruned])
 
     assert _share(Trials(), 1.0) == pruned  # type: ignore[arg-type]
 

@@ -519,6 +519,34 @@ def test_predict_reads_tables(varlora_, trained):
     assert len(result.out.splitlines()) == 1
 
 
+def test_predict_answers_the_rest_of_rows_that_overflow(varlora_, trained, tmp_path, monkeypatch):
+    """One that is finite alone, as its neighbours' padding is not, has its answer."""
+    questions = QUESTIONS + '{"question": "is this", "passage": "Last."}\n'
+    output, predictions = tmp_path / "answers.jsonl", Predictor.predictions
+
+    def overflows(self, rows, **settings):
+        found = predictions(self, rows, **settings)
+        for i, row in enumerate(rows):
+            if row.id == "0" or (row.id == "2" and len(rows) > 1):
+                found.logits[-1, i] = math.nan
+        return found
+
+    expected = varlora_("predict", trained, "--samples", 4, stdin=questions).out.splitlines()
+    monkeypatch.setattr(Predictor, "predictions", overflows)
+    message = error_of(varlora_("predict", trained, "--samples", 4, "--output", output, stdin=questions))
+    assert "1 of 3 rows have no answer, as their logits are not finite" in message
+    first, *rest = output.read_text().splitlines()
+    assert json.loads(first) == {"id": "0", "error": "Its logits are not finite: the model overflows."}
+    assert [json.loads(line)["answer"] for line in rest] == [json.loads(line)["answer"] for line in expected[1:]]
+
+
+def test_a_tolerance_that_stops_nothing_is_said(varlora_, trained):
+    for samples, more, said in ((7, [], True), (10, ["--noise", "antithetic"], True), (8, [], False)):
+        result = varlora_("predict", trained, "--samples", samples, "--tolerance", 0.05, *more, stdin=QUESTIONS)
+        assert result.code == 0
+        assert (f"`tolerance` leaves out none of {samples} draws" in result.err) == said
+
+
 def test_predict_a_malformed_row(varlora_, trained, tmp_path):
     rows = QUESTIONS + "{not json\n" + '{"question": "no passage"}\n'
     output = tmp_path / "answers.jsonl"
@@ -696,6 +724,23 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
 
 
 @pytest.mark.parametrize(
+    "method",
+    [["--method", "pruned"], ["--method", "temperature", "--set", "method.of=ivon"]],
+    ids=lambda words: words[1],
+)
+def test_tune_finds_for_a_method_below_another(varlora_, options, tmp_path, method):
+    out = tmp_path / "found.yaml"
+    options = [*options, "--calibration-fraction", "0.67"]  # for the temperature
+    result = varlora_("tune", *options, *method, "--out", out)
+    assert result.code == 0, result.err
+    assert re.search(r"layer\W+sigma", result.out)
+    found = yaml.safe_load(out.read_text())["method"]["settings"]
+    assert {"lr", "ess", "hess_init", "sigma_by_layer"} <= found.keys()
+    assert varlora_("train", out, "--run-dir", tmp_path / "run").code == 0
+    assert not (tmp_path / "run" / "tuned.json").exists()
+
+
+@pytest.mark.parametrize(
     ("most", "reach", "says"),
     [
         (0.06, 0.02, "a change of 0.05 is borne."),
@@ -707,11 +752,13 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
 def test_tune_says_whether_any_noise_changes_as_much_as_is_borne(
     most, reach, says, varlora_, options, tmp_path, monkeypatch
 ):
-    trials = [{"sigma": 0.01, "kl": 0.01}, {"sigma": 0.03, "kl": most}, {"sigma": 1.0, "kl": math.inf}]
+    trials = [{"sigma": 0.01, "kl": 0.01}, {"sigma": 0.03, "kl": most}, {"sigma": 1.0, "kl": None}]
     found = {"trials": trials, "draws": 8, "rows": 4, "bound": 0.05, "epochs": 3.0, "sigma": 0.02, "reach": reach}
     prepared = Prepared({"sigma_by_layer": {}}, found, 9.0)
     monkeypatch.setattr("varlora.training.tune", lambda settings, say: (settings, prepared))
-    assert says in varlora_("tune", *options, "--out", tmp_path / "found.yaml").out
+    result = varlora_("tune", *options, "--out", tmp_path / "found.yaml")
+    assert says in result.out
+    assert re.search(r"│ 1 +│ inf", result.out)
 
 
 def test_the_demo_refuses_another_task(varlora_, tmp_path):

@@ -13,6 +13,7 @@ from varlora.errors import ConfigError
 from varlora.model import LoRA
 from varlora.plan import plan_from
 from varlora.tasks import TASKS, get_task
+from varlora.training import check_unchanged
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BASE = {"task": "boolq", "model": "m"}
@@ -31,6 +32,21 @@ def problems_of(values=None, **more) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         load_settings({**BASE, **(values or {})}, **more)
     return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "ivon"}, {"name": "pruned", "of": "ivon"}], ids=lambda method: method["name"]
+)
+def test_layers_by_number_are_what_a_run_reads_back(method, tmp_path):
+    """JSON has texts for keys; a run of other settings could not be resumed."""
+    layers = {"sigma_by_layer": {0: 0.5}}
+    own = layers if method["name"] == "ivon" else {"settings": layers}
+    (settings,) = load_settings({**BASE, "method": {**method, **own}, "run_dir": str(tmp_path)})
+    assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings.to_dict()}))
+    check_unchanged(settings)
+    inner = settings.build_method() if method["name"] == "ivon" else settings.build_method().inner()
+    assert inner._given_by_layer() == {"0": 0.5}
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -40,13 +41,13 @@ def test_weights_that_follow_noise_wander_as_far_as_foreseen(beta1: float) -> No
     assert wandered(ivon(1e-4, beta1), 300) == pytest.approx(1e-4 * scale.walk(300, beta1), rel=0.07)
 
 
-@pytest.mark.parametrize("epochs", [1.0, 3.3, 33.0])
-def test_weights_that_wander_change_predictions_by_their_share_of_an_epoch(epochs: float) -> None:
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 4000), (3.3, 4000), (33.0, 4000), (1000.0, 400_000)])
+def test_weights_that_wander_change_predictions_by_their_share_of_an_epoch(epochs: float, steps: int) -> None:
     def kl(sigma: float) -> float:
         return 40 * sigma**2
 
     sigma, _ = scale.largest_sigma(kl, scale.bound([4, 2], epochs), start=0.01)
-    wandered = scale.step_size(sigma, epochs, 4000, 0.9) * scale.walk(4000, 0.9)
+    wandered = scale.step_size(sigma, epochs, steps, 0.9) * scale.walk(steps, 0.9)
     answers = (math.log(4) + math.log(2)) / 2
     assert kl(wandered) == pytest.approx(scale.WANDER * answers / epochs)
 
@@ -115,6 +116,32 @@ def test_the_largest_sigma_meets_the_bound(power: float, start: float) -> None:
     assert sigma == pytest.approx(answer, rel=0.02 if 0.01 < start < 0.2 else 0.1)
     assert trials[0].sigma == start
     assert len(trials) == scale.TRIALS
+
+
+def test_the_bound_grows_to_half_of_what_there_is_to_know() -> None:
+    for epochs in (1.0, 3.3, 190.0):
+        assert scale.bound([4, 2], epochs) == scale.BOUND * (math.log(4) + math.log(2)) / 2 * math.sqrt(epochs)
+        wandered = 0.03 * math.sqrt(scale.WANDER / (scale.BOUND * epochs**1.5))
+        step = max(wandered / scale.walk(400, 0.9), scale.STRAIGHT * 0.03 / 200)
+        assert scale.step_size(0.03, epochs, 400, 0.9) == step
+    for epochs in (194.0, 1e6):
+        assert scale.bound([2, 2], epochs) == math.log(2) / 2
+
+
+@pytest.mark.parametrize("most", [1.0, 1.5, 3.0])
+def test_sigma_does_not_fall_with_more_epochs_where_the_kl_stops_growing(most: float) -> None:
+    """At ln C and above: what all that the base can say is worth."""
+
+    def kl(sigma: float) -> float:
+        return most * math.log(4) * (1 - math.exp(-((sigma / 0.2) ** 2)))
+
+    sigmas = []
+    for epochs in (1.0, 25.0, 100.0, 193.0, 300.0, 600.0, 700.0, 1500.0, 1e5):
+        bound = scale.bound([4], epochs)
+        sigma, trials = scale.largest_sigma(kl, bound, start=0.1)
+        assert scale.reach(sigma, trials, bound) == pytest.approx(sigma, rel=1e-6) or most == 1.0
+        sigmas.append(sigma)
+    assert all(later > 0.99 * sooner for sooner, later in itertools.pairwise(sigmas))
 
 
 @pytest.mark.parametrize("start", [0.01, 0.1])

@@ -123,7 +123,7 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = MOST_CHOSEN, how:
     Args:
         posterior: what training ended with.
         draw: gives logits of the held-out rows, with the same noise for every posterior.
-        samples: draws at the most; 0: only the mean and its temperature.
+        samples: draws at the most; 0: only the mean and its temperature, and τ is 1.
         how: how `draw` makes the draws; its noise and its last layers are noted.
 
     Raises:
@@ -140,7 +140,8 @@ def calibrate(posterior: Posterior, draw: Draw, samples: int = MOST_CHOSEN, how:
     if drawing:
         drawn = _fewest(trials, drawn)
     noise, number = how.noise or "independent", drawn.samples if drawing else 0
-    chosen = Calibration(tau, pruned, drawn.temperature, mean.temperature, number, how.last_layers, noise)
+    factor = tau if samples else 1.0  # of draws that were not looked at nothing is known
+    chosen = Calibration(factor, pruned, drawn.temperature, mean.temperature, number, how.last_layers, noise)
     return Search(chosen, trials.trials, len(trials.labels), trials.passes, told)
 
 
@@ -216,9 +217,11 @@ def _share(trials: _Trials, tau: float) -> float:
         return 0.0
     whole = best = trials.made(tau)
     for share in SHARES:
-        if trials.made(tau, share).nll >= best.nll:
+        trial = trials.made(tau, share)
+        if trial.nll > best.nll:
             break
-        best = trials.made(tau, share)
+        if trial.nll < best.nll:  # of weights that are 0 already, pruning changes nothing
+            best = trial
     gain = trials.losses(whole) - trials.losses(best)
     clear = len(gain) > 1 and gain.mean() > gain.std() / math.sqrt(len(gain))
     return best.pruned if clear else 0.0
@@ -227,17 +230,20 @@ def _share(trials: _Trials, tau: float) -> float:
 def _fewest(trials: _Trials, whole: Trial) -> Trial:
     """Return the trial of the fewest draws, a power of two, that cost no more than a bearable rise of the NLL.
 
-    What n draws give is judged by the average over the groups of n that there are: one such group may be lucky on few
-    rows. (Some of many latin draws are as good as independent ones, so n latin draws do better than that.)
+    What n draws give is judged by the average over the groups of n that there are, as one such group may be lucky on
+    few rows, and then by the n draws that are made. (Some of many latin draws are as good as independent ones, so n
+    latin draws mostly do better than that.)
     """
     logits = trials.logits[whole]
-    if len(logits) > trials.samples:  # more cost nothing
+    if len(logits) >= 2 * trials.samples:  # more cost nothing
         return whole
     for n in (2**power for power in range(len(logits).bit_length()) if 2**power < len(logits)):
         groups = logits[: len(logits) // n * n].split(n)
         expected = sum(_fitted(group, trials.labels)[1].mean().item() for group in groups) / len(groups)
         if expected <= (1 + BEARABLE) * whole.nll:
-            return trials.made(whole.tau, whole.pruned, n)
+            trial = trials.made(whole.tau, whole.pruned, n)
+            if trial.nll <= (1 + BEARABLE) * whole.nll:
+                return trial
     return whole
 
 

@@ -153,24 +153,29 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
     tuned, prepared = tune(settings, say=say)
     found, written = prepared.found, [out]
     if "trials" in found:
+        trials = [
+            {"sigma": trial["sigma"], "kl": math.inf if trial["kl"] is None else trial["kl"]}
+            for trial in found["trials"]
+        ]
         table = Table("sigma", "change of the predictions (KL, nats)")
-        for trial in found["trials"]:
+        for trial in trials:
             table.add_row(f"{trial['sigma']:.4g}", f"{trial['kl']:.4g}")
         console.print(table)
         stops_growing = found["reach"] > found["sigma"] and all(
-            not found["bound"] <= trial["kl"] < math.inf for trial in found["trials"]
+            not found["bound"] <= trial["kl"] < math.inf for trial in trials
         )
         is_borne = "would be borne, which no noise comes to" if stops_growing else "is borne"
         say(
             f"By {found['draws']} draws on {found['rows']} training rows. As {found['epochs']:.1f} epochs are to come, "
             f"a change of {found['bound']:.3g} {is_borne}."
         )
-        if by_layer := prepared.settings["sigma_by_layer"]:
+        of_ivon = prepared.settings.get("settings", prepared.settings)  # which another method may work on
+        if by_layer := of_ivon["sigma_by_layer"]:
             layers = Table("layer", "sigma")
             for layer, share in by_layer.items():
                 layers.add_row(layer, f"{found['sigma'] * share:.4g}")
             console.print(layers)
-        write_bytes(picture, scale_diagram(found["trials"], found["bound"], found["sigma"])["png"])
+        write_bytes(picture, scale_diagram(trials, found["bound"], found["sigma"])["png"])
         written.append(picture)
     write_text(out, f"# Found by `varlora tune`, at the cost of {prepared.steps:.0f} steps.\n" + recipe_of(tuned))
     say(f"Written: {', '.join(map(str, written))}")
@@ -205,7 +210,7 @@ def _calibrate(arguments: argparse.Namespace, console: Console) -> None:
         console.print(table)
         draws = f"draws at tau {chosen.tau:g}"
         used = f"{chosen.samples} {draws}" if chosen.samples else "the mean"
-        if chosen.tau and not chosen.samples:
+        if arguments.samples and chosen.tau and not chosen.samples:
             used += f" alone, as {draws} do no better"
         temperature = chosen.temperature if chosen.samples else chosen.temperature_mean
         say(
@@ -341,11 +346,18 @@ def _predict(arguments: argparse.Namespace, console: Console) -> None:
         say(f"{count} of {len(rows.examples)} rows are in {part}.")
 
     lines = written_by_line(output, kept) if output else nullcontext(to_stdout)
+    lost = 0
     with interrupted_by_signals(), lines as write, closing(answers):
         for answer in answers:
             write(json.dumps(answer))  # in ASCII, which every pipe passes on
+            lost += "error" in answer
     if output:
         say(f"{len(rows.examples)} rows are in {output}.")
+    if lost:
+        raise VarloraError(
+            f"{lost} of {len(rows.examples)} rows have no answer, as their logits are not finite; their lines have "
+            "`error`. Train with `--dtype float32` or `bfloat16`."
+        )
 
 
 def _serve(arguments: argparse.Namespace, console: Console) -> None:

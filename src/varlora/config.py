@@ -501,7 +501,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin is not None or hint is Mapping:
         if not isinstance(value, Mapping):
             raise TypeError
-        return dict(value)
+        return {str(key): item for key, item in value.items()}  # as config.json has them: JSON has no other keys
     if hint is bool:
         if not isinstance(value, bool):
             raise TypeError

@@ -61,15 +61,16 @@ def signs(end: Mapping[str, float]) -> list[str]:
             f"Sigma was held back to {held:.0%} of what was found, as noise took back too much of what training had "
             "gained: train longer, or expect draws that are close to the mean."
         )
-    if moved < STEADY[0] or moved > STEADY[1]:
+    if (moved < STEADY[0] or moved > STEADY[1]) and not end.get("hessian_of_run"):
         found.append(
             f"The Hessian has moved to {moved:.3g} times its first value, so that sigma is not what it was set to: "
             "raise `hess_init`."
         )
     if at_mean > LEARNED * chance:
         found.append(
-            f"The training loss at the mean, {at_mean:.3f}, is about that of chance, {chance:.3f}: hardly anything was "
-            "learned. Train longer, raise `lr`, or lower sigma (a larger `ess`)."
+            f"The training loss at the mean, {at_mean:.3f}, is {'no' if at_mean >= chance else 'hardly'} better than "
+            f"chance, {chance:.3f}: hardly anything was learned. Train longer, raise `lr`, or lower sigma (a larger "
+            "`ess`)."
         )
     elif under_noise - at_mean > TAKEN * (chance - at_mean):
         found.append(

@@ -3,11 +3,11 @@ r"""The scale of IVON's posterior, found by looking: how much noise an adapter b
 **σ** is the largest standard deviation for which noise in all weights changes the predictions by no more than a bound:
 
 .. math:: \mathrm{KL}(\sigma) = \mathbb{E}_{x, \varepsilon} \, \mathrm{KL}\big(p(\cdot \mid x, m) \,\|\,
-    p(\cdot \mid x, m + \sigma\varepsilon)\big) \le b \sqrt{E} \, \ln C
+    p(\cdot \mid x, m + \sigma\varepsilon)\big) \le \min(b \sqrt{E}, 1/2) \, \ln C
 
 with E the epochs of training, as it takes the more noise against learning rows by heart the more often they are seen,
-and ln C what it takes to tell C answers apart: that much can be learned, and noise is to hide a share of it. The KL,
-and not the loss, because before training the loss is far from any minimum, and noise may lower it.
+and ln C what it takes to tell C answers apart: that much can be learned, and noise is to hide a share of it, half at
+the most. The KL, and not the loss, because before training the loss is far from any minimum, and noise may lower it.
 
 **The learning rate** is held against the same measure. IVON's steps are clipped nearly everywhere, so a weight whose
 gradient is noise makes a random walk with steps of ±αξ, and ends a distance away that is known in advance. Noise of
@@ -57,6 +57,8 @@ __all__ = [
 
 BOUND = 0.036
 """b: share of ln C that the predictions may change by in one epoch of training; at E epochs, √E times as much."""
+MOST_BORNE = 0.5
+"""The most of ln C that it may be, after 193 epochs: with all of it noise would hide all that can be learned."""
 WANDER = 0.12
 """w: share of ln C that the predictions may change by as weights wander, in one epoch; at E epochs, one E-th of it."""
 STRAIGHT = 1.5
@@ -122,7 +124,8 @@ def bound(answers: Sequence[int], epochs: float) -> float:
         >>> round(bound([4, 4], epochs=1.0), 3), round(bound([2, 2], epochs=4.0), 3)
         (0.05, 0.05)
     """
-    return BOUND * statistics.fmean(map(math.log, answers)) * math.sqrt(epochs)
+    nats = statistics.fmean(map(math.log, answers))
+    return min(BOUND * nats * math.sqrt(epochs), MOST_BORNE * nats)
 
 
 def largest_sigma(
@@ -254,8 +257,8 @@ def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
     weight that goes straight comes 1.5 σ at the least; the learning rate falls linearly to zero.
 
     Args:
-        sigma: of noise that changes the predictions by b √E ln C, as one that is given is taken to do, or by all that
-            noise can (`reach`); the change grows as its square.
+        sigma: of noise that changes the predictions by the `bound`, as one that is given is taken to do, or by all
+            that noise can (`reach`); the change grows as its square.
         epochs: E, of training.
         steps: of training.
         beta1: decay of the gradient's average.
@@ -266,7 +269,7 @@ def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
         >>> round(step_size(0.06, epochs=16.0, steps=400, beta1=0.9), 5)  # by the straight path
         0.00045
     """
-    wandered = sigma * math.sqrt(WANDER / (BOUND * epochs**1.5))
+    wandered = sigma * math.sqrt(WANDER / min(BOUND * epochs**1.5, MOST_BORNE * epochs))
     return max(wandered / walk(steps, beta1), STRAIGHT * sigma / (steps / 2))
 
 

@@ -15,6 +15,7 @@ import helpers
 import pytest
 import torch
 from helpers import plan
+from torch import nn
 
 from varlora import IVON, scale
 from varlora.demo.run import one_thread
@@ -253,14 +254,54 @@ def test_the_look_costs_more_than_a_twentieth_of_few_steps_alone(batch_size: int
 
 
 @pytest.mark.parametrize("steps", [400, 2000, 20_000])
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_the_look_costs_what_it_may(steps: int, batch_size: int) -> None:
-    prepared = Ivon().prepare(start(steps=steps, batch_size=batch_size))
+@pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (4, 1), (16, 1), (4, 4), (4, 8)])
+def test_the_look_costs_what_it_may(steps: int, batch_size: int, ranks: int) -> None:
+    begin = replace(start(steps=steps, batch_size=batch_size, ranks=ranks), rows=ROWS * (10 if ranks > 1 else 1))
+    prepared = Ivon().prepare(begin)
     assert prepared is not None
     least = (scale.TRIALS * 4 + 1) * 4 / (3 * batch_size) + 4  # four rows, and a gradient
-    assert prepared.steps <= max(PROBE * steps + BATCHES, least + 1)
+    assert prepared.steps <= max(PROBE * steps + BATCHES * ranks, least + 1)
     assert prepared.steps <= 0.05 * steps or (batch_size == 1 and steps < 460)
     assert Ivon(cooling=True).compare_every(steps) * 3 * PROBE >= 1  # a comparison is a third of a step
+
+
+@pytest.mark.parametrize(
+    ("forward", "saw"),
+    [
+        (lambda logits, labels: 0 * logits + 1e4 * nn.functional.one_hot(labels, logits.shape[1]), "got 0:"),
+        (lambda logits, labels: math.nan * logits, "got nan:"),
+    ],
+)
+def test_a_gradient_that_tells_nothing_is_refused_with_what_to_do(forward: Any, saw: str) -> None:
+    """That of a base that is certain of every row, or that overflows."""
+
+    def substituted(model: Any, batch: Any) -> torch.Tensor:
+        logits = class_logits(model, batch)
+        return forward(torch.where(logits.isfinite(), logits, 0.0), batch["labels"])
+
+    begin = replace(start(), forward=substituted)
+    with pytest.raises(VarloraError, match=saw) as error:
+        Ivon().prepare(begin)
+    assert "`lr`, `ess` and `hess_init`" in str(error.value)
+    assert "float32" in str(error.value)
+    if "nan" not in saw:  # with these it is not needed
+        prepared = Ivon(ess=1e6).prepare(begin)
+        assert prepared is not None
+        assert set(prepared.settings["sigma_by_layer"].values()) == {1.0}
+
+
+def test_a_trial_that_overflows_is_written_as_valid_json() -> None:
+    begin = start()
+
+    def draw(posterior: Any, rows: Any, count: int) -> Any:
+        std = next(iter(posterior.std.values())).max().item() if count else 0.0
+        answer = torch.tensor([math.nan if std > 0.05 else 30 * std, 0.0, 0.0])
+        return answer.expand(max(count, 1), len(rows), 3), torch.zeros(len(rows))
+
+    prepared = Ivon().prepare(replace(begin, draw=draw))
+    assert prepared is not None
+    assert None in [trial["kl"] for trial in prepared.found["trials"]]
+    assert json.dumps(prepared.found, allow_nan=False)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -582,6 +623,8 @@ def test_a_hessian_may_be_the_average_of_the_run() -> None:
         one.before_step(optimizer, step, 10_000, {})
         betas.append(optimizer.param_groups[0]["beta2"])
     assert betas == pytest.approx([1 - 1 / 21, 0.99, 0.999])
+    assert one.log(optimizer, {})["hessian_of_run"] == 1  # that it moves is no sign
+    assert "hessian_of_run" not in method().log(optimizer, {})
 
 
 # --- in a run ---
@@ -613,6 +656,33 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     assert 0 <= last["signal_above_noise"] <= 1
     assert last["hessian_over_first"] == pytest.approx(1, abs=0.1)
     assert {"sigma/layer_00", "sigma/q_proj.lora_A", "loss_at_mean", "loss_under_noise", "held_back"} <= last.keys()
+
+
+def test_noise_that_takes_too_much_is_held_back_also_across_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conformance.test_methods import Crash
+
+    monkeypatch.setattr("varlora.methods.ivon.PROBE", 1 / 6)  # a comparison every second step
+    sigma, said = 0.4, list[str]()
+    one = Ivon(lr=10.0, ess=1e3 / sigma**2, hess_init=1e-3, noise_warmup=0.25, cooling=True)
+    rows = [replace(row, label_tokens=helpers.ANSWERS[:2], label=row.input_ids[0] % 2) for row in ROWS[:48]]
+    settings: dict[str, Any] = {
+        "rows": rows, "steps": 40, "batch_size": 16, "checkpoint_every": 20, "training_arguments": {"logging_steps": 1},
+    }  # fmt: skip
+    helpers.run_fit(helpers.tiny_model(), one, tmp_path / "whole", warn=said.append, **settings)
+    whole = helpers.outcome(tmp_path / "whole")
+    halfway, last = whole["log"][19], whole["log"][-1]
+    assert halfway["loss_under_noise"] > halfway["loss_at_mean"]
+    assert halfway["held_back"] < 1
+    assert last["held_back"] < 0.5
+    assert last["sigma"] == pytest.approx(last["held_back"] * sigma, rel=0.15)  # held back further after the last step
+    (words,) = helpers.about(said, "noise takes back too much of what training has gained")
+    assert "so sigma is held back, now to" in words
+    with pytest.raises(ConnectionAbortedError):
+        helpers.run_fit(helpers.tiny_model(), one, tmp_path / "stopped", callbacks=[Crash(20)], **settings)
+    helpers.run_fit(helpers.tiny_model(), one, tmp_path / "stopped", resume=True, **settings)
+    assert helpers.outcome(tmp_path / "stopped") == whole
 
 
 def test_all_rows_may_have_the_same_answer(tmp_path: Path) -> None:

@@ -172,9 +172,15 @@ class Ivon(Method):
             sigma, seen, cost = _probe(start, partial(_noisy, mean), first)
             gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
+            if not math.isfinite(gradient) or (not gradient and not {"ess", "hess_init"} & given.keys()):
+                raise VarloraError(
+                    f"Expected a gradient that is finite and not 0 on the training rows, under noise of sigma "
+                    f"{sigma:.3g}, but got {gradient:g}: the base is certain of every row that was looked at, or "
+                    "overflows. Load the base in float32 (`dtype=float32`), or give `lr`, `ess` and `hess_init`."
+                )
             reach = seen["reach"]
             if reach > sigma:
-                most = max(trial["kl"] for trial in seen["trials"] if trial["kl"] < math.inf)
+                most = max(trial["kl"] for trial in seen["trials"] if trial["kl"] is not None)
                 start.say(
                     f"Noise changes the predictions by {most:.2g} nats at most, and may by {seen['bound']:.2g}: this "
                     "base answers much the same whatever its adapter is. So noise is small, and steps, where they are "
@@ -216,7 +222,7 @@ class Ivon(Method):
         return hess_init + delta if self.rescale_lr else 1.0
 
     def _given_by_layer(self) -> dict[str, float]:
-        """Return σ of the layers over that of all, as far as it is given; YAML may have numbers for the layers."""
+        """Return σ of the layers over that of all, as far as it is given; in Python by numbers, if one likes."""
         given = {} if self.sigma_by_layer == "auto" else self.sigma_by_layer
         return {str(layer): share for layer, share in given.items()}
 
@@ -375,6 +381,8 @@ class Ivon(Method):
             for group in (of_group[name],)
         )
         logged |= {"signal_above_noise": heard / size, "hessian_over_first": moved / size}
+        if self.hess_average == "run":
+            logged["hessian_of_run"] = 1.0  # it is meant to move
         losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
         logged |= {name: state[key] for key, name in losses.items() if key in state}
         return logged | {name: state[name] for name in ("held_back", "rechecked") if name in state}
@@ -420,7 +428,9 @@ def _probe(
         "bound": bound,
         "rows": count,
         "draws": draws,
-        "trials": [trial._asdict() for trial in trials],
+        "trials": [  # JSON has no infinity
+            {"sigma": trial.sigma, "kl": trial.kl if math.isfinite(trial.kl) else None} for trial in trials
+        ],
     }
     return sigma, seen, (len(trials) * draws + 1) * count / a_step
 
@@ -442,7 +452,7 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
     """
     source, params = start.generator(), trainable(start.model)
     size = start.rows_per_step
-    batches = min(max(round(PROBE * start.steps / 2), 1), BATCHES, math.ceil(len(start.rows) / size))
+    batches = min(max(round(PROBE * start.steps / 2 / start.ranks), 1), BATCHES, math.ceil(len(start.rows) / size))
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
     squares, sizes = defaultdict[str, float](float), defaultdict[str, int](int)
     seen = start.some_rows(batches * size)
