@@ -136,6 +136,32 @@ def test_the_average_of_normal_tasks_is_the_normal_average():
     assert (found.change, found.low, found.high) == pytest.approx((0.1, 0.1 - 1.96 * error, 0.1 + 1.96 * error))
 
 
+def test_the_average_of_a_task_with_itself_is_the_task():
+    """Two sizes of one training set are evaluated on the same rows, so chance in these goes together."""
+    one, other = Cell(0.5, 0.02, 0.1, 0.06, 0.13, seeds=3), Cell(0.7, 0.01, 0.2, 0.11, 0.27, seeds=3)
+    found = average([one, one], ["rows", "rows"])
+    assert (found.change, found.low, found.high) == pytest.approx((one.change, one.low, one.high))
+    found = average([one, one, other], ["rows", "rows", "other rows"])
+    assert found.low == pytest.approx(found.change - math.hypot(2 * 0.04, 0.09) / 3)
+    assert found.high == pytest.approx(found.change + math.hypot(2 * 0.03, 0.07) / 3)
+
+
+def test_tasks_with_the_same_prompts_and_labels_share_their_rows():
+    def with_prompts(prefix):
+        made, labels = two_tasks(), two_tasks()[0].predictions.labels
+        for run in made:
+            prompts = tuple(f"{prefix(run.meta['task'])} {row}" for row in run.predictions.ids)
+            predictions = dataclasses.replace(run.predictions, prompts=prompts, labels=labels)
+            yield dataclasses.replace(run, predictions=predictions)
+
+    alike, apart = (
+        line(table1(rows(*with_prompts(prefix)), **FAST), 0, "IVON").cells[AVERAGE]
+        for prefix in (lambda task: "same", lambda task: task)
+    )
+    assert alike.change == apart.change
+    assert alike.high - alike.low > 1.2 * (apart.high - apart.low)
+
+
 def test_only_a_line_with_all_tasks_has_an_average():
     table = table1(rows(*two_tasks(), *seeds("boolq", "swa")), **FAST)
     for block in range(3):

@@ -62,12 +62,14 @@ def table1(
 ) -> ResultTable:
     r"""Return each metric by method and task, and averaged over tasks, with the change against a baseline.
 
-    The average's standard error, and the interval of its change, follow from those of its T tasks, whose runs and rows
-    are independent of each other:
+    The average's standard error, and the interval of its change, follow from those of its T tasks, whose runs are
+    independent of each other:
 
     .. math:: s = \frac{1}{T} \sqrt{\sum_t s_t^2}, \qquad l = \bar\Delta - \frac{1}{T} \sqrt{\sum_t (\Delta_t - l_t)^2}
 
-    and the upper end likewise. Only a line with all tasks has an average.
+    and the upper end likewise. Of tasks that are evaluated on the same rows, as WG-S and WG-M are, the spreads
+    :math:`\Delta_t - l_t` are added before they are squared, as they may go together. Only a line with all tasks has an
+    average.
 
     Args:
         rows: rows of one call of `rows_of_runs`.
@@ -109,7 +111,7 @@ def table1(
         section = TEMPERED if key.tempered else CALIBRATED if key.calibrated else ""
         for name, found in of_metric.items():
             if len(tasks) > 1:
-                found[AVERAGE] = average([found[task] for task in tasks])
+                found[AVERAGE] = average([found[task] for task in tasks], [_evaluated(shown[key], t) for t in tasks])
             cells[name].append(Line(key.label(draws), found, key.starred and bool(shown[key]), section))
     return ResultTable(
         name="table1",
@@ -256,8 +258,12 @@ def _cell(name: str, row: Row | None, base: Row | None, interval: Difference | N
     )
 
 
-def average(cells: Sequence[Cell]) -> Cell:
-    """Average a line over its tasks, which are independent of each other; nothing if one of them has no mean.
+def average(cells: Sequence[Cell], rows: Sequence[Any] = ()) -> Cell:
+    """Average a line over its tasks; nothing if one of them has no mean.
+
+    Args:
+        cells: of each task.
+        rows: what each was evaluated on; where two are equal, their intervals may go together. Left out: all differ.
 
     Example:
         >>> of_tasks = Cell(0.5, 0.03, change=0.2, low=0.1, high=0.4), Cell(0.7, 0.04, change=0.1, low=0, high=0.1)
@@ -283,13 +289,25 @@ def average(cells: Sequence[Cell]) -> Cell:
     change = math.fsum(changes) / n
     if len(lows) < n or len(highs) < n:
         return replace(found, change=change)
-    low = change - _root([max(0.0, delta - low) for delta, low in zip(changes, lows)])
-    high = change + _root([max(0.0, high - delta) for delta, high in zip(changes, highs)])
+    low = change - _root([max(0.0, delta - low) for delta, low in zip(changes, lows)], rows)
+    high = change + _root([max(0.0, high - delta) for delta, high in zip(changes, highs)], rows)
     return replace(found, change=change, low=low, high=high)
 
 
-def _root(spreads: Sequence[float]) -> float:
-    return math.sqrt(math.fsum(spread**2 for spread in spreads)) / len(spreads)
+def _root(spreads: Sequence[float], rows: Sequence[Any] = ()) -> float:
+    """Return the spread of an average; that of the same rows adds up."""
+    together = defaultdict[Any, float](float)
+    for spread, of in zip(spreads, rows or range(len(spreads)), strict=True):
+        together[of] += spread
+    return math.sqrt(math.fsum(spread**2 for spread in together.values())) / len(spreads)
+
+
+def _evaluated(rows: Mapping[str, Row], task: str) -> Any:
+    """Return the rows that a line's numbers on a task are of, the same for tasks that share them."""
+    if task not in rows:
+        return task
+    predictions = rows[task].runs[0].predictions
+    return predictions.prompts or task, predictions.ids, tuple(predictions.labels.tolist())
 
 
 def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
