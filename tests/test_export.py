@@ -202,7 +202,7 @@ def test_draws_are_those_of_the_posterior_bit_for_bit(trained: Loaded, kind: str
 def test_what_is_drawn_again_is_exported_once(trained: Loaded) -> None:
     members = [Point(other(trained, seed)) for seed in range(3)]
     found = distinct(Mixture(members).drawn(10, torch.Generator().manual_seed(0)).models())
-    assert [draw.weight for draw in found] == [4, 3, 3]
+    assert [draw.weight for draw in found] == [4, 4, 4]
     assert len(distinct(gaussian(trained).scale(0).drawn(4, torch.Generator()).models())) == 1
 
 
@@ -359,6 +359,21 @@ def test_a_base_that_lies_here_is_found_from_anywhere(
         assert f"\nbase={bundled.resolve()}\n" in (tmp_path / "out" / script).read_text()
 
 
+def _adapters(name: str, items: Sequence[str]) -> list[tuple[str, str]]:
+    """Return name and path of each adapter, as vLLM's `LoRAParserAction` and SGLang's `LoRAPathAction` read them."""
+    found = []
+    for item in items:
+        if name == "serve_vllm.sh" and "=" in item and "," not in item:
+            adapter, path = item.split("=")
+        elif name == "serve_vllm.sh":
+            adapter, path = map(json.loads(item).pop, ("name", "path"))
+        else:
+            assert not item.startswith("{")
+            adapter, path = item.strip().split("=", 1)
+        found.append((adapter, path))
+    return found
+
+
 @pytest.mark.parametrize("name", ["serve_vllm.sh", "serve_sglang.sh"])
 def test_scripts_say_what_is_meant_whatever_the_base_is_called(
     exported: tuple[Path, Path], tmp_path: Path, name: str
@@ -370,20 +385,24 @@ def test_scripts_say_what_is_meant_whatever_the_base_is_called(
     program = tmp_path / {"serve_vllm.sh": "vllm", "serve_sglang.sh": "python3"}[name]
     program.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
     program.chmod(0o755)
-    script = tmp_path / name
+    folder = tmp_path / 'lr=0.1,seed=0 \\ "served'
+    folder.mkdir()
+    script = folder / name
     script.write_text(_script(name, ["mean", "draw-00"], {"model": base, "revision": None}, settings))
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", script, "--port", "8001"], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
     )
     given = done.stdout.rstrip("\0").split("\0")
-    here = [f"mean={tmp_path}/mean", f"draw-00={tmp_path}/draw-00"]
+    here = [(adapter, f"{folder}/{adapter}") for adapter in ("mean", "draw-00")]
+    assert _adapters(name, given[-2:]) == here
+    del given[-2:]
     common = ["--dtype", "bfloat16", "--enable-lora", "--max-lora-rank"]
     if name == "serve_vllm.sh":
-        many = ["64", "--max-loras", "2", "--max-cpu-loras", "2", "--port", "8001", "--lora-modules", *here]
+        many = ["64", "--max-loras", "2", "--max-cpu-loras", "2", "--port", "8001", "--lora-modules"]
         assert given == ["serve", base, *common, *many]
     else:
-        many = ["48", "--max-loras-per-batch", "2", "--port", "8001", "--lora-paths", *here]
+        many = ["48", "--max-loras-per-batch", "2", "--port", "8001", "--lora-paths"]
         assert given == ["-m", "sglang.launch_server", "--model-path", base, *common, *many]
     assert not (tmp_path / "hacked").exists()
     assert subprocess.run(["bash", "-n", out / name]).returncode == 0
@@ -580,7 +599,10 @@ class Saying:
         return {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
 
 
-@pytest.mark.parametrize("values", [(math.nan, math.nan), (-math.inf, -math.inf), (-1.0, math.nan), (None, -1.0)])
+@pytest.mark.parametrize(
+    "values",
+    [(math.nan, math.nan), (-math.inf, -math.inf), (-1.0, math.nan), (None, -1.0), (-9999.0, -9999.0)],
+)
 def test_probabilities_that_are_none_are_an_error(exported: tuple[Path, Path], values: tuple[Any, Any]) -> None:
     """As a server sends them whose logits overflow in 16 bit."""
     with serving(Saying(lambda prompt: values)) as url:
@@ -588,6 +610,16 @@ def test_probabilities_that_are_none_are_an_error(exported: tuple[Path, Path], v
     assert done.returncode == 1
     assert "overflow" in json.loads(done.stdout)["error"]
     assert "Traceback" not in done.stderr
+
+
+def test_one_answer_at_the_least_that_vllm_sends_has_probability_0(exported: tuple[Path, Path]) -> None:
+    manifest = json.loads((exported[1] / "manifest.json").read_text())
+    for draw in manifest["draws"]:
+        draw["temperature"] = 1e4  # the number itself would be a probability then
+    with serving(Saying(lambda prompt: (-9999.0, -5.0))) as url:
+        found = client.ask(manifest, client.Server(f"{url}/v1"), "Is it?")
+    assert found["probabilities"] == {"False": 0.0, "True": 1.0}
+    assert found["uncertainty"] == {"total": 0.0, "aleatoric": 0.0, "epistemic": 0.0}
 
 
 def test_a_question_that_fails_does_not_end_the_others(exported: tuple[Path, Path], tmp_path: Path) -> None:

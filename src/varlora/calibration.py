@@ -231,8 +231,7 @@ def _fewest(trials: _Trials, whole: Trial) -> Trial:
     """Return the trial of the fewest draws, a power of two, that cost no more than a bearable rise of the NLL.
 
     What n draws give is judged by the average over the groups of n that there are, as one such group may be lucky on
-    few rows, and then by the n draws that are made. (Some of many latin draws are as good as independent ones, so n
-    latin draws mostly do better than that.)
+    few rows, and then by the n draws that are made. (Some of many latin draws are like independent ones.)
     """
     logits = trials.logits[whole]
     if len(logits) >= 2 * trials.samples:  # more cost nothing

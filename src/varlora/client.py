@@ -33,6 +33,8 @@ NEUTRAL = {
     "presence_penalty": 0.0,
 }  # fmt: skip
 """A server may have other defaults from the base's generation_config.json, and some read probabilities after these."""
+LEAST = -9999.0
+"""What vLLM sends for every logarithm below it, -inf too: the answer's probability is 0, or all answers overflow."""
 URLS = {"openai": "http://localhost:8000/v1", "sglang": "http://localhost:30000"}
 
 
@@ -77,6 +79,8 @@ class Server:
 
     def logprobs_of(self, adapter: str, prompt: str, tokens: Sequence[Mapping[str, Any]], chat: bool) -> list[float]:
         """Return the logarithm of the probability of each answer's token as the next one.
+
+        It is -inf where the server says that it is too small to tell.
 
         Args:
             adapter: its name on the server.
@@ -141,12 +145,13 @@ class Server:
                 "leave none out; older ones do so after `vllm serve --logprobs-mode processed_logprobs` "
                 "(`allowed_token_ids`); SGLang does with --api sglang."
             )
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        if not (numbers and max(values) > LEAST):
             raise Failure(
                 f"Expected logarithms of probabilities from {adapter}, but got {_short(values)}: its logits overflow, "
                 "probably. Serve it with --dtype bfloat16 or float32."
             )
-        return values
+        return [value if value > LEAST else -math.inf for value in values]
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), self.headers)

@@ -381,6 +381,16 @@ def test_the_cache_of_the_harness_holds_averages_alone(loaded, averaged, evaluat
             assert torch.equal(lls(found, name), lls(averaged, name))
 
 
+def test_choices_are_not_normalised_beside_a_cache(loaded, evaluated, tmp_path):
+    """Of a row of which one choice is cached the harness asks the others alone."""
+    lm = ours.VarloraLM(loaded, samples=S, batch_size=4, normalise_choices=True, say=silent)
+    with pytest.raises(VarloraError, match="Leave out `use_cache`"):
+        evaluated(lm, CHOICES, use_cache=str(tmp_path / "cache"))
+    of_mean = ours.VarloraLM(loaded, samples=0, batch_size=4, normalise_choices=True, say=silent)
+    found = evaluated(of_mean, CHOICES, use_cache=str(tmp_path / "of_mean"), limit=1)
+    assert torch.equal(lls(found, CHOICES), lls(evaluated(of_mean, CHOICES, limit=1), CHOICES))
+
+
 def test_results_say_where_they_come_from(averaged, loaded):
     facts = averaged["config"]["varlora"]
     assert (facts["samples"], facts["models"], facts["seed"], facts["tau"]) == (S, S, 0, 1.0)

@@ -9,8 +9,12 @@ from collections import Counter
 import pytest
 import torch
 from serve_helpers import USE, Held, numbered, row_of, submitted, until
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from varlora.data import collate
 from varlora.metrics import average_probs, uncertainty
+from varlora.model import class_logits
+from varlora.prompt import Encoded
 from varlora.serve.base import Refused, Use
 from varlora.serve.engine import Engine, drawn_of
 
@@ -263,6 +267,34 @@ def test_a_row_that_overflows_fails_alone(made, value):
     assert watch.outcomes["failed"] == 1
 
 
+def test_a_row_is_not_refused_for_the_padding_of_its_batch(made):
+    """In float16 the padding may overflow: its values are NaN then, and 0 times them is NaN in the shorter rows."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).half().eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 65504.0
+        model.model.layers[0].mlp.down_proj.weight *= 60
+
+    @torch.no_grad()
+    def draw(rows, use):
+        return class_logits(model, collate(rows, 0))[None].expand(2, -1, -1)
+
+    rows = [Encoded(str(i), tuple(range(1, n + 1)), (8, 9), None, False) for i, n in enumerate((4, 7, 9, 4), 1)]
+    refused = [outcome for outcome in drawn_of(draw(rows, USE), rows) if isinstance(outcome, Refused)]
+    assert len(refused) == 3
+    watch = Watched()
+    engine, held, _ = held_up(made, draw, watch=watch)
+    futures = submitted(engine, rows)
+    held.go.set()
+    for future, row in zip(futures, rows):
+        assert torch.allclose(future.result(timeout=30).probs, average_probs(draw([row], USE))[0], atol=1e-3)
+    assert held.batches == [["0"], ["1", "4", "2", "3"], ["1"], ["4"], ["2"]]
+    assert watch.batches == [1, 4]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("the user's secret"), KeyError("the user's secret")])
 def test_a_row_that_the_model_cannot_bear_fails_alone_and_without_the_librarys_words(made, error):
     def draw(rows, use):
@@ -280,6 +312,33 @@ def test_a_row_that_the_model_cannot_bear_fails_alone_and_without_the_librarys_w
             assert "secret" not in str(refused.value)
         else:
             assert torch.allclose(future.result(timeout=30).probs, probs_of(row_of(i)))
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch < 2.8 has no such error")
+@pytest.mark.parametrize(
+    ("text", "ends"), [("an illegal memory access was encountered", True), ("out of memory", False)]
+)
+def test_an_accelerator_that_cannot_go_on_ends_the_engine(made, text, ends):
+    def draw(rows, use):
+        if rows[-1].id == "2":
+            raise torch.AcceleratorError(f"CUDA error: {text}")
+        return numbered(rows, use)
+
+    said = []
+    engine, held, first = held_up(made, draw, batch_tokens=4, say=said.append)
+    futures = submitted(engine, [row_of(1), row_of(2), row_of(3)])
+    held.go.set()
+    assert first[0].result(timeout=30)
+    assert futures[0].result(timeout=30)
+    assert futures[1].exception(timeout=30).code == "internal"
+    if ends:
+        assert futures[2].exception(timeout=30).code == "internal"
+        until(lambda: not engine.alive)
+        assert len(said) == 1
+        assert "has ended" in said[0]
+    else:
+        assert futures[2].result(timeout=30)
+        assert engine.alive
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from serve_helpers import Held, Live, silent, task_rows, trained, until
+from serve_helpers import Held, Live, loaded, silent, task_rows, trained, until
 
 from varlora.cli import main
 from varlora.errors import VarloraError
@@ -141,7 +141,7 @@ MUCH = 20_000_000
 def serving():
     """Run servers of three things, each in a loop of its own."""
 
-    async def app(scope, receive, send):
+    async def three(scope, receive, send):
         if scope["path"] == "/slow":
             await asyncio.sleep(1.5)
         body = b"x" * (MUCH if scope["path"] == "/much" else 2)
@@ -149,7 +149,7 @@ def serving():
         await send({"type": "http.response.start", "status": 200, "headers": length})
         await send({"type": "http.response.body", "body": body})
 
-    def started(**settings):
+    def started(app=three, **settings):
         sock = stack.enter_context(listen("127.0.0.1", 0))
         found = Server(app, stop=lambda: None, busy=lambda: False, **{"connections": 3, "patience": 1, **settings})
         found.port, found.loop = sock.getsockname()[1], asyncio.new_event_loop()
@@ -191,12 +191,24 @@ def test_a_client_that_does_not_read_is_cut_off_when_the_service_stops(server):
         assert read < MUCH
 
 
-def test_connections_beyond_the_limit_are_refused(server):
-    with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(connected(server)) for _ in range(3)]
-        until(lambda: len(server.server_state.connections) == 3)
-        made[2].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert made[2].recv(100).startswith(b"HTTP/1.1 503")
+def test_beyond_the_limit_of_connections_all_but_the_health_is_refused(serving):
+    service = make_service(loaded(), trained(), say=silent)
+    server = serving(app=service.app, connections=2)
+    live, connections = Live(server.port, service), server.server_state.connections
+    with connected(server), connected(server) as idle:
+        until(lambda: len(connections) == 2)
+        refused = live.get("/v1/run")
+        assert (refused.status, refused.code) == (503, "busy")
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["connection"] == "close"
+        assert refused.headers["x-content-type-options"] == "nosniff"
+        assert live.send("HEAD", "/v1/run").status == live.ask(question="q", answers=["a", "b"]).status == 503
+        assert live.get("/healthz").status == live.get("/readyz").status == 200
+        assert live.metric("requests_total", path="/v1/run", status="503") == 2
+        idle.close()
+        until(lambda: len(connections) == 1)
+        assert live.get("/v1/run").status == 200
+    service.close()
 
 
 # --- clients that keep it waiting

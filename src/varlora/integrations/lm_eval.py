@@ -92,6 +92,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
             what was chosen, else 1. A temperature of class logits has no part in the likelihood of texts.
         normalise_choices: make the choices of each multiple-choice row probabilities among themselves before draws are
             averaged. Lengths are then no matter of theirs: read `acc`, not `acc_norm`. At the mean it changes nothing.
+            Not with the harness's `use_cache`.
         seed: seed of the draws.
         model: the base, if it is no longer where it was.
         device: where to load it to; left out, or a GPU where there is none: the current GPU, else the CPU.
@@ -175,6 +176,21 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
                 "This posterior is of the model linearised in its weights, which gives class logits alone. Here its "
                 "Gaussian is drawn from without the linearisation, which may be less accurate: compare with samples=0."
             )
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take the harness's cache, which knows requests by their texts, and not what they were choices among.
+
+        Raises:
+            VarloraError: `normalise_choices` is set: a row of which some choices are in the cache would be made
+                probabilities among the others.
+        """
+        if self.normalise_choices and len(self.draws) > 1 and getattr(cache_hook, "dbdict", None) is not None:
+            raise VarloraError(
+                "Expected `normalise_choices=False` with a cache of the harness, but got True: what is in the cache is "
+                "left out of its row, and the other choices would be normalised without it. Leave out `use_cache` "
+                "(`--use_cache`), or `normalise_choices`."
+            )
+        super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return for each request its loglikelihood in nats, of the average over draws, and whether it is greedy."""

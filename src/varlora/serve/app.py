@@ -127,7 +127,7 @@ def make_app(parts: Parts) -> FastAPI:
     async def run() -> Response:
         return JSONResponse(parts.about)
 
-    @app.get("/healthz", summary="Whether the process lives.")
+    @app.get("/healthz", summary="Whether the engine lives.")
     async def healthz() -> Response:
         alive = parts.engine.alive
         return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)

@@ -14,7 +14,7 @@ from torch import Tensor
 from varlora.errors import VarloraError
 from varlora.prompt import Encoded
 
-__all__ = ["MISTAKE", "Draw", "Drawn", "Limits", "Refused", "Use", "Watch", "error_json", "safe", "where"]
+__all__ = ["CROWDED", "MISTAKE", "Draw", "Drawn", "Limits", "Refused", "Use", "Watch", "error_json", "safe", "where"]
 
 LONGEST_REASON = 600
 """Characters of a refusal's words, which may quote a row."""
@@ -61,7 +61,7 @@ class Limits:
 
     @property
     def connections(self) -> int:
-        """Connections at a time: one for each row that waits and each body that is read, and half as many again."""
+        """Open ones at a time: one for each row that waits and each body that is read, and half as many again."""
         return 3 * (self.queue + self.max_reading) // 2
 
 
@@ -143,5 +143,7 @@ def error_json(code: str, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message}}
 
 
+CROWDED = "varlora.crowded"
+"""In a request's scope: whether more connections are open than are taken; the server says so, the guard refuses."""
 MISTAKE = error_json("internal", "The service made a mistake; its log says where.")
 """What is shown of an error that nobody thought of."""

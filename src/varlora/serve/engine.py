@@ -2,7 +2,8 @@
 
 The oldest row is always in the next batch; with it go those that are to be drawn alike and are nearest to it in length,
 as long as the batch stays within its tokens. No row waits for a batch to fill: while one batch is drawn, the next one
-gathers. What a batch cannot do is done by its halves, so that one bad row costs the others nothing but time.
+gathers. What a batch cannot do is done by its halves, and a row that is not finite is drawn again alone, so that one
+row costs the others nothing but time. After an error that leaves the accelerator unusable the engine ends.
 """
 
 from __future__ import annotations
@@ -253,8 +254,10 @@ class Engine:
 
     def _drawn(self, rows: Sequence[Encoded], use: Use) -> list[Drawn | Refused]:
         try:
-            return drawn_of(self.draw(rows, use), rows)
+            found = drawn_of(self.draw(rows, use), rows)
         except Exception as error:
+            if _unusable(error):
+                raise
             memory = out_of_memory(error)
             if not memory:
                 refused = _refused(error)
@@ -267,6 +270,11 @@ class Engine:
                 refused = Refused(
                     500, "out_of_memory", f"A prompt of {len(rows[0].input_ids)} tokens does not fit the memory."
                 )
+        else:
+            if len(rows) == 1:
+                return found
+            # in 16 bit the padding may overflow, and 0 times its values is NaN in the shorter rows
+            return [self._drawn([row], use)[0] if _overflows(one) else one for row, one in zip(rows, found)]
         if memory:  # the frames that held the tensors are gone with the error
             if self.watch:
                 self.watch.out_of_memory()
@@ -312,6 +320,16 @@ def drawn_of(logits: Tensor, rows: Sequence[Encoded]) -> list[Drawn | Refused]:
             values = {name: part[position].item() for name, part in parts._asdict().items()}
             found[i] = Drawn(probs[position, :count], draws[:, position, :count], values)
     return found
+
+
+def _overflows(outcome: Drawn | Refused) -> bool:
+    return isinstance(outcome, Refused) and outcome.code == "not_finite"
+
+
+def _unusable(error: Exception) -> bool:
+    """Whether an error is the accelerator's and not one of memory: after an illegal access, say, every call fails."""
+    kind = getattr(torch, "AcceleratorError", ())  # of torch >= 2.8
+    return isinstance(error, kind) and "out of memory" not in str(error)
 
 
 def _refused(error: Exception) -> Refused:

@@ -1,6 +1,6 @@
-"""What stands before every request: the Host header, security headers, HEAD, counting, and no traceback to anybody.
+"""What stands before every request: the Host header, a bound on connections, security headers, HEAD, counting.
 
-An ASGI middleware, around the whole application.
+An ASGI middleware, around the whole application; no traceback gets past it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from varlora.serve.base import MISTAKE, error_json, where
+from varlora.serve.base import CROWDED, MISTAKE, error_json, where
 
 __all__ = ["CSP", "Guard"]
 
@@ -34,6 +34,11 @@ HEADERS = (
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
     (b"cache-control", b"no-store"),
 )
+HEALTH = ("/healthz", "/readyz")
+"""Answered however many connections are open: a full service is no dead one."""
+CROWD = error_json("busy", "Too many connections are open. Try again later.")
+SHED = ((b"retry-after", b"1"), (b"connection", b"close"))
+"""Headers of its refusal."""
 GONE = 499
 """Status under which a request is counted whose client did not wait for the answer."""
 
@@ -86,10 +91,12 @@ class Guard:
             await send(message)
 
         try:
-            if self._is_welcome(scope):
-                await self.app(asked, receive, guarded)
-            else:
+            if not self._is_welcome(scope):
                 await _answer(guarded, 400, error_json("host", "The Host header names no host of this service."))
+            elif scope.get(CROWDED) and scope["path"] not in HEALTH:
+                await _answer(guarded, 503, CROWD, SHED)
+            else:
+                await self.app(asked, receive, guarded)
         except Exception as error:
             self.say(f"A request failed: {where(error)}.")
             if not status:
@@ -113,8 +120,8 @@ def _name(host: str) -> str:
     return host if host.count(":") > 1 else host.partition(":")[0]
 
 
-async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
+async def _answer(send: Send, status: int, body: dict[str, Any], more: Sequence[tuple[bytes, bytes]] = ()) -> None:
     text = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text})

@@ -19,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from varlora.errors import VarloraError
+from varlora.serve.base import CROWDED
 
 __all__ = ["Server", "listen"]
 
@@ -109,7 +110,7 @@ class Server(uvicorn.Server):
         app: the application.
         stop: called at the first signal: take no new requests.
         busy: whether what was taken is not done yet.
-        connections: so many at a time; beyond, requests get 503.
+        connections: so many may be open; of more, idle ones too, the application is told by `CROWDED` in the scope.
         patience: seconds in which the answers have to be read, once all is done; then connections are cut.
         head: seconds in which the head of a request has to come, and a part of an answer to be read.
     """
@@ -124,8 +125,12 @@ class Server(uvicorn.Server):
         patience: int = PATIENCE,
         head: float = HEAD,
     ) -> None:
+
+        async def told(scope: Any, receive: Any, send: Any) -> None:
+            await app({**scope, CROWDED: len(self.server_state.connections) > connections}, receive, send)
+
         config = uvicorn.Config(
-            app,
+            told,
             http=partial(Impatient, seconds=head),  # type: ignore[arg-type]
             log_config=None,
             log_level="error",
@@ -136,7 +141,6 @@ class Server(uvicorn.Server):
             ws="none",
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=patience,
-            limit_concurrency=connections,
         )
         super().__init__(config)
         self.stop, self.busy = stop, busy
