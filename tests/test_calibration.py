@@ -38,7 +38,7 @@ from varlora.evaluation import calibrate as calibrate_run
 from varlora.loading import load
 from varlora.metrics import average_probs, nll
 from varlora.posterior import DiagonalGaussian, Point, Posterior, Tempered
-from varlora.predict import predict
+from varlora.predict import Predictor, predict
 from varlora.predictions import load_predictions
 from varlora.report import build_report
 from varlora.tasks import get_task, load_rows
@@ -414,22 +414,35 @@ def test_a_full_disk_costs_no_results(copy: Path, monkeypatch: pytest.MonkeyPatc
     assert files_of(copy) == before
 
 
+def test_no_pass_is_made_at_the_mean_where_draws_are_tried(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, at_mean = Predictor.at_mean, []
+
+    def counted(self: Predictor, batch: Any) -> Any:
+        at_mean.append(len(batch["labels"]))
+        return inner(self, batch)
+
+    monkeypatch.setattr(Predictor, "at_mean", counted)
+    search = calibrate_run(copy, samples=4, say=lambda text: None)
+    assert sum(at_mean) == search.rows * sum(trial.samples == 0 for trial in search.trials)
+    assert search.passes == sum(max(trial.samples, 1) for trial in search.trials)
+
+
 @pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("verb", [evaluate, calibrate_run])
 def test_of_an_adapter_that_was_replaced_meanwhile_nothing_is_written(
     copy: Path, verb: Any, gone: bool, monkeypatch: Any
 ) -> None:
     evaluate(copy, samples=2, calibrated=True, say=lambda text: None)
-    before, manifest, inner = files_of(copy), copy / "adapter" / "manifest.json", evaluation._predict
+    before, manifest, inner = files_of(copy), copy / "adapter" / "manifest.json", Predictor._of_rows
 
-    def predict_slowly(*args: Any, **settings: Any) -> Any:
+    def slowly(*args: Any, **settings: Any) -> Any:
         if gone:  # as `train --overwrite` begins
             shutil.rmtree(copy / "adapter", ignore_errors=True)
         else:
             manifest.write_text(manifest.read_text() + " ")
         return inner(*args, **settings)
 
-    monkeypatch.setattr(evaluation, "_predict", predict_slowly)
+    monkeypatch.setattr(Predictor, "_of_rows", slowly)
     with pytest.raises(VarloraError, match="trained anew meanwhile"):
         verb(copy, samples=2, say=lambda text: None)
     assert files_of(copy) == before

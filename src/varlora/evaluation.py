@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varlora import metrics
@@ -288,10 +289,11 @@ def _calibrate(
 ) -> Search:
     """Choose on a loaded run's held-out rows; `adapter` is what `_adapter` returned before it was loaded."""
 
+    labels = torch.tensor([row.label for row in rows])
+
     def draw(posterior: Posterior, n: int) -> tuple[Tensor, Tensor]:
-        one = dataclasses.replace(loaded, posterior=posterior)
-        found = _predict(one, rows, samples=n, seed=seed, token_budget=token_budget, how=how)
-        return found.logits, found.labels
+        predictor = Predictor(loaded.model, posterior, n, seed=seed, how=how)
+        return predictor.logits_of(rows, pad_token_id=pad_of(loaded.tokenizer), token_budget=token_budget), labels
 
     search = search_calibration(loaded.posterior, draw, samples, how)
     for doubt in search.doubts():

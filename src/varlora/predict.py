@@ -94,37 +94,54 @@ class Predictor:
         progress: Callable[[int], None] | None = None,
     ) -> Predictions:
         """Return the predictions of rows; see `predict`."""
-        if not rows:
-            raise VarloraError("Expected `rows` to hold rows to predict, but got none.")
-        classes = max(len(row.label_tokens) for row in rows)
-        drawn: Tensor | None = None
-        mean = torch.full((len(rows), classes), -torch.inf, dtype=torch.float32)
         before = self.draws.passes if self.draws else 0
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
-                batch = collate([rows[i] for i in batch_rows], pad_token_id)
-                width = batch["label_tokens"].shape[1]
-                at_mean = self.at_mean(batch)  # (1, B, C)
-                mean[batch_rows, :width] = at_mean[0]
-                if self.samples:
-                    # all draws of a point are the mean: no second pass
-                    logits = at_mean if self.draws is None else self.logits(batch)  # (S, B, C)
-                    if drawn is None:
-                        drawn = torch.full((len(logits), len(rows), classes), -torch.inf, dtype=torch.float32)
-                    drawn[:, batch_rows, :width] = logits
-                if progress:
-                    progress(len(batch_rows))
-        finally:
-            for module, training in modes:
-                module.training = training
+
+        def both(batch: Batch) -> Tensor:
+            at_mean = self.at_mean(batch)  # all draws of a point are it: no second pass
+            return at_mean if self.draws is None else torch.cat([at_mean, self.logits(batch)])
+
+        found = self._of_rows(both, rows, pad_token_id, token_budget, progress)
+        mean, drawn = found[0], found if self.draws is None else found[1:]
         labels = torch.tensor([-1 if row.label is None else row.label for row in rows])
         meta = dict(self.meta)
         if self.draws is not None and self.draws.how.tolerance is not None:
             meta["passes_a_row"] = f"{(self.draws.passes - before) / len(rows):.4g}"
         ids = tuple(row.id for row in rows)
-        return Predictions(mean[None] if drawn is None else drawn, mean, labels, ids, meta=meta)
+        return Predictions(drawn, mean, labels, ids, meta=meta)
+
+    def logits_of(self, rows: Sequence[Encoded], *, pad_token_id: int, token_budget: int = 4096) -> Tensor:
+        """Return the class logits of the draws, (S, N, C), and nothing at the mean but where there are no draws."""
+        return self._of_rows(self.logits, rows, pad_token_id, token_budget)
+
+    def _of_rows(
+        self,
+        forward: Callable[[Batch], Tensor],
+        rows: Sequence[Encoded],
+        pad_token_id: int,
+        token_budget: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Return what `forward` gives for batches of the rows, (S, N, C), -inf where a row has fewer answers."""
+        if not rows:
+            raise VarloraError("Expected `rows` to hold rows to predict, but got none.")
+        classes = max(len(row.label_tokens) for row in rows)
+        found: Tensor | None = None
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
+                batch = collate([rows[i] for i in batch_rows], pad_token_id)
+                logits = forward(batch)  # (S, B, C)
+                if found is None:
+                    found = torch.full((len(logits), len(rows), classes), -torch.inf, dtype=torch.float32)
+                found[:, batch_rows, : logits.shape[2]] = logits
+                if progress:
+                    progress(len(batch_rows))
+        finally:
+            for module, training in modes:
+                module.training = training
+        assert found is not None
+        return found
 
 
 def _check_adapter(model: nn.Module) -> None:
