@@ -27,7 +27,7 @@ from everywhere.twin import expected
 from helpers import same
 from torch import Tensor
 
-F32, BF16 = torch.float32, torch.bfloat16
+F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
 TASK = Task()
 
 
@@ -180,17 +180,19 @@ def test_moved_before_training(row: Row, tmp_path: Path) -> None:
     assert same(outcome.everything(), row.run(TASK, tmp_path, make_model().to(BF16)).everything())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, BF16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize(("before", "after"), [(F32, F64), (F32, BF16), (BF16, F32), (BF16, F16)], ids=str)
 @column("model moved")
-def test_moved_between_steps(row: Row, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_moved_between_steps(row: Row, before: torch.dtype, after: torch.dtype, tmp_path: Path) -> None:
     """A model that was turned into another type after the optimizer was made, before training or between steps, goes
     on as one of that type, from the same mean and Hessian."""
-    first = row.run(Task(steps=1), tmp_path)
-    first.model.to(dtype)
+    first = row.run(Task(steps=1), tmp_path, make_model().to(before))
+    mean = {name: value.double() for name, value in first.state("mean").items()}
+    first.model.to(after)
+    assert same({name: value.double() for name, value in first.optimizer.posterior().mean.items()}, mean)
     outcome = row.run(TASK, tmp_path, first.model, first.optimizer)
     check_draws(outcome, TASK)
-    twin = expected((Task(steps=1), F32), (TASK, dtype))
-    check_twin(outcome, twin, 0.1 if dtype is BF16 else 1e-3)
+    twin = expected((Task(steps=1), before), (TASK, after))
+    check_twin(outcome, twin, 0.1 if BF16 in (before, after) else 1e-3)
 
 
 @column("model moved", gpu=f"from one type to another; to another device: {ON_A_GPU}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -359,6 +361,38 @@ def test_weights_that_are_the_rounded_mean_keep_its_lower_bits() -> None:
     assert same([optimizer.state[p]["mean"] for p in parameters], mean)
 
 
+WIDER = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16), (torch.float16, torch.float64)]
+
+
+@pytest.mark.parametrize("looked_at", [False, True], ids=["", "looked at"])
+@pytest.mark.parametrize(("before", "after"), WIDER, ids=str)
+def test_a_wider_type_keeps_the_lower_bits_of_the_mean(
+    before: torch.dtype, after: torch.dtype, looked_at: bool
+) -> None:
+    """The weights are rounded to the type that they had, which is not what others wrote."""
+    parameters, optimizer = make(before)
+    run(optimizer, parameters, range(2))
+    mean = [optimizer.state[p]["mean"].clone() for p in parameters]
+    for p in parameters:
+        p.data = p.data.to(after)
+    if looked_at:
+        optimizer.state_dict()
+    optimizer.train()
+    optimizer.eval()
+    assert same([optimizer.state[p]["mean"].float() for p in parameters], mean)
+    assert same(values(parameters), [value.to(after) for value in mean])
+
+
+def test_weights_loaded_after_a_change_of_type_become_the_mean() -> None:
+    parameters, optimizer = make(torch.float16)
+    run(optimizer, parameters, range(2))
+    for p in parameters:
+        p.data = torch.full_like(p, 0.3, dtype=torch.float32)
+    optimizer.train()
+    optimizer.eval()
+    assert all((optimizer.state[p]["mean"] == torch.tensor(0.3)).all() for p in parameters)
+
+
 def test_weights_loaded_before_a_group_is_added_become_the_mean() -> None:
     parameters, optimizer = make()
     run(optimizer, parameters, range(2))
@@ -368,6 +402,118 @@ def test_weights_loaded_before_a_group_is_added_become_the_mean() -> None:
     optimizer.train()
     optimizer.eval()
     assert (parameters[0] == 0.3).all()
+
+
+def copied(parameters: list[Any], optimizer: IVON) -> tuple[list[Any], IVON]:
+    return copy.deepcopy((parameters, optimizer))
+
+
+def unpickled(parameters: list[Any], optimizer: IVON) -> tuple[list[Any], IVON]:
+    return pickle.loads(pickle.dumps((parameters, optimizer)))
+
+
+def frozen(parameters: list[Any], optimizer: IVON) -> tuple[list[Any], IVON]:
+    """All but the first."""
+    for p in parameters[1:]:
+        p.requires_grad_(False)
+    run(optimizer, parameters[:1], [5])
+    return parameters, optimizer
+
+
+def resumed(parameters: list[Any], optimizer: IVON) -> tuple[list[Any], IVON]:
+    """While all are frozen: of these `load_state_dict` restores the state only."""
+    for p in parameters:
+        p.requires_grad_(False)
+    optimizer.load_state_dict(optimizer.state_dict())
+    return parameters, optimizer
+
+
+WITHOUT_BUCKETS = [copied, unpickled, frozen, resumed, lambda *made: copied(*frozen(*made))]
+
+
+@pytest.mark.parametrize("then", ["train", "sampled_params", "posterior", "state_dict"])
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("how", WITHOUT_BUCKETS)
+def test_weights_loaded_into_a_copy_or_a_frozen_parameter_become_the_mean(
+    how: Callable, dtype: torch.dtype, loaded: bool, then: str
+) -> None:
+    parameters, optimizer = make(dtype)
+    run(optimizer, parameters, range(2))
+    parameters, optimizer = how(parameters, optimizer)
+    mean = [optimizer.state[p]["mean"].clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(torch.full_like(p, 0.3) if loaded else p.clone())
+    wanted = [p.float() if loaded else value for p, value in zip(values(parameters), mean)]
+    if then == "state_dict":
+        assert same([state["mean"] for state in optimizer.state_dict()["state"].values()], wanted)
+    for p in parameters:
+        p.requires_grad_(True)
+    if then == "train":
+        optimizer.train()
+        optimizer.eval()
+    elif then == "sampled_params":
+        with optimizer.sampled_params():
+            pass
+    elif then == "posterior":
+        assert same(list(optimizer.posterior().mean.values()), wanted)
+    assert same(values(parameters), [value.to(dtype) for value in wanted])
+    assert same([optimizer.state[p]["mean"] for p in parameters], wanted)
+
+
+def test_what_a_frozen_parameter_adopts_is_not_written_into_the_state_that_was_loaded() -> None:
+    parameters, optimizer = make()
+    run(optimizer, parameters, range(2))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    resumed(parameters, optimizer)
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        parameters[0].fill_(0.3)
+    optimizer.state_dict()
+    assert same([s["mean"] for s in saved["state"].values()], [s["mean"] for s in kept["state"].values()])
+
+
+@pytest.mark.parametrize("load_first", ["optimizer", "model"])
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_rounded_weights_and_their_state_come_back_in_either_order_while_some_are_frozen(
+    load_first: str, in_flight: bool
+) -> None:
+    """Also one from the middle of a draw, which the weights hold then."""
+    source, optimizer = make(torch.bfloat16)
+    run(optimizer, source, range(2))
+    mean = [optimizer.state[p]["mean"].clone() for p in source]
+    if in_flight:
+        optimizer.train()
+    weights, saved = values(source), optimizer.state_dict()
+    fresh, other = make(torch.bfloat16, seed=9)
+    run(other, fresh, range(1))
+    if not in_flight:
+        fresh[0].requires_grad_(False)
+    if load_first == "optimizer":
+        other.load_state_dict(saved)
+    with torch.no_grad():
+        for p, value in zip(fresh, weights):
+            p.copy_(value)
+    if load_first == "model":
+        other.load_state_dict(saved)
+    fresh[0].requires_grad_(True)
+    other.train()
+    other.eval()
+    assert same([other.state[p]["mean"] for p in fresh], mean)
+
+
+@pytest.mark.parametrize("copying", [copied, unpickled])
+def test_a_copy_made_within_an_evaluation_draw_has_the_mean(copying: Callable) -> None:
+    parameters, optimizer = make()
+    run(optimizer, parameters, range(2))
+    before = values(parameters)
+    with optimizer.sampled_params():
+        others, other = copying(parameters, optimizer)
+    other.train()
+    other.eval()
+    assert same(values(others), before)
 
 
 @pytest.mark.parametrize("when", ["between steps", "during a draw"])

@@ -17,7 +17,7 @@ import torch
 from optim.ivon_helpers import make, run, same, snapshot, values
 from torch import Tensor, nn
 
-from varlora.optim import native
+from varlora.optim import bucket, native
 from varlora.optim.ivon import IVON
 from varlora.optim.noise import TILE, Piece, fill_normal, philox
 
@@ -268,6 +268,40 @@ def test_gradients_of_any_layout_are_read() -> None:
     assert same(*found)
 
 
+@pytest.mark.parametrize("kind", ["kernels", "torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_gradients_that_torch_negates_or_makes_lazily_are_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of complex arithmetic: their memory has the other sign, or there is none."""
+    if kind == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(bucket, "kernels_for", lambda device: "triton")
+    found = []
+    for lazy in (False, True):
+        parameters = [nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(70))]
+        optimizer = IVON(parameters, lr=0.1, ess=100.0, hess_init=1.0, seed=0, fused=False if kind == "torch" else None)
+        for _ in range(3):
+            optimizer.train()
+            z = torch.complex(torch.zeros(()), parameters[0])
+            ((z.conj() * 1j).real - 3).square().backward()
+            gradient = parameters[0].grad
+            assert gradient is not None
+            assert gradient.is_neg()
+            parameters[0].grad = gradient if lazy else gradient.resolve_neg()
+            parameters[1].grad = torch._efficientzerotensor(70) if lazy else torch.zeros(70)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(snapshot(parameters, optimizer))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_parameter_that_is_negated_lazily_is_refused(fused: bool | None) -> None:
+    """By torch, which does not write to several of these at once."""
+    p = nn.Parameter(torch._neg_view(torch.ones(70)))
+    optimizer = IVON([p], lr=0.1, ess=100.0, hess_init=1.0, seed=0, fused=fused)
+    with pytest.raises(RuntimeError, match="negation"):
+        optimizer.train()
+
+
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_draw_between_forward_and_backward_is_noticed(fused: bool | None) -> None:
     """As torch notices any change of what a backward pass needs."""
@@ -342,7 +376,8 @@ def test_a_norm_beyond_float32_is_the_right_one(value: float, norm: float) -> No
 
 def test_what_kernels_cannot_read_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     one = torch.ones(4, 4)
-    for other in (one.half(), torch.ones(4, 4).T[:2], torch.ones(4).expand(4, 4), one.to_sparse()):
+    lazy = torch._neg_view(one), torch._efficientzerotensor(4, 4)
+    for other in (one.half(), torch.ones(4, 4).T[:2], torch.ones(4).expand(4, 4), one.to_sparse(), *lazy):
         assert native.clip([one, other], 0.1) is None
     monkeypatch.setattr(native, "library", lambda: None)
     assert native.clip([one], 0.1) is None

@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from . import gpu
     from .zero import Partitions
 
-__all__ = ["EVAL", "TRAIN", "Bucket", "capturing", "kernels_for", "make_buckets", "place_of", "plain"]
+__all__ = [
+    "EVAL",
+    "TRAIN",
+    "Bucket",
+    "capturing",
+    "holds",
+    "kernels_for",
+    "make_buckets",
+    "place_of",
+    "plain",
+    "version_of",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,6 +95,16 @@ def _triton_works(device: torch.device) -> bool:
 def place_of(p: Tensor) -> tuple[Any, ...]:
     """Return what must not change about a parameter while a bucket writes to its memory."""
     return id(p), p.device, p.dtype, p.shape, p.is_contiguous()
+
+
+def version_of(p: Tensor) -> tuple[int, int]:
+    """Return what changes when someone writes to a parameter's memory, or gives it another."""
+    return p.data_ptr(), -1 if p.is_inference() else p._version
+
+
+def holds(p: Tensor, mean: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a parameter holds the mean as it was put into it when it was of type `dtype`; it may have another now."""
+    return torch.equal(p, mean.to(dtype).to(p))
 
 
 def make_buckets(
@@ -186,7 +207,7 @@ class Bucket:
         ]
         self.kernels: native.Kernels | None = None
         self.gpu: gpu.Kernels | None = None
-        contiguous = all(p.is_contiguous() for p in shards)
+        contiguous = all(p.is_contiguous() and not native.lazy(p) for p in shards)
         wanted = group["fused"] is not False and dtype == torch.float32
         kind = kernels_for(self.mean.device) if wanted else None
         flat = native.Flat(self.mean, self.momentum, self.hess, self.pieces)
@@ -366,7 +387,7 @@ class Bucket:
         for i, (p, mean) in enumerate(zip(self.shards, self.views["mean"])):
             version = p.data_ptr(), p._version
             if version != self.versions[i] or self.partitions is not None:
-                if not torch.equal(p, mean.to(p)):
+                if not holds(p, mean, self.places[i][2]):
                     mean.copy_(p)
                 self.versions[i] = version
 
@@ -458,7 +479,7 @@ class Bucket:
         _check_dense([p.grad for p in self.parameters if p.grad is not None])
         # Of a gradient that kernels cannot read, a copy that they can; in use until the step.
         self.looked_at = [
-            None if x is None else x.to(p.dtype).contiguous()
+            None if x is None else (x.clone() if native.lazy(x) else x).to(p.dtype).contiguous()
             for x, p in zip(self.gradients(range(len(self.parameters))), self.parameters)
         ]
         self.gpu_step.look(self.looked_at)

@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .bucket import EVAL, Bucket, capturing, kernels_for, make_buckets, place_of, plain
+from .bucket import EVAL, Bucket, capturing, holds, kernels_for, make_buckets, place_of, plain, version_of
 from .noise import mix
-from .shards import ranks, whole
+from .shards import as_sharded, local, ranks, whole
 from .zero import partitions_of
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class IVON(torch.optim.Optimizer):
             seed = int(torch.randint(2**62, (1,), generator=generator, device=device).item())
         # All changed in place: wrappers like Lightning's copy no more than the reference.
         self._buckets: list[Bucket] = []
+        # Of parameters with a state but no bucket, as frozen ones: the type and version that they had.
+        self._released: dict[Tensor, tuple[torch.dtype, tuple[int, int]]] = {}
         self._open = _Open()
         self._given: list[list[weakref.ref[Tensor]]] = []  # the groups as they were given; some may be no more
         self._process_group = process_group
@@ -582,6 +584,7 @@ class IVON(torch.optim.Optimizer):
                 gradient = state.pop("grad", None)
                 if now["drawn"]:
                     parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+        self._note_released()
         if self.state:
             self._show(now["perturbed"])
 
@@ -598,9 +601,11 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("noise_per_rank", False)
             group.setdefault("strayed", False)
         self.__dict__.setdefault("_buckets", []).clear()
+        self.__dict__.setdefault("_released", {})
         self.__dict__.setdefault("_open", _Open())
         self.__dict__.setdefault("_given", [list(map(weakref.ref, group["params"])) for group in self.param_groups])
-        if self.state and self.param_groups[0]["perturbed"]:
+        self._note_released()
+        if self.state and (self.param_groups[0]["drawn"] or self.param_groups[0]["perturbed"]):
             self._ready()  # a backward pass may come next, which the buckets watch
 
     # --- helpers -----------------------------------------------------------------------------------------------------
@@ -669,8 +674,10 @@ class IVON(torch.optim.Optimizer):
                 )
             for bucket in buckets:
                 bucket.follow_weight_decay()
+            self._adopt_into_released()
             self._release()
             buckets[:] = make_buckets(self.param_groups, self.state, self._process_group, partitions)
+            self._note_released()
             if perturbed or self._open.eval_key is not None:
                 for bucket in buckets:
                     bucket.to_draw(self._open.eval_key)
@@ -700,6 +707,27 @@ class IVON(torch.optim.Optimizer):
         if not self.param_groups[0]["perturbed"] and (self._partitions is None or self._open.eval_key is None):
             for bucket in self._buckets:
                 bucket.adopt_outside_changes()
+        if self._released:
+            self._adopt_into_released()
+
+    @plain
+    def _note_released(self) -> None:
+        """Note what parameters without a bucket hold: what others write to them later is their mean from then on."""
+        ours = {p for bucket in self._buckets for p in bucket.parameters}
+        rest = [p for group in self.param_groups for p in group["params"] if p in self.state and p not in ours]
+        self._released.clear()
+        self._released.update((p, (p.dtype, version_of(local(p)))) for p in rest)
+
+    @plain
+    def _adopt_into_released(self) -> None:
+        """Make values that others wrote into parameters without a bucket, which hold no draw, the mean in the state."""
+        for p, (dtype, version) in self._released.items():
+            shard, mean = local(p), local(self.state.get(p, {}).get("mean"))
+            now = version_of(shard)
+            if now != version and mean is not None and shard.shape == mean.shape:
+                if not holds(shard, mean, dtype):  # a new tensor, as the old one may be a checkpoint's
+                    self.state[p]["mean"] = as_sharded(shard.to(mean.dtype, copy=True), p)
+                self._released[p] = dtype, now
 
     def _release(self) -> None:
         """Let go of the buckets and leave the mean in the parameters, some of which may not be ours from now on."""

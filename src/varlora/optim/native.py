@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .noise import Piece
 
-__all__ = ["Flat", "Kernels", "Settings", "clip", "library", "readable"]
+__all__ = ["Flat", "Kernels", "Settings", "clip", "lazy", "library", "readable"]
 
 VERSION = 3
 """Of native.c; a build of another one is not used."""
@@ -72,9 +72,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def lazy(x: Tensor) -> bool:
+    """Whether a tensor is not what its memory holds, but that negated (as of complex arithmetic), or zero."""
+    return x.is_neg() or x._is_zerotensor()
+
+
 def readable(gradient: Tensor) -> bool:
     """Whether kernels can read a gradient on a CPU where it is."""
-    return gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.layout == torch.strided
+    dense = gradient.layout == torch.strided and gradient.is_contiguous()
+    return dense and gradient.dtype == torch.float32 and not lazy(gradient)
 
 
 def clip(gradients: Sequence[Tensor], bound: float) -> float | None:
