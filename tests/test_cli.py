@@ -427,7 +427,7 @@ def test_answers_that_are_there_are_kept_when_predict_stops(stop, code, varlora_
     whole = varlora_("predict", trained, "--input", questions).out
     for one, other in zip(together.splitlines(), whole.splitlines(), strict=True):  # the same draws of each row
         assert json.loads(one)["probabilities"] == pytest.approx(json.loads(other)["probabilities"], abs=1e-6)
-    passes, original = [], Predictor.predictions
+    passes, original = [], Predictor.logits_of
 
     def stops(*args, **settings):
         passes.append(1)
@@ -435,7 +435,7 @@ def test_answers_that_are_there_are_kept_when_predict_stops(stop, code, varlora_
             stop()
         return original(*args, **settings)
 
-    monkeypatch.setattr(Predictor, "predictions", stops)
+    monkeypatch.setattr(Predictor, "logits_of", stops)
     answers.write_text("older\n")
     result = varlora_("predict", trained, "--input", questions, "--output", answers)
     assert result.code == code
@@ -452,7 +452,7 @@ def test_predict_that_stops_before_the_first_answer_leaves_nothing(varlora_, tra
     def stops(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Predictor, "predictions", stops)
+    monkeypatch.setattr(Predictor, "logits_of", stops)
     result = varlora_("predict", trained, "--output", tmp_path / "answers.jsonl", stdin=QUESTIONS)
     assert result.code == 130
     assert "rows are in" not in result.err
@@ -522,17 +522,17 @@ def test_predict_reads_tables(varlora_, trained):
 def test_predict_answers_the_rest_of_rows_that_overflow(varlora_, trained, tmp_path, monkeypatch):
     """One that is finite alone, as its neighbours' padding is not, has its answer."""
     questions = QUESTIONS + '{"question": "is this", "passage": "Last."}\n'
-    output, predictions = tmp_path / "answers.jsonl", Predictor.predictions
+    output, logits_of = tmp_path / "answers.jsonl", Predictor.logits_of
 
     def overflows(self, rows, **settings):
-        found = predictions(self, rows, **settings)
+        found = logits_of(self, rows, **settings)
         for i, row in enumerate(rows):
             if row.id == "0" or (row.id == "2" and len(rows) > 1):
-                found.logits[-1, i] = math.nan
+                found[-1, i] = math.nan
         return found
 
     expected = varlora_("predict", trained, "--samples", 4, stdin=questions).out.splitlines()
-    monkeypatch.setattr(Predictor, "predictions", overflows)
+    monkeypatch.setattr(Predictor, "logits_of", overflows)
     message = error_of(varlora_("predict", trained, "--samples", 4, "--output", output, stdin=questions))
     assert "1 of 3 rows have no answer, as their logits are not finite" in message
     first, *rest = output.read_text().splitlines()

@@ -400,7 +400,7 @@ def answer_rows(
     with (progress or no_progress)(len(rows)) as advance:
         for start in range(0, len(rows), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            logits = predictor.predictions(rows[some], pad_token_id=pad_of(loaded.tokenizer), progress=advance).logits
+            logits = predictor.logits_of(rows[some], pad_token_id=pad_of(loaded.tokenizer), progress=advance)
             kept = metrics.finite_rows(logits)
             answers = _answers(list(itertools.compress(examples[some], kept.tolist())), logits[:, kept])
             for example, row, good in zip(examples[some], rows[some], kept.tolist()):
@@ -418,7 +418,7 @@ def _say_if_all_are_drawn(how: Drawing, samples: int, say: Say) -> None:
 
 def _alone(example: Example, row: Encoded, predictor: Predictor, loaded: Loaded) -> dict[str, Any]:
     """Answer a row whose logits are not finite once more without others, whose padding may be what overflows."""
-    logits = predictor.predictions([row], pad_token_id=pad_of(loaded.tokenizer)).logits
+    logits = predictor.logits_of([row], pad_token_id=pad_of(loaded.tokenizer))
     if metrics.finite_rows(logits).all():
         return next(_answers([example], logits))
     return {"id": example.id, "error": "Its logits are not finite: the model overflows."}

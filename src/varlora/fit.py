@@ -40,7 +40,7 @@ from varlora.model import class_logits
 from varlora.optim.shards import ranks
 from varlora.params import not_finite, trainable
 from varlora.posterior import Posterior
-from varlora.predict import predict
+from varlora.predict import Predictor
 from varlora.prompt import Encoded
 from varlora.trainer import MethodTrainer, Watch, of_first_rank, short_walks, stop_on_signals
 
@@ -326,8 +326,8 @@ def _chance(rows: Sequence[Encoded]) -> float:
 def _draw(
     model: nn.Module, pad_token_id: int, seed: int, posterior: Posterior, rows: Sequence[Encoded], n: int
 ) -> tuple[Tensor, Tensor]:
-    found = predict(model, posterior, rows, pad_token_id=pad_token_id, samples=n, seed=seed)
-    return found.logits, found.labels
+    logits = Predictor(model, posterior, n, seed=seed).logits_of(rows, pad_token_id=pad_token_id)
+    return logits, torch.tensor([row.label for row in rows])
 
 
 def _fit_member(

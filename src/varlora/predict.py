@@ -109,9 +109,16 @@ class Predictor:
         ids = tuple(row.id for row in rows)
         return Predictions(drawn, mean, labels, ids, meta=meta)
 
-    def logits_of(self, rows: Sequence[Encoded], *, pad_token_id: int, token_budget: int = 4096) -> Tensor:
-        """Return the class logits of the draws, (S, N, C), and nothing at the mean but where there are no draws."""
-        return self._of_rows(self.logits, rows, pad_token_id, token_budget)
+    def logits_of(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        pad_token_id: int,
+        token_budget: int = 4096,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Return the class logits of the draws, (S, N, C), without a pass at the mean but where there are no draws."""
+        return self._of_rows(self.logits, rows, pad_token_id, token_budget, progress)
 
     def _of_rows(
         self,
@@ -119,7 +126,7 @@ class Predictor:
         rows: Sequence[Encoded],
         pad_token_id: int,
         token_budget: int,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] | None,
     ) -> Tensor:
         """Return what `forward` gives for batches of the rows, (S, N, C), -inf where a row has fewer answers."""
         if not rows:
