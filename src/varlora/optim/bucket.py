@@ -229,7 +229,7 @@ class Bucket:
         self.noise_key: int | None = None  # of what `noise` holds
 
         self.looked_at: list[Tensor | None] = []
-        self.versions = [(p.data_ptr(), p._version) for p in shards]
+        self.versions = [version_of(p) for p in shards]
         self.aside: list[Tensor | None] = [None] * len(parameters)
         self.hess_aside: Tensor | None = None
         self.arriving: list[Tensor | None] = [None] * len(parameters)
@@ -376,7 +376,7 @@ class Bucket:
         torch.clear_autocast_cache()  # in whose context the next pass would else be that of the values before
         shards = self.shards
         for i in indices:
-            self.versions[i] = shards[i].data_ptr(), shards[i]._version
+            self.versions[i] = version_of(shards[i])
 
     @plain
     def adopt_outside_changes(self) -> None:
@@ -385,7 +385,7 @@ class Bucket:
         Into partitions DeepSpeed writes by way of `.data`, which no version counts: they have to hold the mean.
         """
         for i, (p, mean) in enumerate(zip(self.shards, self.views["mean"])):
-            version = p.data_ptr(), p._version
+            version = version_of(p)
             if version != self.versions[i] or self.partitions is not None:
                 if not holds(p, mean, self.places[i][2]):
                     mean.copy_(p)
