@@ -182,7 +182,7 @@ class _Trials:
 
 def _fitted(logits: Tensor, labels: Tensor, say: Callable[[str], None] | None = None) -> tuple[float, Tensor]:
     """Return the best temperature of some draws and each row's NLL at it, which is infinite where a draw overflows."""
-    if logits.isnan().any() or (logits == math.inf).any():
+    if not metrics.finite_rows(logits).all():
         return 1.0, torch.full((len(labels),), math.inf)
     temperature = fit_temperature(logits, labels, say)
     probs = metrics.average_probs(logits.double() / temperature)

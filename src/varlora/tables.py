@@ -109,9 +109,10 @@ def table1(
             for name, found in of_metric.items():
                 found[task] = _cell(name, row, base, intervals.get(name), reason)
         section = TEMPERED if key.tempered else CALIBRATED if key.calibrated else ""
+        evaluated = [_evaluated(shown[key], task) for task in tasks]
         for name, found in of_metric.items():
             if len(tasks) > 1:
-                found[AVERAGE] = average([found[task] for task in tasks], [_evaluated(shown[key], t) for t in tasks])
+                found[AVERAGE] = average([found[task] for task in tasks], evaluated)
             cells[name].append(Line(key.label(draws), found, key.starred and bool(shown[key]), section))
     return ResultTable(
         name="table1",

@@ -125,7 +125,6 @@ class Server(uvicorn.Server):
         patience: int = PATIENCE,
         head: float = HEAD,
     ) -> None:
-
         async def told(scope: Any, receive: Any, send: Any) -> None:
             await app({**scope, CROWDED: len(self.server_state.connections) > connections}, receive, send)
 
