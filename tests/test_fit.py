@@ -713,8 +713,13 @@ def test_a_gradient_beyond_float32_that_is_clipped_is_a_step(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             self.hook.remove()
 
-    helpers.run_fit(helpers.tiny_model(), METHODS[0], tmp_path, steps=2, callbacks=[Large()])
-    assert not any("not_finite_steps" in line for line in helpers.logged(tmp_path))
+    arguments = {"logging_steps": 1}
+    helpers.run_fit(
+        helpers.tiny_model(), METHODS[0], tmp_path, steps=2, callbacks=[Large()], training_arguments=arguments
+    )
+    lines = helpers.logged(tmp_path)
+    assert [line["grad_norm"] > torch.finfo(torch.float32).max for line in lines[:2]] == [True, True]
+    assert not any("not_finite_steps" in line for line in lines)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

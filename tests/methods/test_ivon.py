@@ -260,7 +260,8 @@ def test_the_look_costs_what_it_may(steps: int, batch_size: int, ranks: int) -> 
     prepared = Ivon().prepare(begin)
     assert prepared is not None
     least = (scale.TRIALS * 4 + 1) * 4 / (3 * batch_size) + 4  # four rows, and a gradient
-    assert prepared.steps <= max(PROBE * steps + BATCHES * ranks, least + 1)
+    gradients = min(PROBE * steps / 2 + ranks, BATCHES * ranks)  # one on each rank at the least
+    assert prepared.steps <= max(PROBE * steps + gradients, least + 1)
     assert prepared.steps <= 0.05 * steps or (batch_size == 1 and steps < 460)
     assert Ivon(cooling=True).compare_every(steps) * 3 * PROBE >= 1  # a comparison is a third of a step
 
