@@ -25,7 +25,10 @@ COLUMNS = (
     "model moved",
     "two devices",
 )
-ON_A_GPU = "tested on a GPU only (`make test-gpu`), not run for this table"
+ON_A_GPU = (
+    "the other device is one that the tests make, on the CPU's memory; with a GPU it is tested by `make test-gpu`, not "
+    "run for this table"
+)
 
 
 def column(name: str, instead: Mapping[str, Any] | None = None, gpu: str | None = None) -> Callable[[Any], Any]:

@@ -20,8 +20,10 @@ import torch
 import transformers
 from accelerate import Accelerator, skip_first_batches
 from datasets import Dataset
+from lightning.pytorch.accelerators import Accelerator as LightningAccelerator
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -518,6 +520,26 @@ class _LightningWatch(Callback):
             trainer.should_stop = self.task.stop
 
 
+class _OtherDevice(LightningAccelerator):
+    """Has Lightning know the device that is made for the tests."""
+
+    def setup_device(self, device: Any) -> None: ...
+
+    def teardown(self) -> None: ...
+
+    parse_devices = get_parallel_devices = staticmethod(lambda devices: devices)
+    auto_device_count = staticmethod(lambda: 1)
+    is_available = staticmethod(lambda: True)
+    name = staticmethod(lambda: "other")
+
+
+def _where(kind: str) -> dict[str, Any]:
+    """Return what a Trainer is told of its device."""
+    if kind in ("cpu", "cuda"):
+        return {"accelerator": "cpu" if kind == "cpu" else "gpu", "devices": 1}
+    return {"strategy": SingleDeviceStrategy(torch.device(kind, 0), accelerator=_OtherDevice())}
+
+
 class Lightning(Row):
     name = "Lightning, automatic"
 
@@ -539,8 +561,7 @@ class Lightning(Row):
             precision = {"plugins": [MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind, init_scale=SCALE))]}
         trainer = lightning.Trainer(
             max_steps=task.steps,
-            accelerator="cpu" if kind == "cpu" else "gpu",
-            devices=1,
+            **_where(kind),
             accumulate_grad_batches=task.micro if automatic else 1,
             gradient_clip_val=task.clip if automatic else None,
             val_check_interval=task.micro,

@@ -13,6 +13,8 @@ import pytest
 import torch
 from everywhere.cells import ON_A_GPU, column
 from everywhere.checks import check_draws, check_twin, close
+from everywhere.devices import moved, two_devices
+from everywhere.other_device import Elsewhere
 from everywhere.rows import (
     DECAY,
     SETTINGS,
@@ -25,7 +27,6 @@ from everywhere.rows import (
 )
 from everywhere.twin import expected
 from helpers import same
-from torch import Tensor
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
 TASK = Task()
@@ -195,41 +196,33 @@ def test_moved_between_steps(row: Row, before: torch.dtype, after: torch.dtype, 
     check_twin(outcome, twin, 0.1 if BF16 in (before, after) else 1e-3)
 
 
-@column("model moved", gpu=f"from one type to another; to another device: {ON_A_GPU}")
+@column("model moved")
+def test_moved_to_another_device(row: Row, other_device: Elsewhere) -> None:
+    """The same of a model that was moved to another device: whole, or, where what trains it would move it back, its
+    layers."""
+    other_device("moved", row.name)
+
+
+@column("model moved", gpu=ON_A_GPU)
 def test_moved_to_a_gpu(row: Row, tmp_path: Path) -> None:
-    """The same of a model that was moved to a GPU."""
-    first = row.run(Task(steps=1), tmp_path)
-    first.model.to("cuda")
-    outcome = row.run(TASK, tmp_path, first.model, first.optimizer)
-    assert {mean.device.type for mean in outcome.state("mean").values()} == {"cuda"}
-    check_draws(outcome, TASK)
-    check_twin(outcome, expected((Task(steps=1), F32), (TASK, F32)))
+    """The other device may be a GPU."""
+    moved(row, tmp_path, "cuda")
 
 
 MOVES_ALL = pytest.mark.skip(reason="does not apply: Lightning moves the whole module to one device")
 ONE_DEVICE = dict.fromkeys(("Lightning, automatic", "Lightning, manual"), MOVES_ALL)
 
 
+@column("two devices", ONE_DEVICE)
+def test_two_devices(row: Row, other_device: Elsewhere) -> None:
+    """The layers on another device than what is before and after them come to what all on one comes to."""
+    other_device("two_devices", row.name)
+
+
 @column("two devices", ONE_DEVICE, gpu=ON_A_GPU)
-def test_two_devices(row: Row, tmp_path: Path) -> None:
-    """The embedding on the CPU and the rest on a GPU come to what all on one comes to."""
-    outcome = row.run(TASK, tmp_path, on_two_devices(make_model(), "cuda"))
-    assert {mean.device.type for mean in outcome.state("mean").values()} == {"cpu", "cuda"}
-    check_draws(outcome, TASK)
-    check_twin(outcome, expected((TASK, F32)))
-
-
-def on_two_devices(model: Any, device: str) -> Any:
-    """Leave the embedding where it is and move what follows, as a `device_map` does."""
-
-    def follow(module: Any, positional: Any, named: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to(device), (positional, named))
-
-    for module in (*model.model.layers, model.model.norm, model.lm_head):
-        module.to(device)
-        module.register_forward_pre_hook(follow, with_kwargs=True)
-    model.hf_device_map = {"model.embed_tokens": "cpu", "": f"{device}:0"}
-    return model
+def test_a_gpu_and_the_cpu(row: Row, tmp_path: Path) -> None:
+    """One of the two may be a GPU."""
+    two_devices(row, tmp_path, "cuda")
 
 
 def test_the_compiled_row_is_compiled(tmp_path: Path) -> None:
