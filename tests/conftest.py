@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +46,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data and models are absent: {folder} (set VARLORA_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def other_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process with two devices, `everywhere.other_device.Elsewhere`."""
+    from everywhere import other_device
+
+    if other_device.compiler() is None:
+        pytest.skip("no C++ compiler, to build the device with")
+    with other_device.elsewhere(tmp_path_factory.mktemp("device")) as process:
+        yield process

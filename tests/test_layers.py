@@ -77,7 +77,7 @@ WITHIN = {
     "prefix": {"blocks"},
     "stack": {"errors", "params", "blocks", "prefix", "drawing"},
     "posterior": {"errors", "params", "gradients", "drawing", "stack"},
-    "curvature": {"errors", "drawing", "posterior"},
+    "curvature": {"errors", "params", "drawing", "posterior"},
     "bootstrap": {"metrics"},
     "temperature": {"metrics"},
     "draws": {"drawing", "posterior"},

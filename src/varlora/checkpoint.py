@@ -137,8 +137,7 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
             f"{did_you_mean(str(kind), POSTERIORS)}"
         )
     tensors, _ = load_tensors(folder / "posterior.safetensors")
-    device = next(iter(parameters.values())).device
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    on_device = {key: tensor.to(_device_of(key, parameters)) for key, tensor in tensors.items()}
     if lost := not_finite(tensors):
         raise DamagedFileError(
             f"Expected finite numbers in {folder / 'posterior.safetensors'}, but `{lost}` has others, with which every "
@@ -148,6 +147,14 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
         posterior = posterior_from_tensors(kind, on_device)
     _check_of_model(posterior, parameters, f"the posterior in {folder}")
     return posterior
+
+
+def _device_of(key: str, parameters: Mapping[str, Tensor]) -> torch.device:
+    """Return the device of the parameter that a posterior's tensor is of, which its key ends with; else the first's."""
+    parts = key.split(".")
+    names = (".".join(parts[at:]) for at in range(len(parts)))
+    found = next((parameters[name] for name in names if name in parameters), None)
+    return (next(iter(parameters.values())) if found is None else found).device
 
 
 @contextmanager

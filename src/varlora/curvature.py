@@ -17,6 +17,7 @@ from torch import Tensor
 
 from varlora.drawing import normal
 from varlora.errors import VarloraError
+from varlora.params import flat
 from varlora.posterior import DiagonalGaussian, KroneckerGaussian
 from varlora.posterior.base import Gaussian
 
@@ -122,7 +123,7 @@ class Diagonal:
 
     def eigenvalues(self) -> Tensor:
         """Return the diagonal."""
-        return torch.cat([h.flatten().double() for h in self.h.values()])
+        return flat(h.double() for h in self.h.values())
 
     def gaussian(self, mean: Mapping[str, Tensor], precision: float) -> DiagonalGaussian:
         """Return N(mean, diag(1/(h + precision)))."""
@@ -141,7 +142,7 @@ class Kronecker:
         self.tokens = defaultdict[str, int](int)
         self.a: dict[str, Factor] = {}
         self.g: dict[str, Factor] = {}
-        self._omegas: dict[tuple[int, int], Tensor] = {}
+        self._omegas = defaultdict[tuple[int, int], dict[torch.device, Tensor]](dict)
         self._eigen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(
@@ -161,7 +162,7 @@ class Kronecker:
 
     def eigenvalues(self) -> Tensor:
         """Return the products of the factors' eigenvalues."""
-        return torch.cat([values.flatten() for _, _, values in self._decomposed().values()])
+        return flat(values for _, _, values in self._decomposed().values())
 
     def gaussian(self, mean: Mapping[str, Tensor], precision: float) -> KroneckerGaussian:
         """Return N(mean, (G ⊗ A/M + precision I)⁻¹) for each matrix."""
@@ -174,7 +175,8 @@ class Kronecker:
     def numbers(self) -> int:
         """Return how many numbers the factors and what sketches them hold."""
         factors = [*self.a.values(), *self.g.values()]
-        return sum(factor.y.numel() for factor in factors) + sum(omega.numel() for omega in self._omegas.values())
+        omegas = [omega for on_devices in self._omegas.values() for omega in on_devices.values()]
+        return sum(factor.y.numel() for factor in factors) + sum(omega.numel() for omega in omegas)
 
     def _decomposed(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return for each matrix U (out, k), V (in, l) and the eigenvalues of G ⊗ A/M, (k, l); float64."""
@@ -197,10 +199,13 @@ class Kronecker:
         """
         size = vectors.shape[-1]
         width = min(size, 2 * self.rank) if size > WHOLE or not smaller else size
-        if (size, width) not in self._omegas:
+        on_devices = self._omegas[size, width]
+        if not on_devices:
             whole = torch.eye(size, device=vectors.device)
-            self._omegas[size, width] = normal(whole, self.generator, size, width) if width < size else whole
-        return self._omegas[size, width]
+            on_devices[whole.device] = normal(whole, self.generator, size, width) if width < size else whole
+        elif vectors.device not in on_devices:
+            on_devices[vectors.device] = next(iter(on_devices.values())).to(vectors.device)
+        return on_devices[vectors.device]
 
 
 class Factor:

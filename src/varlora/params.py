@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from varlora.errors import DamagedFileError
 
-__all__ = ["check_same_parameters", "copied", "not_finite", "swapped", "trainable"]
+__all__ = ["check_same_parameters", "copied", "flat", "not_finite", "swapped", "trainable"]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,6 +38,17 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
         False
     """
     return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the entries of all tensors in a row, on the device of the first; they may lie on several.
+
+    Example:
+        >>> flat([torch.tensor([[1, 2], [3, 4]]), torch.tensor(5)])
+        tensor([1, 2, 3, 4, 5])
+    """
+    rows = [tensor.flatten() for tensor in tensors]
+    return torch.cat([row.to(rows[0].device) for row in rows])
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

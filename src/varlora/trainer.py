@@ -188,8 +188,12 @@ class Watch(TrainerCallback):
         norm, self.norm = self.norm, None
         if norm is None:
             gradients = [p.grad for p in self.params.values() if p.grad is not None]
-            norm = sum(torch._foreach_norm(gradients, 2, dtype=torch.float32)) if gradients else 0.0
-        total: Any = sum(self.losses, 0 * norm)  # NaN for a norm that is not finite; one beyond float32 is, if clipped
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
+            norm = sum(one.to(norms[0].device) for one in norms)
+        where = getattr(norm, "device", None)  # the loss may be on another
+        total: Any = 0 * norm  # NaN for a norm that is not finite; one beyond float32 is, if clipped
+        for loss in self.losses:
+            total = total + loss.to(device=where)
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
             told = torch.stack([total, torch.full_like(total, self.asked)])
             dist.all_reduce(told)

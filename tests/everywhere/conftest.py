@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from everywhere.other_device import Elsewhere, compiler, elsewhere
 from everywhere.table import TableWriter
 from helpers import trainers_afresh
 
@@ -25,12 +24,3 @@ def pytest_configure(config: pytest.Config) -> None:
 def _alone() -> Iterator[None]:
     with trainers_afresh():
         yield
-
-
-@pytest.fixture(scope="module")
-def other_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
-    """A process with two devices."""
-    if compiler() is None:
-        pytest.skip("no C++ compiler, to build the device with")
-    with elsewhere(tmp_path_factory.mktemp("device")) as process:
-        yield process

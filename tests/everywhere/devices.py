@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from everywhere.checks import check_draws, check_twin
-from everywhere.rows import Lightning, Outcome, Row, Task, make_model
+from everywhere.rows import ROWS, Lightning, Outcome, Row, Task, make_model
 from everywhere.twin import expected
 from torch import Tensor
+
+__all__ = ["ROWS", "apart", "moved", "two_devices"]
 
 TASK = Task()
 
@@ -43,8 +45,8 @@ def devices_of_steps(outcome: Outcome) -> set[str]:
     return {weight.device.type for weights in outcome.watch.means for weight in weights.values()}
 
 
-def apart(model: Any, device: str) -> Any:
-    """Move the layers, and leave where it is what is before and after them, as a `device_map` does."""
+def apart(model: Any, device: str, first: int = 0) -> Any:
+    """Move the layers from the `first` on, and leave where it is what is before and after, as a `device_map` does."""
 
     def to(device: Any) -> Callable[..., Any]:
         def bring(module: Any, positional: Any, named: Any) -> Any:
@@ -53,7 +55,7 @@ def apart(model: Any, device: str) -> Any:
         return bring
 
     home = model.lm_head.weight.device
-    for layer in model.model.layers:
+    for layer in model.model.layers[first:]:
         layer.to(device)
         layer.register_forward_pre_hook(to(device), with_kwargs=True)
     model.model.norm.register_forward_pre_hook(to(home), with_kwargs=True)

@@ -1,10 +1,11 @@
 // A second device for machines that have none. Its memory is the CPU's, but torch keeps it apart as it does a GPU's: one
 // of its tensors beside one of the CPU's is an error, its numbers are nowhere to be had without a copy, and it has
-// neither kernels nor a generator of its own: each operation copies its tensors to the CPU and the result back.
+// no kernels of its own: each operation copies its tensors to the CPU and the result back. Its generators are the CPU's.
 //
 // It goes by the name of MTIA, a device that torch knows and that no library here looks for, as weights move to a
 // device known to torch in place (`weight.data = ...`, as with a GPU) and to "PrivateUse1" by way of new ones.
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/MTIAHooksInterface.h>
@@ -63,6 +64,7 @@ struct MTIAHooks final : at::MTIAHooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
 using at::MTIAHooksArgs;
 using at::MTIAHooksRegistry;

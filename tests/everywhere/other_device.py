@@ -1,12 +1,13 @@
-"""Cells that need two devices, where the machine has one: run in a process that is given a second, `other_device.cpp`.
+"""What needs two devices, where the machine has one: run in a process that is given a second, `other_device.cpp`.
 
-As a script this is that process. It takes the names of a test and of a row, a line of JSON each, and answers with what
-went wrong, or null.
+As a script this is that process. It takes the names of a module, a function of it, and one of its `ROWS`, in a line of
+JSON, and answers with what went wrong, or null.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import json
 import os
@@ -70,11 +71,17 @@ class Elsewhere:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent, env=settings
         )
 
-    def __call__(self, test: str, row: str) -> None:
-        """Run a function of `everywhere.devices` on a row, and fail as it does."""
+    def __call__(self, module: str, function: str, row: str) -> None:
+        """Run a function of a module on one of its rows, and fail as it does.
+
+        Args:
+            module: has `ROWS`.
+            function: takes the row, a folder of its own, and the name of the other device.
+            row: the row's name.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([test, row]) + "\n")
+        self.process.stdin.write(json.dumps([module, function, row]) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, f"The process with two devices ended with status {self.process.wait()}."
@@ -93,18 +100,17 @@ def elsewhere(folder: Path) -> Iterator[Elsewhere]:
         made.process.wait()
 
 
-def _answer(test: str, name: str) -> str | None:
+def _answer(module: str, function: str, name: str) -> str | None:
     import traceback
 
     import pytest
-    from everywhere import devices
-    from everywhere.rows import ROWS
     from helpers import trainers_afresh
 
-    (row,) = (row for row in ROWS if row.name == name)
+    of = importlib.import_module(module)
+    (row,) = (row for row in of.ROWS if row.name == name)
     with tempfile.TemporaryDirectory() as folder, trainers_afresh():
         try:
-            getattr(devices, test)(row, Path(folder), DEVICE)
+            getattr(of, function)(row, Path(folder), DEVICE)
         except (Exception, pytest.fail.Exception):
             return traceback.format_exc()
     return None

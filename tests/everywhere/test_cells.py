@@ -200,7 +200,7 @@ def test_moved_between_steps(row: Row, before: torch.dtype, after: torch.dtype, 
 def test_moved_to_another_device(row: Row, other_device: Elsewhere) -> None:
     """The same of a model that was moved to another device: whole, or, where what trains it would move it back, its
     layers."""
-    other_device("moved", row.name)
+    other_device("everywhere.devices", "moved", row.name)
 
 
 @column("model moved", gpu=ON_A_GPU)
@@ -216,7 +216,7 @@ ONE_DEVICE = dict.fromkeys(("Lightning, automatic", "Lightning, manual"), MOVES_
 @column("two devices", ONE_DEVICE)
 def test_two_devices(row: Row, other_device: Elsewhere) -> None:
     """The layers on another device than what is before and after them come to what all on one comes to."""
-    other_device("two_devices", row.name)
+    other_device("everywhere.devices", "two_devices", row.name)
 
 
 @column("two devices", ONE_DEVICE, gpu=ON_A_GPU)

@@ -33,6 +33,7 @@ from varlora.adapter import check_no_dora
 from varlora.errors import VarloraError
 from varlora.methods.base import Method, Plan, Trained
 from varlora.optim.shards import ranks
+from varlora.params import flat
 from varlora.posterior import DiagonalGaussian
 
 __all__ = ["Blob"]
@@ -152,7 +153,7 @@ class Blob(Method):
     def log(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, float]:
         """Mean σ over all weights of A, and the KL divergence from the prior, in nats."""
         assert isinstance(optimizer, _BlobOptimizer)
-        sigma = torch.cat([G.square().flatten() for G in optimizer.G.values()])
+        sigma = flat(G.square() for G in optimizer.G.values())
         kl = sum(_kl(optimizer.mean(name), G, self.prior_std).item() for name, G in optimizer.G.items())
         return {"sigma": sigma.mean().item(), "kl": kl}
 

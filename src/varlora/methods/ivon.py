@@ -23,7 +23,7 @@ from varlora import scale
 from varlora.errors import VarloraError
 from varlora.methods.base import Comparison, Method, Plan, Prepared, Start, Trained
 from varlora.optim.ivon import IVON
-from varlora.params import copied, trainable
+from varlora.params import copied, flat, trainable
 from varlora.posterior import DiagonalGaussian
 
 __all__ = ["PAPER", "Ivon"]
@@ -167,8 +167,7 @@ class Ivon(Method):
             sigma = reach = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
         else:
             mean = {name: p.float() for name, p in copied(start.model).items()}
-            weights = torch.cat([value.flatten() for value in mean.values()])
-            first = weights.square().mean().sqrt().item() or 1.0
+            first = flat(mean.values()).square().mean().sqrt().item() or 1.0
             sigma, seen, cost = _probe(start, partial(_noisy, mean), first)
             gradient, gradients, passes = _gradient(start, sigma)
             cost += passes
@@ -463,7 +462,8 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
             for i in range(0, len(rows), start.batch_size):
                 batch = start.batch(rows[i : i + start.batch_size])
                 batch = {name: value.to(total[0].device) for name, value in batch.items()}
-                loss = nn.functional.cross_entropy(start.forward(start.model, batch), batch["labels"], reduction="sum")
+                logits = start.forward(start.model, batch)
+                loss = nn.functional.cross_entropy(logits, batch["labels"].to(logits.device), reduction="sum")
                 parts = torch.autograd.grad(loss / len(rows), list(params.values()), allow_unused=True)
                 total = [whole if part is None else whole + part for whole, part in zip(total, parts)]
         for name, part in zip(params, total):

@@ -142,13 +142,13 @@ class _Laplace(AdamWTraining):
             gradients = [found.backward(column.float()) for column in columns]
         for values in (found.inputs, *gradients):
             for value in values.values():
-                bad = bad | ~value.flatten(1).isfinite().all(1)
+                bad = bad | ~value.flatten(1).isfinite().all(1).to(bad.device)
         good = ~bad[:, None]
         mask = batch["attention_mask"].to(bad.device).bool() & good  # (B, T)
-        # the output layer sees the last position alone, (B, 1, in)
+        # the output layer sees the last position alone, (B, 1, in); layers may be on several devices
         kept = {name: mask if a.shape[1] == mask.shape[1] else good for name, a in found.inputs.items()}
-        inputs = {name: a.where(kept[name][:, :, None], 0) for name, a in found.inputs.items()}
-        gradients = [{name: g.where(good[:, :, None], 0) for name, g in of.items()} for of in gradients]
+        inputs = {name: a.where(kept[name][:, :, None].to(a.device), 0) for name, a in found.inputs.items()}
+        gradients = [{name: g.where(good[:, :, None].to(g.device), 0) for name, g in of.items()} for of in gradients]
         return inputs, gradients, {name: int(of.sum()) for name, of in kept.items()}, int(bad.sum())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varlora.drawing import PLAIN, Drawing, Drawn, Forward, Latin, Source
 from varlora.errors import VarloraError
-from varlora.params import swapped
+from varlora.params import flat, swapped
 from varlora.stack import Stack
 
 __all__ = [
@@ -238,15 +238,15 @@ def kept_by(
         generator = generator or torch.Generator().manual_seed(0)
         order = torch.randperm(sum(sizes.values()), generator=generator, device=generator.device)
     else:
-        magnitude = torch.cat([posterior.mean[name].flatten().abs() for name in sorted(sizes)])
+        magnitude = flat(posterior.mean[name].abs() for name in sorted(sizes))
         order = magnitude.argsort(stable=True)
         if by == "snr":
             std = posterior.marginal_std()
-            noise = torch.cat([std[name].flatten() for name in sorted(sizes)])
+            noise = flat(std[name] for name in sorted(sizes)).to(magnitude.device)
             signal = (magnitude / noise).nan_to_num(nan=0.0, posinf=math.inf)  # 0/0: certainly zero, and goes first
             order = order[signal[order].argsort(stable=True)]  # many have no variance: these by magnitude
     if before is not None:  # those that are pruned already go first
-        stay = torch.cat([before[name].flatten() for name in sorted(sizes)]).to(order.device)
+        stay = flat(before[name] for name in sorted(sizes)).to(order.device)
         order = order[stay[order].int().argsort(stable=True)]
         fraction = max(fraction, 1 - stay.double().mean().item())
     kept = torch.ones(len(order), dtype=torch.bool, device=order.device)

@@ -69,7 +69,7 @@ class KroneckerGaussian(WeightPosterior):
         drawn = {}
         for name in sorted(self.mean):
             mean, left, right = self.mean[name], self.left[name], self.right[name]
-            noise, rest = normal(mean, generator), self.rest.sqrt()
+            noise, rest = normal(mean, generator), self.rest.to(mean.device).sqrt()
             within = (self.variance[name].sqrt() - rest) * (left.T @ noise @ right)  # (k, l)
             drawn[name] = mean + rest * noise + left @ within @ right.T
         return drawn
@@ -80,7 +80,8 @@ class KroneckerGaussian(WeightPosterior):
         along = left.T @ gradients @ right  # (B, C, k, l)
         beyond = (gradients - left @ along @ right.T).flatten(2)  # r - s times all would leave rounding errors of r
         along = along.flatten(2)
-        return self.rest.double() * (beyond @ beyond.mT) + (along * self.variance[name].flatten().double()) @ along.mT
+        rest = self.rest.to(beyond)
+        return rest * (beyond @ beyond.mT) + (along * self.variance[name].flatten().double()) @ along.mT
 
     def marginal_std(self) -> dict[str, Tensor]:
         """Return the root of the covariance's diagonal, r (1 − Σⱼᵢ uⱼ² vᵢ²) + Σⱼᵢ sⱼᵢ uⱼ² vᵢ², by parameter name."""
@@ -89,7 +90,7 @@ class KroneckerGaussian(WeightPosterior):
             # r may be millions of times s, and eigenvectors of 32 bits are orthonormal to a ten-millionth
             left, right = (torch.linalg.qr(side[name].double())[0].square() for side in (self.left, self.right))
             beyond = (1 - left.sum(1)[:, None] * right.sum(1)).clamp_min(0)
-            diagonal = self.rest.double() * beyond + left @ variance.double() @ right.T
+            diagonal = self.rest.to(beyond) * beyond + left @ variance.double() @ right.T
             found[name] = diagonal.sqrt().to(variance.dtype)
         return found
 

@@ -64,7 +64,7 @@ class Linearised:
                     jacobian = found.jacobian()
                     logits.append(found.logits.detach())
                 parts = [self.weights.quadratic(name, of_layer) for name, of_layer in jacobian.items()]
-                covariances.append(torch.stack(parts).sum(0))
+                covariances.append(torch.stack([part.to(parts[0].device) for part in parts]).sum(0))
             return torch.cat(logits), torch.cat(covariances)
 
     def draw_logits(self, model: nn.Module, batch: Any, n: int, generator: torch.Generator, forward: Forward) -> Tensor:
@@ -146,7 +146,7 @@ def gaussian_logits(logits: Tensor, covariance: Tensor, n: int, generator: torch
     # class by class, so that a class's noise does not depend on how many answers the batch's other rows have
     half = torch.stack([normal(values, generator, (n + 1) // 2) for _ in range(logits.shape[1])], -1)
     noise = torch.cat([half, -half])  # (S, C)
-    return logits + torch.einsum("bcd,sd->sbc", root, noise).to(logits.dtype)
+    return logits + torch.einsum("bcd,sd->sbc", root, noise).to(logits)
 
 
 def _chunks(batch: Any, parameters: int) -> list[Any]:
