@@ -61,6 +61,19 @@ def saved(model, tmp_path):
 # --- the adapter and its posterior ---
 
 
+def test_an_adapter_replaces_an_adapter_and_nothing_else(model, tmp_path):
+    save_adapter(model, gaussian(model), str(tmp_path / "out"))
+    (tmp_path / "out" / "calibration.json").write_text("{}")
+    save_adapter(model, gaussian(model, seed=1), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "calibration.json").exists()  # which was that of the other
+    assert load_posterior(model, str(tmp_path / "out")).kind == gaussian(model).kind
+    (tmp_path / "out" / "checkpoint-5").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(VarloraError, match=r"has checkpoint-5, which would be lost\. Name a folder of its own"):
+        save_adapter(model, gaussian(model), tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("index", range(3))
 def test_posterior_comes_back_bit_for_bit(model, tmp_path, index):
     posterior = posteriors(model)[index]

@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ __all__ = [
     "save_adapter",
     "save_state",
     "step_of",
+    "write_adapter",
 ]
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -60,19 +61,44 @@ WRITING = ".checkpoint.tmp"
 # --- the adapter and its posterior ---
 
 
-def save_adapter(model: nn.Module, posterior: Posterior, folder: Path) -> None:
+def save_adapter(model: nn.Module, posterior: Posterior, folder: str | Path) -> None:
     """Write the adapter at the posterior mean as a PEFT checkpoint, and the posterior beside it.
 
     Args:
         model: the `peft` model; its own weights are left as they are.
         posterior: the posterior over its trainable parameters.
-        folder: where to; replaced as a whole once everything is written.
+        folder: where to; an adapter that is there is replaced as a whole once everything is written.
+
+    Raises:
+        VarloraError: the folder holds something else, which would be lost.
     """
+    folder = Path(folder)
+    if folder.is_dir() and (lost := sorted({path.name for path in folder.iterdir()} - _of_an_adapter(folder))):
+        some = f"{', '.join(lost[:3])}{' and more' if lost[3:] else ''}"
+        raise VarloraError(
+            f"Expected `folder` to be new, or to hold a saved adapter and no more, but {folder} has {some}, which would be "
+            f"lost. Name a folder of its own, e.g. {folder / 'adapter'}."
+        )
+    write_adapter(model, posterior, folder)
+
+
+def write_adapter(model: nn.Module, posterior: Posterior, folder: Path) -> None:
+    """Do the work of `save_adapter` in a folder that is ours, whatever it holds."""
     with atomic_folder(folder) as temporary:
         with posterior.at_mean(model):
             model.save_pretrained(temporary)  # type: ignore[operator]
         save_tensors(temporary / "posterior.safetensors", posterior.tensors())
         write_json(temporary / "posterior_config.json", {"kind": posterior.kind})
+
+
+def _of_an_adapter(folder: Path) -> set[str]:
+    """Return the names in a folder of what `save_adapter`, `calibrate` and peft write."""
+    names = {MANIFEST, ADAPTER_FILE, "adapter_config.json", "README.md", "calibration.json"}
+    names |= {"posterior.safetensors", "posterior_config.json"}
+    with suppress(DamagedFileError):  # which is replaced; peft has a folder for each further adapter
+        if isinstance(listed := read_json(folder / MANIFEST), Mapping):
+            names |= {Path(name).parts[0] for name in listed}
+    return names
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -111,7 +137,7 @@ def _restore_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str,
             p.copy_(values[name])
 
 
-def load_posterior(model: nn.Module, folder: Path) -> Posterior:
+def load_posterior(model: nn.Module, folder: str | Path) -> Posterior:
     """Read the posterior that lies beside an adapter.
 
     Args:
@@ -128,6 +154,7 @@ def load_posterior(model: nn.Module, folder: Path) -> Posterior:
             "Expected an adapter that can be trained, but all of the model is frozen. Load it by "
             "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
         )
+    folder = Path(folder)
     verify_manifest(folder)
     config = read_json(folder / "posterior_config.json")
     kind = config.get("kind") if isinstance(config, Mapping) else None

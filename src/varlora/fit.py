@@ -28,8 +28,8 @@ from varlora.checkpoint import (
     load_adapter,
     load_posterior,
     restore,
-    save_adapter,
     step_of,
+    write_adapter,
 )
 from varlora.data import collate
 from varlora.errors import ConfigError, DamagedFileError, Interrupted, VarloraError, did_you_mean
@@ -391,7 +391,7 @@ def conclude(
             "answers would be NaN. Lower the learning rate or the posterior's scale, or train in float32 or bfloat16."
         )
     if ranks()[0] == 0:
-        save_adapter(model, posterior, run_dir / "adapter")
+        write_adapter(model, posterior, run_dir / "adapter")
     if ranks()[1] > 1:
         dist.barrier()
     load_adapter(model, run_dir / "adapter")
