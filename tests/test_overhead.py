@@ -219,6 +219,10 @@ def test_results_are_plain_values_and_a_table():
     assert next(table.columns[1].cells).startswith("0.000")
     assert list(table.columns[2].cells)[-1] == "not measured"
     assert "CPU" in str(table.title)
+    beside = to_table(overhead, beside_paper=True)
+    assert [list(column.cells) for column in beside.columns[:3]] == [list(column.cells) for column in table.columns]
+    told = ["1.8", "316.3", "1.0", "319.1", "0.88", "not given", "not given", "not given"]  # the end of its section 3
+    assert list(beside.columns[3].cells) == told
 
 
 @pytest.mark.parametrize(

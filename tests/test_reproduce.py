@@ -399,7 +399,8 @@ def test_from_the_command_line_on_the_demo(bundled, tmp_path, capsys):
     assert "MC dropout" in (tmp_path / "runs" / "report" / "report.html").read_text()
     assert main(["reproduce", "table3", *common, *few, *out]) == 0
     assert "0.5" in (tmp_path / "runs" / "table3.md").read_text()
-    assert main(["reproduce", "overhead", *common, *out, "--rounds", "2"]) == 0
+    assert main(["reproduce", "overhead", *common, *out, "--rounds", "2", "--compare", "paper"]) == 0
+    assert "316.3" in capsys.readouterr().out
     assert json.loads((tmp_path / "runs" / "overhead.json").read_text())["task"] == "two_choices"
     assert main(["reproduce", "table1", "--model", str(bundled), "--tasks", "two_choices.yml", *out]) == 1
     assert "two_choices.yml" in capsys.readouterr().err

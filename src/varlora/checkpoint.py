@@ -76,8 +76,8 @@ def save_adapter(model: nn.Module, posterior: Posterior, folder: str | Path) -> 
     if folder.is_dir() and (lost := sorted({path.name for path in folder.iterdir()} - _of_an_adapter(folder))):
         some = f"{', '.join(lost[:3])}{' and more' if lost[3:] else ''}"
         raise VarloraError(
-            f"Expected `folder` to be new, or to hold a saved adapter and no more, but {folder} has {some}, which would be "
-            f"lost. Name a folder of its own, e.g. {folder / 'adapter'}."
+            f"Expected `folder` to be new, or to hold a saved adapter and no more, but {folder} has {some}, which "
+            f"would be lost. Name a folder of its own, e.g. {folder / 'adapter'}."
         )
     write_adapter(model, posterior, folder)
 

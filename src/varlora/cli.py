@@ -395,7 +395,8 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> None:
         arguments.recipe, arguments.out, {name: getattr(arguments, name) for name in PLAN_OPTIONS}, arguments.set
     )
     if arguments.what == "overhead":
-        table, path = overhead_of(plan, arguments.rounds, rows_progress(console, "rounds"))
+        beside_paper = arguments.compare == "paper"
+        table, path = overhead_of(plan, arguments.rounds, rows_progress(console, "rounds"), beside_paper)
         console.print(table)
         say(f"Written: {path}")
         return

@@ -221,8 +221,12 @@ def measure_overhead(
     )
 
 
-def to_table(overhead: Overhead) -> Table:
+def to_table(overhead: Overhead, beside_paper: bool = False) -> Table:
     """Return a table with a column for each method: median times with their quartiles, shares and bytes.
+
+    Args:
+        overhead: what was measured.
+        beside_paper: whether there is a column for the paper's times of IVON with Llama-2-7B.
 
     Example:
         >>> seconds = {"sampling": (0.001,), "forward_backward": (0.097,), "step": (0.002,), "total": (0.1,)}
@@ -249,8 +253,16 @@ def to_table(overhead: Overhead) -> Table:
             "not measured" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e9:.2f}" for cost in costs.values()
         ],
     }
+    columns = list(costs)
+    if beside_paper:
+        columns.append("ivon, paper, Llama-2-7B")
+        whole = sum(PAPER_SECONDS.values())
+        share = 100 * (whole - PAPER_SECONDS["forward_backward"]) / whole
+        known = [f"{1000 * PAPER_SECONDS[part]:.1f}" for part in PARTS] + [f"{1000 * whole:.1f}", f"{share:.2f}"]
+        for i, cells in enumerate(lines.values()):
+            cells.append(known[i] if i < len(known) else "not given")
     batch = f"{overhead.batch_size} rows a step, {overhead.tokens_per_batch:,.0f} tokens"
-    table = Table("median (quartiles)", *costs, title=f"{overhead.device}: {batch}, {overhead.rounds} rounds")
+    table = Table("median (quartiles)", *columns, title=f"{overhead.device}: {batch}, {overhead.rounds} rounds")
     for column in table.columns[1:]:
         column.justify = "right"
     for what, cells in lines.items():

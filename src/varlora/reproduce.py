@@ -181,13 +181,16 @@ def tables_of(
     return Made((table,), tuple(written), failed)
 
 
-def overhead_of(plan: Plan, rounds: int, progress: Callable[[int], Any]) -> tuple[Table, Path]:
+def overhead_of(
+    plan: Plan, rounds: int, progress: Callable[[int], Any], beside_paper: bool = False
+) -> tuple[Table, Path]:
     """Time AdamW's and IVON's training steps on the plan's model and its first task; return the table and its file.
 
     Args:
         plan: model, task and settings; of the methods only AdamW and IVON count.
         rounds: timed steps of each.
         progress: given the number of rounds, a context that gives a function to call with the rounds done.
+        beside_paper: whether the table has the paper's times too.
     """
     task = next(iter(plan.tasks))
     names = ("adamw", "ivon")
@@ -195,7 +198,7 @@ def overhead_of(plan: Plan, rounds: int, progress: Callable[[int], Any]) -> tupl
     found = training_costs(first, rounds, progress=progress)
     path = plan.out / "overhead.json"
     write_json(path, {"model": plan.model, "task": get_task(task).name, **found.to_dict(), **origin()})
-    return to_table(found), path
+    return to_table(found, beside_paper), path
 
 
 # --- from a plan to cells --------------------------------------------------------------------------------------------
