@@ -36,13 +36,13 @@ from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, Interrupted, VarloraError
 from varlora.files import load_tensors, verify_manifest
 from varlora.fit import NotFiniteError, check_training_arguments
-from varlora.methods import AdamW, Ivon
+from varlora.methods import AdamW, Ivon, Swa, Swag
 from varlora.model import LoRA, load_model
 from varlora.optim.ivon import IVON
 from varlora.optim.native import library
 from varlora.params import trainable
 from varlora.prompt import Encoded
-from varlora.trainer import MethodTrainer, class_loss, of_first_rank, short_walks
+from varlora.trainer import MethodTrainer, Watch, class_loss, of_first_rank, short_walks
 
 METHODS = [AdamW(lr=2e-2), Ivon(lr=1.0, ess=1e6, hess_init=1e-3, clip_radius=2e-2)]
 both_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -876,3 +876,113 @@ def test_ranks_take_what_the_first_one_finds(rank, looks, monkeypatch):
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
     assert of_first_rank(find) == {"rechecked": 0.5}
     assert len(asked) == looks
+
+
+# --- AdamW's settings, and what a step counts ---
+
+
+def test_adamw_steps_as_its_settings_say():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = AdamW(lr=0.1, weight_decay=0.5, beta1=0.6, beta2=0.8, eps=0.01).optimizer({"p": p}, 12, 4, 0)
+    expected, m, v = 1.0, 0.0, 0.0
+    for t, gradient in enumerate((2.0, -1.0, 4.0), 1):
+        p.grad = torch.tensor([gradient])
+        optimizer.step()
+        m, v = 0.6 * m + 0.4 * gradient, 0.8 * v + 0.2 * gradient**2
+        expected -= 0.1 * (0.5 * expected + m / (1 - 0.6**t) / (math.sqrt(v / (1 - 0.8**t)) + 0.01))
+        assert p.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_batch_of_a_step_is_that_of_all_ranks(monkeypatch):
+    """Of which squared gradients are to be multiplied by the rows."""
+    monkeypatch.setattr("varlora.trainer.ranks", lambda *_: (0, 2))
+    optimizer = Ivon(lr=0.1, ess=1e6, hess_init=1e-3).optimizer(trainable(helpers.tiny_model()), 12, 4, 0)
+    trainer = types.SimpleNamespace(varlora_optimizer=optimizer)
+    batches = iter([{"labels": torch.zeros(rows)} for rows in (4, 3, 4)])
+    assert MethodTrainer.get_batch_samples(trainer, batches, 2, "cpu")[1] == 7  # here
+    assert optimizer.param_groups[0]["batch_size"] == 14
+
+
+def test_a_comparison_is_one_forward_pass_also_of_a_step_of_several_micro_batches(tmp_path, monkeypatch):
+    rows = []
+    at_forwards(monkeypatch, range(1000), lambda logits: rows.append(len(logits)) or logits)
+    monkeypatch.setattr(Ivon, "compare_every", lambda *_: 2)
+    helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, steps=2, batch_size=2, accumulation=3)
+    assert rows == [2] * (2 * 3 + 1)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_comparison_that_is_not_finite_is_not_noted(number, tmp_path, monkeypatch):
+    """Of losses at the mean, or under noise, at the second step; NaN would stay in their averages."""
+    at_forwards(monkeypatch, [number], nan_logits)
+    monkeypatch.setattr(Ivon, "compare_every", lambda *_: 2)
+    method, arguments = dataclasses.replace(METHODS[1], cooling=True), {"logging_steps": 1}
+    helpers.run_fit(helpers.tiny_model(), method, tmp_path, steps=4, checkpoint_every=4, training_arguments=arguments)
+    lines = helpers.logged(tmp_path)
+    assert ["loss_at_mean" in line for line in lines] == [False] * 3 + [True]
+    assert all(math.isfinite(lines[-1][name]) for name in ("loss_at_mean", "loss_under_noise", "held_back"))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_grad_scaler_sees_what_overflows(fp16):
+    """And lowers its scale for it; without one the step has no gradients."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    watch = Watch(METHODS[0], optimizer, {"p": p}, {}, 10, 1.0, None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loss = (p * torch.inf).sum()
+    scaler.scale(loss).backward()
+    watch.losses = [loss.detach()]
+    watch.on_pre_optimizer_step(types.SimpleNamespace(fp16=fp16), types.SimpleNamespace(stateful_callbacks={}), None)
+    assert watch.not_finite == 1
+    if fp16:
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+    else:
+        assert p.grad is None
+    assert p.tolist() == [1.0, 1.0]
+
+
+# --- what the Trainer would do beside ---
+
+
+class EndsAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rows_a_step = args.train_batch_size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_several_gpus_that_one_process_sees_do_not_multiply_the_batch(tmp_path, monkeypatch):
+    module = sys.modules["varlora.fit"]
+    before = module._arguments
+
+    def with_two_gpus(**settings):
+        made = before(**settings)
+        assert made.device.type == "cpu"
+        made._n_gpu = 2
+        return made
+
+    monkeypatch.setattr(module, "_arguments", with_two_gpus)
+    seen = EndsAt(6)
+    helpers.run_fit(helpers.tiny_model(), AdamW(), tmp_path, callbacks=[seen])
+    assert seen.rows_a_step == 4
+
+
+def test_the_posterior_is_that_of_the_step_at_which_a_callback_ends_training(tmp_path):
+    said: list[str] = []
+    model = helpers.tiny_model()
+    posterior = helpers.run_fit(model, AdamW(lr=1e-2), tmp_path, callbacks=[EndsAt(3)], warn=said.append)
+    assert "A callback ended training after step 3 of 6; the posterior is that of this step." in said
+    assert helpers.same(posterior.mean, {name: p.detach() for name, p in trainable(model).items()})
+
+
+@pytest.mark.parametrize("method", [Swa(every=1), Swag(every=1)], ids=lambda method: method.name)
+def test_an_average_that_a_callback_ends_before_it_begins_is_told_of(method, tmp_path):
+    with pytest.raises(VarloraError, match=r"Expected at least \d snapshots, but training ended after 0"):
+        helpers.run_fit(helpers.tiny_model(), method, tmp_path, callbacks=[EndsAt(3)])

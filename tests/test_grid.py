@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from varlora import grid
 from varlora.config import settings_from
 from varlora.errors import Interrupted, VarloraError
 from varlora.files import save_tensors
@@ -298,3 +299,34 @@ def test_a_killed_ray_worker_is_retried_and_resumes(settings, alone, tmp_path, m
         assert not outcome.failed
     finally:
         ray.shutdown()
+
+
+def test_a_process_that_dies_while_it_has_nothing_to_do_is_replaced(tmp_path):
+    processes = Processes(1, threads=1)
+    try:
+        for _ in range(2):
+            processes.submit(Cell({"task": "no such task", "run_dir": str(tmp_path / "run")}, {}))
+            _, outcome = processes.finished()
+            assert outcome is not None
+            assert "no such task" in outcome.failed
+            (worker,) = set(active_children()) - processes.others
+            worker.kill()
+            worker.join()
+            pool = processes.pools[0]
+            assert pool is not None
+            while not pool._broken:  # which a thread of the pool notices
+                time.sleep(0.01)
+    finally:
+        processes.stop()
+
+
+def test_a_process_sees_its_own_gpu_from_its_first_import_on(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(grid, "_device", lambda slot: str(slot + 5))
+    processes = Processes(2, threads=1)
+    try:
+        seen = [processes._pool(slot).submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for slot in range(2)]
+    finally:
+        processes.stop()
+    assert seen == ["5", "6"]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ

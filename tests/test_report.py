@@ -295,6 +295,22 @@ def test_a_file_of_somebody_elses_is_not_replaced(runs, tmp_path):
         assert (tmp_path / "mine" / name).read_text() == text
 
 
+def test_pictures_of_somebody_elses_are_not_replaced(runs, tmp_path):
+    (tmp_path / "slices.png").write_text("mine")
+    with pytest.raises(VarloraError, match=r"has a file slices\.png, but no earlier report, so it is not replaced"):
+        build_report(runs[:1], tmp_path)
+    assert (tmp_path / "slices.png").read_text() == "mine"
+
+
+def test_runs_on_other_weights_are_not_seeds_of_one_method(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    together = build_report(runs, tmp_path / "out").rows
+    for number, run in enumerate(runs):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, "base": f"checksum {number}"}))
+    assert len(build_report(runs, tmp_path / "out").rows) == 2 * len(together)
+
+
 def test_rows_that_have_other_labels_are_different(tmp_path):
     """Where ids are the numbers of rows, a file that was replaced has the same."""
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]

@@ -59,6 +59,7 @@ OURS = {
     "max_steps": "steps",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation",
+    "auto_find_batch_size": "batch_size",
     "seed": "seed",
     "data_seed": "seed",
     "learning_rate": "method.lr",
@@ -192,6 +193,7 @@ def fit(
         **{**defaults, **(training_arguments or {})},
     )
     _ = arguments.device  # which sets up the process group, where there is one
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several it would make DataParallel's, and as many times the batch
     check_start(model, method, rows, batch_size, training_arguments or {})
     begin = start_of(model, rows, steps=steps, accumulation=accumulation, seed=seed, **every)
     method = _prepared(method, begin, run_dir, resume)
@@ -239,6 +241,8 @@ def fit(
         )
     if watch.stop and step < steps:
         raise Interrupted(f"Stopped at step {step} of {steps}; {run_dir}/checkpoint-{step} is written.")
+    if step < steps:
+        warn(f"A callback ended training after step {step} of {steps}; the posterior is that of this step.")
     if watch.not_finite:
         warn(f"{watch.not_finite} of {steps} steps were left out because loss or gradient was not finite.")
     return conclude(model, method, rows, run_dir, optimizer=optimizer, state=state, seed=seed, **every)

@@ -169,13 +169,22 @@ class Processes:
         free = sorted({*range(len(self.pools))} - {slot for _, slot in self.running.values()})
         for slot, (key, cell) in zip(free, [*self.backlog]):
             self.backlog.popleft()
-            if self.pools[slot] is None:
-                context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
-                started_with = (self.threads, _device(slot))
-                self.pools[slot] = ProcessPoolExecutor(1, context, _start_worker, started_with)
-            pool = self.pools[slot]
-            assert pool is not None
-            self.running[pool.submit(_run_in_worker, cell.settings, cell.evaluation)] = key, slot
+            try:
+                future = self._pool(slot).submit(_run_in_worker, cell.settings, cell.evaluation)
+            except BrokenProcessPool:  # it died while it had nothing to do
+                self.pools[slot] = None
+                future = self._pool(slot).submit(_run_in_worker, cell.settings, cell.evaluation)
+            self.running[future] = key, slot
+
+    def _pool(self, slot: int) -> ProcessPoolExecutor:
+        """Return the pool of one process, started if it is not there."""
+        pool = self.pools[slot]
+        if pool is None:
+            context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
+            pool = self.pools[slot] = ProcessPoolExecutor(1, context, _start_worker, (self.threads,))
+            with _sees_only(_device(slot)):
+                pool.submit(int)  # starts the process, which looks for GPUs as soon as it imports
+        return pool
 
     def finished(self) -> tuple[object, Outcome | None]:
         """Wait for a cell."""
@@ -205,11 +214,24 @@ def _device(slot: int) -> str | None:
     return visible.split(",")[slot % torch.cuda.device_count()]
 
 
-def _start_worker(threads: int, device: str | None) -> None:
-    quiet_libraries()
-    torch.set_num_threads(threads)
+@contextmanager
+def _sees_only(device: str | None) -> Iterator[None]:
+    """Have processes that are started in the context see one GPU."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif device is not None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def _start_worker(threads: int) -> None:
+    quiet_libraries()
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, left_to_parent)  # which asks for a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -152,7 +152,9 @@ def build_report(
 
 def _check_replaceable(out_dir: Path) -> None:
     """Raise where files of a report's names are there, but no report."""
-    there = [name for name in ("report.html", "report.md", "report.json", "table1.tex") if (out_dir / name).exists()]
+    pictures = [f"{name}.{form}" for name in ("reliability", "slices") for form in ("png", "svg")]
+    ours = ("report.html", "report.md", "report.json", "table1.tex", *pictures)
+    there = [name for name in ours if (out_dir / name).exists()]
     if not there:
         return
     path = out_dir / "report.json"

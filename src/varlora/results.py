@@ -207,7 +207,7 @@ def _traits(run: EvaluatedRun, counted: bool) -> dict[str, str]:
             else:
                 yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
-    origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version")}
+    origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version", "base")}
     if counted:  # how many are held out depends on the seed, their sum on the data alone
         origin["training and held-out rows"] = str(sum(run.config[name] for name in COUNTS))
     if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble

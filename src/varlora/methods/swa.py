@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from varlora.errors import VarloraError
 from varlora.methods.base import AdamWTraining, Plan, Trained
 from varlora.posterior import LowRankGaussian, Point
 
@@ -66,6 +67,17 @@ class _Averaging(AdamWTraining):
     def needed(self) -> int:
         """Snapshots that the posterior takes at the least."""
         return 1
+
+    def collected(self, trained: Trained) -> Mapping[str, dict[str, Any]]:
+        """Return what was collected of each parameter; raise if training was ended before there was enough."""
+        count = trained.state.get("count", 0)
+        if count < self.needed:
+            raise VarloraError(
+                f"Expected at least {self.needed} snapshots, but training ended after {count}. Train on to the end, or "
+                "lower `start` or `every`."
+            )
+        weights: Mapping[str, dict[str, Any]] = trained.state["weights"]
+        return weights
 
     def snapshots(self, total_steps: int) -> int:
         """Return how many snapshots training takes."""
@@ -140,7 +152,7 @@ class Swa(_Averaging):
             (swag,) = trained.sources
             assert isinstance(swag, LowRankGaussian)
             return Point(swag.mean)
-        return Point({name: mine["mean"].clone() for name, mine in trained.state["weights"].items()})
+        return Point({name: mine["mean"].clone() for name, mine in self.collected(trained).items()})
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ class Swag(_Averaging):
 
     def posterior(self, trained: Trained) -> LowRankGaussian:
         """Return the Gaussian."""
-        count, weights = trained.state["count"], trained.state["weights"]
+        weights, count = self.collected(trained), trained.state["count"]
         return LowRankGaussian(
             {name: mine["mean"].clone() for name, mine in weights.items()},
             {name: (mine["squares"] / count).clamp(min=0).sqrt() for name, mine in weights.items()},
