@@ -14,7 +14,7 @@ help:
 	@echo "make works       the table of docs/works_everywhere.md again, from the tests that it stands for"
 	@echo "make lint        ruff and the type checker"
 	@echo "make format      let ruff rewrite what it can"
-	@echo "make benchmarks  all benchmarks; results go to benchmarks/results"
+	@echo "make benchmarks  all benchmarks but pruning.py; results go to benchmarks/results"
 	@echo "make bench-gpu   the optimizer and its overhead at the shape of Llama-2-7B, on a CUDA device"
 	@echo "make pretrain    pretrain the demo's base again, in build/demo, and compare its scores with the committed base's"
 

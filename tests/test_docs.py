@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import varlora
+from varlora.config import Settings
+from varlora.model import LoRA
+from varlora.plan import Plan
 
 MODULES = [
     "varlora",
@@ -74,3 +78,16 @@ def test_every_example_is_run(name):
 def test_examples_are_collected(pytestconfig):
     assert "--doctest-modules" in pytestconfig.getini("addopts")
     assert "src" in pytestconfig.getini("testpaths")
+
+
+def test_the_page_of_settings_has_them_all_with_their_defaults() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]*?) ?\|", page, re.MULTILINE))
+    fields = {field.name: field for field in dataclasses.fields(Plan) if field.name not in {"out", "common"}}
+    fields |= {f"lora.{field.name}": field for field in dataclasses.fields(LoRA)}
+    fields |= {field.name: field for field in dataclasses.fields(Settings)}
+    assert {name for name in fields if name not in rows} == set()
+    assert {name for name in rows if name not in fields} == set()
+    for name, field in fields.items():
+        if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
+            assert field.default == type(field.default)(rows[name]), name
