@@ -365,3 +365,27 @@ def test_learns_twelve_rows_by_heart(tmp_path):
 def test_impossible_settings_are_refused(settings, message):
     (problem,) = check_method(Blob(**settings), Plan(steps=6, accumulation=1, dropout=0.0, calibration=False), {})
     assert problem.startswith(message)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_eps_bounds_the_first_step(eps):
+    """Which is lr g/(|g| + ε), as both averages are corrected for their start at 0."""
+    method = Blob(lr=0.1, kl_lr=0.0, eps=eps)
+    model, optimizer = made(method)
+    before = model.get_parameter(B).detach().clone()
+    with method.training(model, optimizer):
+        backward(model, optimizer)
+        gradient = model.get_parameter(B).grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(model.get_parameter(B), before - 0.1 * gradient / (gradient.abs() + eps))
+
+
+def test_sigma_starts_between_half_the_square_of_its_setting_and_its_square():
+    method, model = Blob(sigma_init=0.1), Adapter(d_in=1000)
+    _, optimizer = made(method, model)
+    sigma = method.posterior(Trained(model, rows=(), draw=None, forward=None, optimizer=optimizer)).std[A]
+    assert 0.01 / 2 <= sigma.min() < 0.0101 / 2
+    assert 0.0099 < sigma.max() <= 0.01

@@ -746,3 +746,80 @@ def test_dropout_does_not_make_the_rise(tmp_path: Path) -> None:
         logs.append(helpers.logged(tmp_path / str(cooling)))
     assert logs[0][-1]["loss_at_mean"] == pytest.approx(logs[0][-1]["loss_under_noise"], rel=1e-3)
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+# --- numbers that are told, and settings that arrive ---
+
+
+def test_another_look_is_at_the_full_sigma_however_much_of_it_is_drawn() -> None:
+    """Before step 500 of 4000 half of it is, of noise that grows over the first quarter."""
+    found = []
+    for step in (1000, 500):
+        one, optimizer, begin = ready(0.15)
+        one.before_step(optimizer, step, 4000, {})
+        found.append(one.look_again(begin, optimizer, {})["rechecked"])
+    assert 1 / scale.FURTHEST < found[0] < 1 / scale.FAR
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(("accumulation", "ranks"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_look_costs_the_passes_that_it_makes(accumulation: int, ranks: int) -> None:
+    """Over those of a process's rows in a step, where a backward pass counts as two forward passes."""
+    begin, passes = start(accumulation=accumulation, ranks=ranks), 0
+
+    def draw(posterior: Any, rows: Any, count: int) -> Any:
+        nonlocal passes
+        passes += max(count, 1) * len(rows)
+        return begin.draw(posterior, rows, count)
+
+    def forward(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 3 * len(batch["labels"])
+        return class_logits(model, batch)
+
+    prepared = Ivon().prepare(replace(begin, draw=draw, forward=forward))
+    assert prepared is not None
+    assert prepared.steps == pytest.approx(passes / (3 * 4 * accumulation))
+
+
+def test_settings_of_the_optimizer_are_the_methods() -> None:
+    settings: dict[str, Any] = {
+        "lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta1": 0.8, "beta2": 0.99, "weight_decay": 0.01,
+        "clip_radius": 0.1, "mc_samples": 2, "hess_approx": "gradsq", "debias": False,
+    }  # fmt: skip
+    (group,) = Ivon(**settings).optimizer(trainable(helpers.tiny_model()), 64, 4, 0).param_groups
+    assert {name: group[name] for name in settings} == settings
+
+
+def test_signal_is_above_noise_on_either_side_of_zero() -> None:
+    """Half the weights are far below it here, and the others within σ = 0.03."""
+    params = trainable(helpers.tiny_model())
+    for p in params.values():
+        p.data.fill_(-0.1)
+        p.data.flatten()[::2] = 0.01
+    one = method()
+    assert one.log(one.optimizer(params, 64, 4, 0), {})["signal_above_noise"] == 0.5
+
+
+def test_the_hessian_that_is_logged_is_without_the_prior() -> None:
+    one = method(weight_decay=2e-3)
+    assert one.log(optimizer_of(one), {})["hessian_over_first"] == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_comparison_changes_nothing_and_both_losses_have_the_same_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter that is large enough for masks to tell."""
+    one, outcomes = method(lr=10.0, clip_radius=2e-2, ess=1e14, noise_warmup=0.0, cooling=False), []
+    for every in (2, 0):
+        monkeypatch.setattr(Ivon, "compare_every", lambda self, steps, every=every: every)
+        helpers.run_fit(
+            helpers.tiny_model(dropout=0.5), one, tmp_path / str(every), checkpoint_every=6,
+            training_arguments={"logging_steps": 1},
+        )  # fmt: skip
+        outcomes.append(helpers.outcome(tmp_path / str(every)))
+    compared, alone = outcomes
+    last = compared["log"][-1]
+    assert last["loss_at_mean"] == pytest.approx(last["loss_under_noise"], rel=1e-3)
+    assert [line["loss"] for line in compared["log"]] == [line["loss"] for line in alone["log"]]
+    assert compared["adapter_model.safetensors"] == alone["adapter_model.safetensors"]
