@@ -50,6 +50,7 @@ def test_rows_of_different_lengths():
         (sample([-1.0, -2.0, -1.5], "neither", f1=(2, 0)), 2),
         (sample([-1.0, -2.0], "the rest of a sentence", acc=0.0), 1),  # WinoGrande's: choices are in the contexts
         (sample([-1.0, -2.0, -3.0], "the rest of a sentence", acc=1.0), 0),
+        (sample([-1.0, -1.0], "the rest of a sentence", acc=1.0), 0),  # the first of equal ones
         (sample([-1.0, -2.0], 1, choices=("1", "2")), 1),
         (sample([-1.0, -2.0], "1", choices=("1", "2"), acc=1.0), 0),  # of the texts "1" and "2"
     ],

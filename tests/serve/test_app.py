@@ -21,7 +21,7 @@ from varlora.cli import main
 from varlora.drawing import PLAIN, Drawing
 from varlora.evaluation import answer_rows, evaluate
 from varlora.predict import Predictor
-from varlora.predictions import load_predictions
+from varlora.predictions import load_predictions, save_predictions
 from varlora.serve import Limits, app, make_service
 from varlora.serve.abstain import of_held_out
 from varlora.serve.asking import Ask, Asker
@@ -648,3 +648,82 @@ def test_connections_are_kept(service):
         assert connection.sock is sock
     assert statuses == {200: 5}
     connection.close()
+
+
+def test_if_all_rows_fail_the_worst_is_the_status(fresh):
+    fresh.service.engine.draw = lambda rows, use: numbered_by_length(rows, use) + torch.inf
+    reply = fresh.ask(questions=[{"question": "?", "answers": []}, ASK])
+    assert [one["error"]["code"] for one in reply.json["results"]] == ["answers", "not_finite"]
+    assert reply.status == 500
+
+
+def test_more_bodies_at_a_time_than_are_read_are_503():
+    with live(limits=Limits(body_seconds=60, max_reading=1)) as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as slow:
+            head = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 2\r\n\r\n{{".encode())
+            until(lambda: service.ask(**ASK).status == 503, seconds=20)
+            reply = service.ask(**ASK)
+            assert (reply.status, reply.code) == (503, "busy")
+            assert reply.headers["retry-after"] == "1"
+            slow.sendall(b"}")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 422")
+        assert service.ask(**ASK).status == 200
+
+
+def test_a_body_without_an_end_is_not_read_for_long():
+    with live(limits=Limits(body_seconds=60, max_body=1000)) as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as client:
+            head = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+            for _ in range(9):
+                client.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")  # and none that ends it
+            assert client.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+@pytest.fixture(scope="module")
+def held_out_run(tmp_path_factory):
+    """A run with predictions of its held-out rows."""
+    run_dir = shutil.copytree(trained(), tmp_path_factory.mktemp("held-out") / "run")
+    evaluate(run_dir, split="calibration", say=silent)
+    return run_dir
+
+
+def test_a_calibrated_run_keeps_no_risk_on_rows_that_were_drawn_without_what_was_chosen(held_out_run):
+    """Also where as many draws were chosen."""
+    chosen = dataclasses.replace(loaded(), calibration=Calibration(0.5, 0.1, 1.7, 1.2, 10))
+    with live(held_out_run, chosen, risk=0.5) as service:
+        reply = service.ask(**ASK).json
+        assert reply["calibrated"] is True
+        assert reply["risk"] == {"target": 0.5, "confidence": 0.5, "held_out": 0}
+        assert service.get("/v1/run").json["held_out"] == 0
+
+
+def test_a_calibrated_run_is_drawn_as_was_chosen():
+    run, rows = loaded(), task_rows()[:4]
+    chosen = dataclasses.replace(run, calibration=Calibration(1.0, 0.0, 1.0, 1.0, 4, 1, "latin"))
+    with live(run=chosen) as service:
+        same_numbers(service.ask(rows=rows).json["results"], expected(rows, chosen))
+    plain = dataclasses.replace(run, calibration=Calibration(1.0, 0.0, 1.0, 1.0, 4))
+    assert expected(rows, plain)[0]["probabilities"] != pytest.approx(
+        expected(rows, chosen)[0]["probabilities"], abs=1e-4
+    )
+
+
+def test_held_out_rows_without_labels_keep_no_risk(held_out_run, tmp_path):
+    run_dir = shutil.copytree(held_out_run, tmp_path / "run")
+    path = run_dir / "predictions-calibration.safetensors"
+    found = load_predictions(path)
+    labels = found.labels.clone()
+    labels[0] = -1
+    save_predictions(dataclasses.replace(found, labels=labels), path)
+    with live(run_dir, risk=0.5) as service:
+        assert service.ask(**ASK).json["risk"] == {"target": 0.5, "confidence": 0.5, "held_out": 0}
+
+
+@pytest.mark.parametrize("hosts", ["", "Host: localhost\r\nHost: evil.example\r\n"])
+def test_a_request_names_one_host(hosts):
+    with live(hosts=["localhost"]) as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+            client.sendall(f"GET /healthz HTTP/1.0\r\n{hosts}\r\n".encode())
+            assert client.recv(1000).startswith(b"HTTP/1.1 400")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -373,3 +374,15 @@ def test_a_row_too_large_for_the_memory_fails_and_the_engine_goes_on(made):
         large.result(timeout=30)
     assert small.result(timeout=30)
     assert submitted(engine, [row_of(3, 50)])[0].result(timeout=30)
+
+
+def test_the_time_to_wait_is_that_of_a_row_and_not_of_its_batch(made):
+    def draw(rows, use):
+        time.sleep(0.25)
+        return numbered(rows, use)
+
+    engine = made(draw, queue=10_000)
+    for future in submitted(engine, [row_of(i) for i in range(20)]):
+        future.result(timeout=30)
+    with engine.reserved(2000):  # at 1/5 of 0.25 s for 20 rows: the first batch counts for a fifth
+        assert 5 <= engine.retry_after < 60
