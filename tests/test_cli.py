@@ -21,6 +21,7 @@ import yaml
 
 import varlora
 from varlora.cli import main
+from varlora.config import load_settings
 from varlora.errors import Interrupted
 from varlora.methods.base import Prepared
 from varlora.predict import Predictor
@@ -249,6 +250,7 @@ def test_a_folder_that_is_no_run_is_never_deleted(varlora_, options, tmp_path):
 
 def test_resuming_what_is_not_there(varlora_, tmp_path):
     assert "There is no run directory" in error_of(varlora_("train", "--resume", "--run-dir", tmp_path / "none"))
+    assert "Expected `--run-dir` with `--resume`" in error_of(varlora_("train", "--resume"))
 
 
 # --- wrong input -----------------------------------------------------------------------------------------------------
@@ -263,12 +265,28 @@ def test_all_problems_of_a_configuration_at_once(varlora_, tmp_path):
         assert text in message
     assert error_of(varlora_("validate", recipe)).count("\n  - ") == 5
     assert "Did you mean `recipe.yaml`?" in error_of(varlora_("train", tmp_path / "recpie.yaml"))
+    assert "Give the path of a YAML file, or" in error_of(varlora_("train", tmp_path / "nowhere" / "recipe.yaml"))
+
+
+def test_an_option_of_another_method(varlora_, options):
+    typed = ("--learning-rate-like-adamw", 5e-5)
+    message = error_of(varlora_("train", *options, "--method", "adamw", *typed))
+    assert "Expected `--learning-rate-like-adamw` with `--method ivon` alone" in message
+    assert "lr_like_adamw`" not in message.replace("--learning-rate-like-adamw", "")
+
+
+def test_what_to_make_of_finished_runs_is_asked_for(varlora_, run):
+    message = error_of(varlora_("train", "--from", run))
+    assert "Expected `--method` with `--from`" in message
+    assert "laplace_kfac" in message
+    assert "ivon" not in message.partition("builds on")[2]
 
 
 def test_an_unknown_model(varlora_, options, bundled, tmp_path):
     near = bundled.with_name("bas")
     message = error_of(varlora_("train", *options, "--model", near, "--run-dir", tmp_path / "run"))
     assert f"Did you mean `{bundled}`" in message
+    assert "Give another `--model`." in message
     message = error_of(varlora_("train", *options, "--model", "nobody/nothing", "--run-dir", tmp_path / "run"))
     assert "hf download nobody/nothing" in message
     assert not (tmp_path / "run").exists()
@@ -322,6 +340,7 @@ def test_a_prompt_longer_than_the_context(varlora_, options, tmp_path):
     ("arguments", "text"),
     [
         (["--split", "deev"], "Did you mean `dev`?"),
+        (["--split", "foo"], "Known: calibration, dev, train."),
         (["--split", "calibration"], "held no rows out for calibration"),
         (["--samples", "-1"], "number of draws >= 0, but got -1"),
         (["--tau", "-1"], "factor >= 0 of the posterior variance, but got -1"),
@@ -665,6 +684,23 @@ def test_wrong_arguments(varlora_, arguments):
     assert "usage: varlora" in result.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "text"),
+    [
+        (["trian"], "usage: varlora [-h]", "invalid choice: 'trian'. Did you mean `train`"),
+        (["ls", "rnus"], "usage: varlora ls", "invalid choice: 'rnus'. Did you mean `runs`?"),
+        (["train", "--taks", "boolq"], "usage: varlora train", "unrecognized arguments: --taks. Did you mean `--task`"),
+        (["train", "--batchsize=3"], "usage: varlora train", "Did you mean `--batch-size`"),
+        (["ls", "runs", "more"], "usage: varlora ls", "unrecognized arguments: more."),
+    ],
+)
+def test_misspelt_names_are_answered_with_near_ones(varlora_, arguments, usage, text):
+    result = varlora_(*arguments)
+    assert result.code == 2
+    assert result.err.startswith(usage)
+    assert text in result.err
+
+
 # --- a process of its own --------------------------------------------------------------------------------------------
 
 
@@ -721,6 +757,17 @@ def test_tune_writes_a_recipe_that_trains_with_what_was_found(varlora_, options,
     assert "picture goes" in error_of(varlora_("tune", *options, "--out", tmp_path / "found.png", "--overwrite"))
     nothing = error_of(varlora_("tune", *options, "--method", "adamw", "--out", tmp_path / "other.yaml"))
     assert "Nothing is left to `adamw` to find" in nothing
+
+
+def test_tune_keeps_all_seeds(varlora_, options, tmp_path):
+    out, recipe = tmp_path / "found.yaml", tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"seeds": [21, 42], "run_dir": str(tmp_path / "runs")}))
+    result = varlora_("tune", recipe, *options, "--out", out)
+    assert result.code == 0, result.err
+    assert "Found with seed 21, for all of 21, 42." in result.out
+    runs = load_settings(out)
+    assert [(run.seed, run.folder) for run in runs] == [(n, tmp_path / "runs" / f"seed{n}") for n in (21, 42)]
+    assert "ess" in runs[1].method_settings
 
 
 @pytest.mark.parametrize(

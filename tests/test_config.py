@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,12 @@ def test_all_problems_are_reported_at_once():
         ({"chat": "maybe"}, "`chat` to be true or false, but got 'maybe'"),
         ({"dtype": "float64"}, "`dtype` to be one of float32, bfloat16, float16, but got 'float64'"),
         ({"quantization": "2bit"}, "`quantization` to be one of 8bit, 4bit or nothing"),
+        ({"training_arguments": {"logging_steps": math.inf}}, "`training_arguments.logging_steps` cannot be inf: "),
+        ({"training_arguments": {"warmup_steps": math.inf, "bf16": False}}, "`training_arguments.warmup_steps` cannot"),
+        (
+            {"training_arguments": {"accelerator_config": "abc"}},
+            "`training_arguments.accelerator_config` cannot be 'abc'",
+        ),
         ({"training_arguments": 5}, "`training_arguments` to be a mapping, but got 5"),
         ({"training_arguments": {"logging_steps": "zero"}}, "`training_arguments.logging_steps` to be a number"),
         ({"training_arguments": {"lr_scheduler_type": "foo"}}, "foo is not a valid SchedulerType"),

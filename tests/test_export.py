@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -587,6 +589,29 @@ def test_what_the_client_cannot_do_it_says(
         client.Server("http://x", "sglang").logprobs_of("mean", "?", [{"id": 1}], True)
 
 
+@pytest.mark.parametrize(("how", "code", "text"), [("reader", 1, ""), ("signal", 130, "Interrupted.\n")])
+def test_the_client_ends_quietly(exported: tuple[Path, Path], fake: Fake, how: str, code: int, text: str) -> None:
+    """When its reader leaves, and on Ctrl-C, though the server does not answer."""
+    command = [sys.executable, "-I", "-S", str(exported[1] / "client.py"), "--input", "-"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with socket.create_server(("127.0.0.1", 0)) as silent_server, serving(fake) as url:
+        if how == "signal":
+            url = f"http://127.0.0.1:{silent_server.getsockname()[1]}"
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored below a shell's `&`
+        with subprocess.Popen([*command, "--url", f"{url}/v1"], text=True, **pipes) as process:
+            if how == "reader":
+                process.stdout.close()
+                process.stdin.write('{"prompt": "Is it?"}\n' * 3)
+                process.stdin.close()
+            else:
+                process.stdin.write('{"prompt": "Is it?"}\n')
+                process.stdin.close()
+                connection, _ = silent_server.accept()
+                connection.recv(1)  # it is waiting for the reply now
+                process.send_signal(signal.SIGINT)
+            assert (process.wait(30), process.stderr.read()) == (code, text)
+
+
 class Saying:
     """A server that replies by a function of the prompt, and keeps what it was sent."""
 
@@ -712,3 +737,29 @@ def test_a_prompt_that_a_server_would_read_otherwise_is_said(tokenizer: Any, cha
     notes = _notes(Point({}), 0, [], settings, tokenizer)
     assert len(notes) == len(said)
     assert all(words in note for words, note in zip(said, notes))
+
+
+def test_more_than_a_hundred_draws_are_in_order_by_name(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeftModel, "save_pretrained", lambda self, folder: folder.mkdir())
+    manifest = export(exported[0], tmp_path / "out", samples=101, say=silent)
+    names = [draw["name"] for draw in manifest["draws"]]
+    assert names == sorted(path.name for path in (tmp_path / "out").glob("draw-*"))
+    assert (len(names), names[0], names[-1]) == (101, "draw-000", "draw-100")
+
+
+def test_uncertainty_is_by_the_shares_of_the_draws() -> None:
+    """Of an even draw with 3/4 and a sure one with 1/4: the entropy within draws is 3/4 log 2."""
+    average, parts = client.combine([[0.0, 0.0], [0.0, -math.inf]], [1.0, 1.0], [3, 1])
+    assert average == pytest.approx([0.625, 0.375])
+    total = -0.625 * math.log(0.625) - 0.375 * math.log(0.375)
+    aleatoric = 0.75 * math.log(2)
+    assert parts == pytest.approx({"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric})
+
+
+@pytest.mark.parametrize(("rank", "most"), [(4, 8), (8, 8), (9, 16), (512, 512)])
+def test_the_least_rank_that_vllm_takes_and_that_is_enough_is_asked_for(rank: int, most: int) -> None:
+    settings = settings_from({"task": "boolq", "model": "m", "lora": {"rank": rank}})
+    script = _script("serve_vllm.sh", ["mean"], {"model": "m", "revision": None}, settings)
+    assert f"--max-lora-rank {most} " in script.replace("\n", " ")

@@ -211,6 +211,7 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
         ({"method": {"ess": 5}}, "`method` is set by the plan: name `methods`. Leave it out."),
         ({"ood": {"boolk": "boolq"}}, "Expected `ood` to name tasks of the plan, but got `boolk`."),
         ({"taus": [-1]}, "Expected `taus` to be 0 or more, but got -1.0."),
+        ({"methods": {"ensemble": {"size": 10**9}}}, "members >= 2 and at most 1000, but got 1000000000"),
         ({"methods": {"ensemble": {"size": "two"}}}, "Expected `methods.ensemble.size` to be a number of members >= 2"),
         ({"methods": {"ensemble": {"of": "ivonn"}}}, "Expected `methods.ensemble.of` to be a method that trains by"),
         ({"methods": {"temperature": {"of": "temperature"}}}, "a method that trains by itself, but got `temperature`"),
@@ -233,7 +234,7 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
         ({"tasks": {"boolq": {"methods": {"ivon": 3}}}}, "Expected `tasks.boolq.methods.ivon` to be a mapping"),
         (
             {"tasks": {"boolq": {"methods": {"ensemble": {"size": "abc"}}}}, "methods": ["ensemble"]},
-            "`methods.ensemble.size` to be a number of members >= 2, but got 'abc'",
+            "`methods.ensemble.size` to be a number of members >= 2 and at most 1000, but got 'abc'",
         ),
         ({"tasks": {"boolq": {"methods": {"ivno": {"lr": 1}}}}}, "Unknown method `ivno`. Did you mean `ivon`?"),
         ({"methods": {"pruned": {"of": ["a"]}}}, "Expected `methods.pruned.of` to be a method that trains by itself"),

@@ -275,7 +275,7 @@ def test_a_source_of_other_rows(task, runs, tmp_path):
         ({"name": "temperature"}, {"calibration_fraction": 0}, "Train with `calibration_fraction`, e.g. 0.1"),
         ({"name": "laplace_diag", "choose_by": "calibration"}, {"calibration_fraction": 0}, "`choose_by: evidence`"),
         ({"name": "laplace_kfac", "curvature": "hessian"}, {}, "Expected `method.curvature` to be one of ggn, fisher"),
-        ({"name": "ensemble", "size": 1}, {}, "number of members >= 2, but got 1"),
+        ({"name": "ensemble", "size": 1}, {}, "number of members >= 2 and at most 1000, but got 1"),
         ({"name": "ensemble", "of": "ivonn"}, {}, "Did you mean `ivon`?"),
         ({"name": "ensemble", "of": "ivon", "settings": {"esss": 3}}, {}, "settings.esss` of ivon. Did you mean `ess`"),
         ({"name": "ensemble", "of": "temperature"}, {}, "Train that first"),

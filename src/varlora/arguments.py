@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from varlora import __version__
+from varlora.errors import did_you_mean
 
 __all__ = ["LISTS", "PLAN_OPTIONS", "SETTINGS_OPTIONS", "command_line"]
 
@@ -124,9 +126,26 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Offers the nearest names for a misspelt option or verb, and tells the usage of the verb that was typed."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over, which a verb's parser would hand on to that of all verbs."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            options = [word.partition("=")[0] for word in rest if word.startswith("--")]
+            hints = [did_you_mean(option, self._option_string_actions) for option in options]
+            self.error(" ".join([f"unrecognized arguments: {' '.join(rest)}.", *hints]))
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}. {did_you_mean(value, action.choices)}")
+
+
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; `command` names the verb."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="varlora",
         description="Fine-tune a language model with LoRA and keep a posterior over the adapter.",
         epilog=EXAMPLES,
@@ -156,7 +175,7 @@ def command_line() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="conclude the method from finished runs, with their settings, without training",
+        help="conclude the method from finished runs, with their settings; swa and swag train on from an AdamW run",
     )
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
@@ -170,7 +189,7 @@ def command_line() -> argparse.ArgumentParser:
     calibrate = verb("calibrate", "Choose on held-out rows how a posterior is best used.", CALIBRATE_EXAMPLES)
     calibrate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     calibrate.add_argument("--samples", type=int, default=16, help="draws at the most (default: 16)")
-    _noise_arguments(calibrate, "latin", "now and later; default: latin")
+    _noise_arguments(calibrate, "latin", "now and later; default: latin", "now and later; default: all")
     calibrate.set_defaults(tolerance=None)
     calibrate.add_argument("--seed", type=seed, default=0, help="seed of the draws (default: 0)")
     calibrate.add_argument("--token-budget", type=_at_least_one, default=4096, help="tokens a batch (default: 4096)")
@@ -181,7 +200,7 @@ def command_line() -> argparse.ArgumentParser:
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     evaluate.add_argument("--split", help="split to report on (default: the task's own; also: calibration)")
     _draw_arguments(evaluate)
-    _drawing_arguments(evaluate)
+    _drawing_arguments(evaluate, "default: {}; the calibrated row as `calibrate` chose")
     evaluate.add_argument(
         "--no-temperature", dest="temperature", action="store_false", help="fit no temperature on the held-out rows"
     )
@@ -273,7 +292,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("table1", "table2", "table3", "overhead"), help="what to make")
     parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file of a plan; the options below win over it")
     parser.add_argument("--tasks", nargs="+", help="names of tasks, or task files for your own data")
-    parser.add_argument("--methods", nargs="+", help="default: the paper's")
+    parser.add_argument(
+        "--methods", nargs="+", help="default: the paper's, adamw mc_dropout laplace_kfac laplace_diag swa swag ivon"
+    )
     parser.add_argument("--seeds", type=seed, nargs="+", help="a run of each method for each (default: 0 1 2)")
     parser.add_argument("--samples", type=int, help="posterior draws (default: 10)")
     _common_arguments(parser, "any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16")
@@ -290,7 +311,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _common_arguments(parser: argparse.ArgumentParser, what_set: str) -> None:
     parser.add_argument("--model", help="the base model: a folder, or a name on the hub")
-    parser.add_argument("--data-dir", help="folder with the tasks' files (default: from the hub)")
+    parser.add_argument(
+        "--data-dir", help="folder with the tasks' files, named as in the README (default: from the hub)"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 10000)")
     parser.add_argument("--batch-size", type=int, help="rows a micro-batch (default: 4)")
     parser.add_argument("--dtype", help="type of the base's weights (default: float32)")
@@ -349,15 +372,15 @@ def _draw_arguments(parser: argparse.ArgumentParser, chosen: str = "") -> None:
     parser.add_argument("--model", help="where the base lies now, if not where it was")
 
 
-def _drawing_arguments(parser: argparse.ArgumentParser) -> None:
+def _drawing_arguments(parser: argparse.ArgumentParser, when: str = "default: what `calibrate` chose, else {}") -> None:
     """Add how draws are made and run; `_drawing` reads it."""
-    _noise_arguments(parser, None, "default: what `calibrate` chose, else independent")
+    _noise_arguments(parser, None, when.format("independent"), when.format("all"))
     parser.add_argument(
         "--tolerance", type=float, help="stop drawing for a row at this standard error of its probabilities"
     )
 
 
-def _noise_arguments(parser: argparse.ArgumentParser, noise: str | None, when: str) -> None:
+def _noise_arguments(parser: argparse.ArgumentParser, noise: str | None, when: str, layers: str) -> None:
     parser.add_argument(
         "--noise",
         choices=("independent", "antithetic", "latin"),
@@ -368,5 +391,5 @@ def _noise_arguments(parser: argparse.ArgumentParser, noise: str | None, when: s
         "--last-layers",
         type=int,
         metavar="K",
-        help="draw the last K adapted layers alone, or all if there are no more (default: what was chosen, else all)",
+        help=f"draw the last K adapted layers alone, or all if there are no more ({layers})",
     )

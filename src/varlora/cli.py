@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from varlora.arguments import LISTS, PLAN_OPTIONS, SETTINGS_OPTIONS, command_line
-from varlora.errors import Interrupted, VarloraError
+from varlora.errors import ConfigError, Interrupted, VarloraError
 
 if TYPE_CHECKING:
     from varlora.config import Settings
@@ -121,18 +121,47 @@ def _settings(
 ) -> list[Settings]:
     """Return the settings of each run; a run that is resumed by its directory alone starts from its own."""
     from varlora.config import load_settings, settings_of
+    from varlora.methods import METHODS
     from varlora.sources import recipe_from
 
     recipe = arguments.recipe
     if sources := getattr(arguments, "sources", None):
         if recipe:
             raise VarloraError("Expected a recipe or `--from`, but got both. Change single settings by `--set`.")
-        recipe = recipe_from(sources, arguments.method or "ivon")
-    if resume and run_dir and not (recipe or arguments.task or arguments.model):
-        recipe = settings_of(Path(run_dir)).to_dict()
+        if not arguments.method:
+            builds = ", ".join(
+                name for name, method in METHODS.items() if method.concludes_from or method.continues_from
+            )
+            raise VarloraError(
+                "Expected `--method` with `--from`, for what to make of the runs, but it is missing. Name one that "
+                f"builds on finished runs: {builds}."
+            )
+        recipe = recipe_from(sources, arguments.method)
+    if resume and not (recipe or arguments.task or arguments.model):
+        if run_dir:
+            recipe = settings_of(Path(run_dir)).to_dict()
+        elif not arguments.set:
+            raise VarloraError(
+                "Expected `--run-dir` with `--resume`, but it is missing. Give the run to go on with, or the recipe or "
+                "the options that it was started with."
+            )
     options = {name: getattr(arguments, name) for name in SETTINGS_OPTIONS}
     options["method.lr_like_adamw"] = arguments.learning_rate_like_adamw
-    return load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
+    try:
+        return load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
+    except ConfigError as error:
+        if arguments.learning_rate_like_adamw is None:
+            raise
+        raise ConfigError(map(_of_option, error.problems)) from error
+
+
+def _of_option(problem: str) -> str:
+    """Return a problem by the name of the option that was typed, which is no setting's name."""
+    if not problem.startswith("Unknown setting `method.lr_like_adamw`"):
+        return problem
+    return (
+        "Expected `--learning-rate-like-adamw` with `--method ivon` alone. Leave it out, or use `--set method.lr=5e-5`."
+    )
 
 
 def _tune(arguments: argparse.Namespace, console: Console) -> None:
@@ -142,7 +171,8 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.training import tune
 
     say = _speaker(console)
-    settings = _settings(arguments)[0]
+    runs = _settings(arguments)
+    settings, seeds = runs[0], [run.seed for run in runs]
     out, picture = arguments.out, arguments.out.with_suffix(".png")
     if out == picture:
         raise VarloraError(f"Expected `--out` to be a recipe, but {out} is where the picture goes. Give it as `.yaml`.")
@@ -177,7 +207,11 @@ def _tune(arguments: argparse.Namespace, console: Console) -> None:
             console.print(layers)
         write_bytes(picture, scale_diagram(trials, found["bound"], found["sigma"])["png"])
         written.append(picture)
-    write_text(out, f"# Found by `varlora tune`, at the cost of {prepared.steps:.0f} steps.\n" + recipe_of(tuned))
+    write_text(
+        out, f"# Found by `varlora tune`, at the cost of {prepared.steps:.0f} steps.\n" + recipe_of(tuned, seeds)
+    )
+    if len(seeds) > 1:
+        say(f"Found with seed {seeds[0]}, for all of {', '.join(map(str, seeds))}.")
     say(f"Written: {', '.join(map(str, written))}")
     say(f"Next: varlora train {_typed(out)}")
 

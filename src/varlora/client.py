@@ -35,6 +35,8 @@ NEUTRAL = {
 """A server may have other defaults from the base's generation_config.json, and some read probabilities after these."""
 LEAST = -9999.0
 """What vLLM sends for every logarithm below it, -inf too: the answer's probability is 0, or all answers overflow."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 URLS = {"openai": "http://localhost:8000/v1", "sglang": "http://localhost:30000"}
 
 
@@ -182,9 +184,12 @@ def ask(
     """
     tokens = _tokens(manifest, prompt, answers)
     draws = manifest["draws"]
-    with ThreadPoolExecutor(max_workers=min(16, len(draws))) as pool:
+    pool = ThreadPoolExecutor(max_workers=min(16, len(draws)))
+    try:
         asked = [pool.submit(server.logprobs_of, draw["name"], prompt, tokens, manifest["chat"]) for draw in draws]
         logprobs = [each.result() for each in asked]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after a failure no reply is waited for
     temperatures, weights = ([draw[name] for draw in draws] for name in ("temperature", "weight"))
     averaged, uncertainty = combine(logprobs, temperatures, weights)
     probabilities = {token["answer"]: p for token, p in zip(tokens, averaged)}
@@ -319,8 +324,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
+        return 1
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:
+        os._exit(status)  # an ordinary exit would wait for the replies that are still to come
+    sys.exit(status)

@@ -86,7 +86,8 @@ def evaluate(
 
     Args:
         run_dir: a trained run.
-        split: the split to report on; left out: the task's own (dev, as in the paper).
+        split: the split to report on; left out: the task's own (dev, as WinoGrande and BoolQ have no labelled test
+            split; the paper says "on the test set").
         samples: draws; 0: only the mean.
         tau: factor of the posterior variance.
         seed: seed of the draws.

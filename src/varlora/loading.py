@@ -19,7 +19,7 @@ from varlora.checkpoint import load_adapter, load_posterior
 from varlora.config import TASK_FILE, Settings, settings_of
 from varlora.data import EncodedSet, encode_all
 from varlora.drawing import PLAIN, Drawing
-from varlora.errors import DamagedFileError, VarloraError
+from varlora.errors import DamagedFileError, VarloraError, did_you_mean
 from varlora.files import read_json
 from varlora.model import base_fingerprint, first_position, load_model
 from varlora.posterior import Posterior
@@ -237,6 +237,9 @@ def rows_of_split(task: Task, split: str, settings: Settings, say: Say) -> list[
                 )
             raise VarloraError("This run held no rows out for calibration. Train with `--calibration-fraction 0.1`.")
         return calibration
+    if split not in task.files:
+        hint = did_you_mean(split, [*task.files, "calibration"])
+        raise VarloraError(f"Expected `split` of {task.name}, but got `{split}`. {hint}")
     rows = load_rows(task, split, settings.data_dir, settings.skip_bad_rows, settings.row_filter)
     _say_skipped(rows.skipped, rows.problems, say)
     return rows.examples

@@ -69,7 +69,11 @@ FROM_PADDING = (
 
 @dataclass(frozen=True)
 class LoRA:
-    """The adapter's settings; the defaults are the paper's."""
+    """The adapter's settings; the defaults are the paper's, but for `dtype`.
+
+    That is float32, where the paper keeps 16 bit, because AdamW's small updates round to nothing in bfloat16. B starts
+    at 0 and A as in PEFT, uniform at random (Kaiming), where the paper says Gaussian.
+    """
 
     rank: int = 8
     """Rows of A and columns of B: the rank of the update to each weight matrix."""
@@ -397,16 +401,21 @@ def _source(name_or_path: str | Path) -> str:
         name = str(name_or_path)
         is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
         if is_path or isinstance(name_or_path, Path) or (len(path.parts) == 2 and path.parent.is_dir()):
-            raise VarloraError(f"Expected a model folder, but {name} does not exist.{_near_folders(path)}")
+            raise VarloraError(
+                f"Expected `model` to be a folder, but {name} does not exist.{_near_folders(path)} "
+                "Give another `--model`."
+            )
         return name
     if not path.is_dir():
-        raise VarloraError(f"Expected a model folder, but {path} is a file. Pass the folder that it lies in.")
+        raise VarloraError(f"Expected `model` to be a folder, but {path} is a file. Pass the folder that it lies in.")
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise VarloraError(
                 f"Expected a base model, but {path} is an adapter. Pass the base that it was trained on."
             )
-        raise VarloraError(f"Expected a model folder, but {path} has no config.json. Save it by `save_pretrained`.")
+        raise VarloraError(
+            f"Expected `model` to be a model's folder, but {path} has no config.json. Save it by `save_pretrained`."
+        )
     if not any(path.glob("*.safetensors")):
         pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(path.glob(pattern))]
         raise VarloraError(_no_safetensors(str(path), f"only {pickled[0]}" if pickled else "no weights at all"))

@@ -19,7 +19,7 @@ from varlora.config import Settings, assign_all, convert_all, read_recipe, setti
 from varlora.errors import ConfigError, VarloraError, did_you_mean
 from varlora.loading import rows_of_split, training_rows
 from varlora.methods import ANY, METHODS
-from varlora.methods.ensemble import APART
+from varlora.methods.ensemble import APART, MOST
 from varlora.sources import check_taken_over, recipe_on
 from varlora.tasks import get_task
 from varlora.training import check_unchanged
@@ -264,8 +264,10 @@ def _member_problems(plan: Plan, method: str) -> Iterable[str]:
     tried = space.get("size") if isinstance(space, Mapping) else None
     sizes = [_own(plan, task, method).get("size", METHODS[method].size) for task in plan.tasks]
     for size in tried if isinstance(tried, list) else sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
-            yield f"Expected `methods.{method}.size` to be a number of members >= 2, but got {size!r}."
+        if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= MOST:
+            yield (
+                f"Expected `methods.{method}.size` to be a number of members >= 2 and at most {MOST}, but got {size!r}."
+            )
             continue
         members = [seed + APART * member for seed in plan.seeds for member in range(size)]
         if len(set(members)) < len(members):

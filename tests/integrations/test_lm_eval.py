@@ -433,6 +433,16 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, ivon_run):
         ours.main(["run"])
 
 
+@pytest.mark.parametrize("model_args", ["samples=10", "path=runs/my-run"])
+def test_a_run_that_is_not_given_is_asked_for(monkeypatch, model_args):
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate", lambda: get_model("varlora").create_from_arg_string(model_args)
+    )
+    with pytest.raises(SystemExit, match=r"^error: Expected `run`.*--model_args run=runs/my-run"):
+        ours.main(["run"])
+
+
 def test_normalised_choices_are_what_the_average_of_each_draws_probabilities_is(draws, loaded, evaluated):
     lm = ours.VarloraLM(loaded, samples=S, normalise_choices=True, batch_size=4, say=silent)
     found = evaluated(lm, CHOICES, ENDINGS, LETTERS)
@@ -523,3 +533,55 @@ def test_an_empty_continuation_is_said(loaded):
         lm._loglikelihood_tokens([(("a", ""), [1], [])])
     assert lm._loglikelihood_tokens([]) == []
     assert lm.loglikelihood_rolling([]) == []
+
+
+def by_shares(loaded: Loaded) -> tuple[Loaded, list[Point]]:
+    """A mixture that holds one member four times and another one once: they have shares of 4/5 and 1/5."""
+    members = [Point(loaded.posterior.mean), Point(loaded.posterior.draw(torch.Generator().manual_seed(5)))]
+    mixed = Mixture([members[0]] * 4 + [members[1]])
+    return Loaded(loaded.model, mixed, loaded.tokenizer, loaded.settings), members
+
+
+def probs_after(loaded: Loaded, member: Point, context: list[int]) -> torch.Tensor:
+    with member.at_mean(loaded.model), torch.no_grad():
+        return loaded.model(torch.tensor([context])).logits[0, -1].double().softmax(-1)
+
+
+def test_a_member_counts_by_its_share(loaded):
+    """For the loglikelihood, and for the greedy token also where equal shares would say another one."""
+    mixed, members = by_shares(loaded)
+    lm = ours.VarloraLM(mixed, samples=0, say=silent)
+    rows = [json.loads(line) for line in (ASSETS / "lm_eval" / "texts.jsonl").read_text().splitlines()]
+    text = [token for row in rows for token in lm.tok_encode(row["start"])]
+    pairs, expected = [], []
+    for at in range(len(text) - 4):
+        one, other = (probs_after(loaded, member, text[at : at + 4]) for member in members)
+        by_share = 0.8 * one + 0.2 * other
+        equal = 0.5 * one + 0.5 * other
+        if by_share.argmax() != equal.argmax():
+            for token in (by_share.argmax().item(), equal.argmax().item()):
+                pairs.append((None, text[at : at + 4], [token]))
+                expected.append((math.log(by_share[token].item()), token == by_share.argmax().item()))
+    assert pairs
+    found = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-5)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+
+
+def test_choices_without_their_question_are_made_probabilities_among_themselves(loaded):
+    lm = ours.VarloraLM(loaded, samples=2, normalise_choices=True, say=silent)
+    texts = [(question, letter) for question in ("Is it?", "") for letter in (" A", " B")]
+    requests = [Instance("loglikelihood", {}, pair, index, ("task", 0, 1)) for index, pair in enumerate(texts)]
+    probs = [math.exp(ll) for ll, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert probs[0] + probs[1] == pytest.approx(1.0)
+    assert probs[2] + probs[3] == pytest.approx(1.0)
+
+
+def test_loglikelihoods_of_a_base_in_bfloat16_are_not_rounded_to_it(trained):
+    run = load(trained("adamw", "half", dtype="bfloat16"))
+    (found,) = ours.VarloraLM(run, samples=0, say=silent)._loglikelihood_tokens([(None, [5, 6, 7], [8, 9])])
+    with torch.no_grad():
+        logits = run.model(torch.tensor([[5, 6, 7, 8]])).logits[0]
+    assert logits.dtype == torch.bfloat16
+    expected = logits.double().log_softmax(-1)
+    assert found[0] == pytest.approx((expected[2, 8] + expected[3, 9]).item(), abs=1e-4)

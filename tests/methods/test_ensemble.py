@@ -18,9 +18,9 @@ from varlora.data import collate
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
 from varlora.fit import conclude
-from varlora.methods import METHODS, Ensemble, Plan, Temperature
+from varlora.methods import METHODS, Ensemble, Plan, Pruned, Temperature
 from varlora.model import LoRA, load_model
-from varlora.posterior import Mixture, Tempered
+from varlora.posterior import DiagonalGaussian, Mixture, Tempered
 from varlora.temperature import fit_temperature
 
 SEED = 5
@@ -208,10 +208,10 @@ class TestWrapping:
         assert helpers.same(helpers.bits(model), before)
 
 
-@pytest.mark.parametrize("size", [1, 0, -1])
-def test_one_member_is_no_ensemble(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 0, -1, 10**9])
+def test_one_member_is_no_ensemble_nor_a_slip_of_many(size: int) -> None:
     (problem,) = Ensemble(size=size).problems(plan())
-    assert f"Expected `size` to be a number of members >= 2, but got {size}" in problem
+    assert f"Expected `size` to be a number of members >= 2 and at most 1000, but got {size}" in problem
     assert Ensemble(size=size).problems(plan(finished=True)) == []
     assert len(Ensemble(of="adamv", size=size).problems(plan())) == 2  # all at once
 
@@ -294,3 +294,53 @@ def test_a_temperature_of_a_point_is_one_for_draws_and_mean(tmp_path: Path) -> N
     settings = {"calibration": HELD_OUT, "warn": lambda words: None}
     found = helpers.run_fit(loaded(0), Temperature(of="adamw", settings=SETTINGS["adamw"]), tmp_path, **settings)
     assert found.temperature == found.temperature_mean
+
+
+@pytest.mark.parametrize(
+    ("of", "settings", "logs"),
+    [("ivon", SETTINGS["ivon"], "held_back"), ("blob", {"lr": 1e-2, "kl_lr": 0.1, "sigma_init": 0.5}, "kl")],
+)
+def test_a_wrapped_method_draws_and_compares_as_it_does_alone(
+    of: str, settings: dict[str, Any], logs: str, tmp_path: Path
+) -> None:
+    """IVON first compares the losses at the mean and under noise before the last of these steps."""
+    run: dict[str, Any] = {"steps": 15, "checkpoint_every": 15, "training_arguments": {"logging_steps": 1}}
+    wrapped = Temperature(of=of, settings=settings, samples=1)
+    helpers.run_fit(loaded(0), wrapped, tmp_path / "wrapped", calibration=HELD_OUT, **run)
+    helpers.run_fit(loaded(0), METHODS[of](**settings), tmp_path / "alone", **run)
+    assert helpers.logged(tmp_path / "wrapped") == helpers.logged(tmp_path / "alone")
+    assert logs in helpers.logged(tmp_path / "alone")[-1]
+
+
+# --- Pruned ---
+
+
+def pruned(by: Any, seed: int, model: Any, posterior: DiagonalGaussian, run_dir: Path) -> torch.Tensor:
+    """Return which weights of a finished run are kept, of all of them."""
+    found = conclude(
+        model,
+        Pruned(fraction=0.25, by=by),
+        helpers.make_rows(),
+        run_dir,
+        sources=[posterior],
+        pad_token_id=0,
+        seed=seed,
+        warn=lambda words: None,
+    )
+    return torch.cat([value.flatten() != 0 for value in found.mean.values()])  # type: ignore[attr-defined]
+
+
+def test_a_finished_run_is_pruned_by_what_is_asked_for(tmp_path: Path) -> None:
+    """The noisiest weights have the largest means here; chance is that of the run's seed."""
+    model, source = loaded(0), helpers.seeded()
+    mean = {name: torch.randn(p.shape, generator=source) for name, p in helpers.bits(model).items()}
+    posterior = DiagonalGaussian(mean, {name: value.square() for name, value in mean.items()})
+    size = torch.cat([value.flatten() for value in mean.values()]).abs()
+    kept = {by: pruned(by, 0, model, posterior, tmp_path) for by in ("snr", "magnitude", "random")}
+    assert all(keep.float().mean() == 0.75 for keep in kept.values())
+    assert size[~kept["magnitude"]].max() <= size[kept["magnitude"]].min()
+    assert size[~kept["snr"]].min() >= size[kept["snr"]].max()
+    assert not torch.equal(kept["random"], kept["snr"])
+    again, other = (pruned("random", seed, model, posterior, tmp_path) for seed in (0, 1))
+    assert torch.equal(again, kept["random"])
+    assert not torch.equal(other, kept["random"])

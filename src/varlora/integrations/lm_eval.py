@@ -86,7 +86,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
     draws have no average. Afterwards the model is bit for bit what it was.
 
     Args:
-        run: a run directory, or what `varlora.load` returned.
+        run: a run directory, or what `varlora.load` returned; it has to be given.
         samples: draws; 0: only the mean; left out: what `varlora calibrate` chose, else 10.
         tau: factor of the posterior's variance, of what was trained and without the rest of what was chosen; left out:
             what was chosen, else 1. A temperature of class logits has no part in the likelihood of texts.
@@ -108,7 +108,7 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
 
     def __init__(
         self,
-        run: str | Path | Loaded,
+        run: str | Path | Loaded | None = None,
         *,
         samples: int | None = None,
         tau: float | None = None,
@@ -125,6 +125,11 @@ class VarloraLM(HFLM):  # type: ignore[misc, valid-type, unused-ignore]
             raise VarloraError(
                 f"`VarloraLM` needs lm-eval, which cannot be imported: {ABSENT}. Run: pip install varlora[lm-eval]"
             ) from ABSENT
+        if run is None:  # the harness leaves it out where its `--model_args` do
+            raise VarloraError(
+                "Expected `run`, the run directory that base, adapter and posterior are of, but it is missing. Pass "
+                "`--model_args run=runs/my-run`."
+            )
         _check(samples, tau, normalise_choices, seed, settings)
         where = run.settings.run_dir if isinstance(run, Loaded) else str(run)
         if not isinstance(run, Loaded):

@@ -13,10 +13,12 @@ from typing import ClassVar
 from varlora.methods.base import Method, Plan, Trained, Wrapping
 from varlora.posterior import Mixture
 
-__all__ = ["APART", "Ensemble"]
+__all__ = ["APART", "MOST", "Ensemble"]
 
 APART = 1000
 """Seeds between a member and the next, so that ensembles of neighbouring seeds share none."""
+MOST = 1000
+"""Members at the most: each is a run, and an adapter in memory; so a slip in `size` is told from what is meant."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Ensemble(Wrapping):
     def problems(self, plan: Plan) -> list[str]:
         """Fewer than two members are no ensemble."""
         found = super().problems(plan)
-        if self.size < 2 and not plan.finished:
-            found.append(f"Expected `size` to be a number of members >= 2, but got {self.size}.")
+        if not (2 <= self.size <= MOST or plan.finished):
+            found.append(f"Expected `size` to be a number of members >= 2 and at most {MOST}, but got {self.size}.")
         return found
 
     def members(self) -> Sequence[Method]:
