@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varlora import bootstrap
-from varlora.bootstrap import Difference, paired_differences
+from varlora.bootstrap import Difference, paired_differences, standard_errors
 from varlora.metrics import MetricError, by_row, evaluate
 
 Runs = list[tuple[Tensor, Tensor]]
@@ -176,6 +176,19 @@ def test_the_interval_covers_a_known_difference(k):
         found = paired_differences(answers(right[0]), answers(right[1]), replicates=300, generator=source)["accuracy"]
         covered += found.low <= 0.1 <= found.high
     assert 0.89 <= covered / sets <= 0.99
+
+
+def test_standard_errors_of_one_bin_are_those_of_means_over_rows():
+    """Of too sure a model in one bin, the ECE is the mean of confidence - accuracy; more bins give another one."""
+    confidence = torch.tensor([0.55, 0.95], dtype=torch.float64).repeat(150)
+    probs = torch.stack([confidence, 1 - confidence], dim=1)
+    labels = (torch.arange(300) % 2) | (torch.arange(300) % 3 == 0).long()  # those of 0.95 are all wrong
+    rows = by_row(probs, labels)
+    found = standard_errors(probs, labels, bins=1, replicates=20_000, generator=generator(0))
+    columns = [rows.right.double(), rows.nll, confidence - rows.right.double(), rows.brier]
+    assert list(found) == NAMES
+    expected = [column.std(correction=0).item() / math.sqrt(300) for column in columns]
+    assert list(found.values()) == pytest.approx(expected, rel=0.04)
 
 
 # --- edges

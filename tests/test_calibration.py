@@ -19,6 +19,7 @@ from torch import Tensor
 from varlora import evaluation
 from varlora.calibration import (
     BEARABLE,
+    MOST_CHOSEN,
     SEARCH_DRAWS,
     Calibration,
     Search,
@@ -206,6 +207,15 @@ def test_weights_that_are_noise_alone_are_pruned() -> None:
     assert (pruned.mean["w"][WEIGHTS // 2 :] == 0).float().mean() < 0.25
 
 
+def test_the_temperatures_are_those_of_what_is_left_after_pruning() -> None:
+    useless = Linear(noise=1.0, useless=WEIGHTS // 2)
+    chosen = calibrate(useless.posterior, useless.draw).chosen
+    assert chosen.pruned > 0
+    pruned = chosen.applied(useless.posterior).inner
+    assert chosen.temperature_mean == fit_temperature(*useless.draw(pruned, 0))
+    assert chosen.temperature == fit_temperature(*useless.draw(pruned, chosen.samples or MOST_CHOSEN))
+
+
 def test_more_is_pruned_of_a_posterior_that_is_pruned_already() -> None:
     """The first shares that are tried change nothing."""
     useless = Linear(noise=1.0, useless=WEIGHTS // 2)
@@ -388,6 +398,34 @@ def test_the_report_shows_it_beside_what_was_trained(copy: Path, tmp_path: Path)
     assert [row.label for row in build_report([copy], tmp_path / "again").rows if row.calibrated] == []
 
 
+def test_evaluated_calibrated_it_answers_as_predict_does(copy: Path) -> None:
+    """By the draws that were chosen, whatever those are that are made of what was trained."""
+    calibrate_run(copy, samples=2, say=lambda text: None)
+    path = copy / "adapter" / "calibration.json"
+    chosen = {"tau": 16.0, "samples": 4, "last_layers": 1, "noise": "latin"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **chosen}))
+    evaluate(copy, samples=2, tau=0.1, temperature=False, say=lambda text: None)
+    found, loaded = load_predictions(copy / "predictions-calibrated.safetensors"), load(copy)
+    task = get_task(loaded.settings.task)
+    rows = answer_rows(loaded, load_rows(task, task.evaluation, None).examples)
+    for probs, row in zip(found.probs.tolist(), rows, strict=True):
+        assert probs == pytest.approx(list(row["probabilities"].values()), abs=1e-6)
+
+
+def test_other_rows_than_those_held_out_are_not_taken_for_them(copy: Path) -> None:
+    """As a data folder may have been changed since: the model was trained on them."""
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"]["seed"] += 1  # by which rows are held out
+    (copy / "config.json").write_text(json.dumps(config))
+    before, said = files_of(copy), list[str]()
+    for verb in (lambda **how: evaluate(copy, split="calibration", **how), lambda **how: calibrate_run(copy, **how)):
+        with pytest.raises(VarloraError, match="held-out rows"):
+            verb(samples=2, say=said.append)
+    assert files_of(copy) == before
+    assert "temperature" not in evaluate(copy, samples=2, say=said.append)
+    assert any("No temperature was fitted" in words for words in said)
+
+
 def test_what_an_early_stop_saved_is_said(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(copy), "--samples", "8", "--tolerance", "0.5", "--no-temperature"]) == 0
     passes = json.loads((copy / "metrics.json").read_text())["passes_a_row"]
@@ -544,6 +582,7 @@ def test_without_held_out_rows_it_says_so(run: Path, tmp_path: Path) -> None:
         ({"tau": -1}, "make no sense"),
         ({"temperature": 0}, "make no sense"),
         ({"temperature": math.nan}, "make no sense"),
+        ({"temperature_mean": 0}, "make no sense"),
         ({"pruned": 2}, "make no sense"),
         ({"samples": "many"}, "missing or wrong"),
         ({"last_layers": 0}, "make no sense"),

@@ -281,6 +281,14 @@ def test_evaluate_all_adds_to_evaluate():
     }
 
 
+def test_both_eces_are_of_bins_by_the_same_rule():
+    """Of a confidence on a border, beside one in either bin."""
+    probs, labels = two_classes([0.6] * 5 + [0.65] * 3 + [0.55] * 2), torch.tensor([0, 1] * 5)
+    left, right = (evaluate_all(probs, labels, rule=rule)["ece_if_calibrated"] for rule in ("left", "right"))
+    assert left == ece_if_calibrated(probs, rule="left") != pytest.approx(right)
+    assert right == ece_if_calibrated(probs)
+
+
 def test_standard_error_agrees_with_scipy():
     values = [70.1, 71.4, 69.0]
     assert standard_error(values) == pytest.approx(scipy.stats.sem(values))

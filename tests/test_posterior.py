@@ -14,9 +14,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 import varlora.posterior.linearised
+from varlora.drawing import Drawing, Latin, normal
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.files import load_tensors, save_tensors
-from varlora.params import trainable
+from varlora.params import swapped, trainable
 from varlora.posterior import (
     POSTERIORS,
     DiagonalGaussian,
@@ -184,6 +185,21 @@ class TestEveryPosterior:
         assert torch.equal(logits(posterior, 4), logits(posterior, 4))
         if kind != "point":
             assert not torch.equal(logits(posterior, 4), logits(posterior, 4, seed=1))
+
+    def test_one_generator_gives_other_draws_the_next_time(self, kind: str) -> None:
+        posterior, source, model = ALL[kind](), seeded(), make()
+        first, second = (posterior.draw_logits(model, rows(), 4, source, forward).detach() for _ in range(2))
+        assert torch.equal(first, second) == (kind == "point")
+
+    def test_its_models_have_the_logits_that_are_drawn(self, kind: str) -> None:
+        if kind == "linearised":  # whose models are not linear
+            return
+        drawn, model, found = ALL[kind]().drawn(6, seeded()), make(), []
+        for draw in drawn.models():
+            with swapped(model, draw.weights), torch.no_grad():
+                found.append(forward(model, rows()) / draw.temperature)
+        expected = drawn.logits(model, rows(), forward).detach()
+        torch.testing.assert_close(torch.stack(found), expected.expand(len(found), -1, -1), rtol=1e-4, atol=1e-5)
 
     def test_gradients_being_recorded_or_not_makes_no_difference(self, kind: str) -> None:
         posterior = ALL[kind]()
@@ -362,6 +378,26 @@ def test_draws_have_the_mean_and_the_standard_deviation() -> None:
     assert (z * again).mean(0).abs().max() < 5 / n**0.5  # another draw
     scaled = (posterior.scale(4.0).draw(seeded())["a"] - mean) / std
     torch.testing.assert_close(scaled, 2 * z, atol=1e-4, rtol=1e-4)
+
+
+def test_the_numbers_of_a_latin_draw_are_independent_of_one_another() -> None:
+    """Each draw is all over the distribution; it is each number that lies once in each range, over the draws."""
+    size = 4000
+    standard = DiagonalGaussian({"w": torch.zeros(size)}, {"w": torch.ones(size)})
+    drawn = torch.stack([draw.weights["w"] for draw in standard.drawn(8, seeded(), Drawing(noise="latin")).models()])
+    assert drawn.mean(1).abs().max() < 5 / math.sqrt(size)
+    assert (drawn.square().mean(1) - 1).abs().max() < 5 * math.sqrt(2 / size)
+
+
+def test_normal_noise_is_finite_at_the_ends_of_the_uniform() -> None:
+    """As float32 rounds the highest of many numbers below 1 to 1."""
+
+    class Ends(Latin):
+        def uniform(self, *size: int) -> Tensor:
+            return torch.tensor([0.0, 1.0]).view(size)
+
+    low, high = normal(torch.empty(2), Ends(seeded(), 2)).tolist()
+    assert -7 < low < -5 < 5 < high < 7
 
 
 def test_scale_multiplies_the_variance_and_keeps_the_mean() -> None:
@@ -763,6 +799,12 @@ def test_no_member_of_a_mixture_within_a_mixture_is_left_out() -> None:
     found = logits(nested, 10)
     for point in points:
         assert any(torch.allclose(one, logits(point, 0)[0], atol=1e-6) for one in found)
+
+
+def test_members_that_are_alike_draw_apart() -> None:
+    """Else an ensemble of S draws were one of S/K."""
+    found = logits(Mixture([gaussian(), gaussian(), gaussian()]), 6)
+    assert len(torch.unique(found, dim=0)) == 6
 
 
 def test_at_the_mean_a_mixture_averages_probabilities() -> None:

@@ -114,6 +114,16 @@ def test_bos_is_as_the_tokenizer_adds_it_and_eos_never(kind):
     assert tokenizer.eos_token_id not in ids
 
 
+def test_a_bos_that_is_the_eos_too_stays():
+    """As GPT-2's: of an empty prompt, which is all there is, too."""
+    tokenizer = byte_level("</s> $A")
+    tokenizer.bos_token = "</s>"
+    start, *rest = prompt_ids(tokenizer, ["A"])[0]
+    assert (start, said(tokenizer, rest)) == (tokenizer.eos_token_id, "A")
+    assert prompt_ids(tokenizer, [""]) == [[start]]
+    assert encode(tokenizer, example(head="", context="", tail="")).input_ids == (start,)
+
+
 def test_form_without_space_where_the_space_is_a_token_of_its_own():
     tokenizer = sentence_piece(vocab_size=1)  # characters alone
     assert tokenizer.tokenize("o A")[-2:] == ["▁", "A"]

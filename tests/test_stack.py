@@ -788,6 +788,12 @@ def test_the_lead_has_to_be_more_than_two_of_its_standard_errors():
     assert any(2 < ratio < 2.3 for ratio in ratios)
 
 
+def test_rows_are_looked_at_from_four_draws_on_or_four_pairs():
+    assert Drawing(tolerance=0.01).stops(16) == [4, 8, 16]
+    assert Drawing(tolerance=0.01, noise="antithetic").stops(16) == [8, 16]
+    assert Drawing(tolerance=0.01, noise="antithetic").stops(36) == [12, 18, 36]
+
+
 def test_mirrored_draws_are_judged_by_pairs():
     """Their average hardly moves, which single draws do not show; and where both of a pair are the same, it does."""
     swing = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).repeat(4, 1)[:, None]  # (8, 1, 2): up and down

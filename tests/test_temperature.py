@@ -155,6 +155,16 @@ def test_a_model_that_is_always_wrong_gets_the_highest(gap: float) -> None:
     assert fit_temperature(logits, torch.ones(4, dtype=torch.long)) == pytest.approx(RANGE[1], rel=1e-9)
 
 
+def test_a_temperature_at_the_end_of_its_range_is_told() -> None:
+    said: list[str] = []
+    logits = torch.tensor([[[3.0, 0.0]] * 4])
+    fit_temperature(logits, torch.ones(4, dtype=torch.long), said.append)
+    assert len(said) == 1
+    assert "at the end of its range, 50" in said[0]
+    fit_temperature(logits, torch.tensor([0, 0, 0, 1]), said.append)  # which is set by its rows
+    assert len(said) == 1
+
+
 def test_logits_that_say_nothing_give_some_temperature_in_the_range() -> None:
     found = fit_temperature(torch.zeros(1, 4, 3), torch.tensor([0, 1, 2, 0]))
     assert RANGE[0] * (1 - 1e-9) <= found <= RANGE[1]
