@@ -592,12 +592,14 @@ def test_what_the_client_cannot_do_it_says(
 @pytest.mark.parametrize(("how", "code", "text"), [("reader", 1, ""), ("signal", 130, "Interrupted.\n")])
 def test_the_client_ends_quietly(exported: tuple[Path, Path], fake: Fake, how: str, code: int, text: str) -> None:
     """When its reader leaves, and on Ctrl-C, though the server does not answer."""
-    command = [sys.executable, "-I", "-S", str(exported[1] / "client.py"), "--input", "-"]
+    # Ctrl-C is ignored below a shell's `&`, and by what is started there
+    heard = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); del sys.argv[0]; "
+    heard += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-c", heard, str(exported[1] / "client.py"), "--input", "-"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with socket.create_server(("127.0.0.1", 0)) as silent_server, serving(fake) as url:
         if how == "signal":
             url = f"http://127.0.0.1:{silent_server.getsockname()[1]}"
-        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored below a shell's `&`
         with subprocess.Popen([*command, "--url", f"{url}/v1"], text=True, **pipes) as process:
             if how == "reader":
                 process.stdout.close()
