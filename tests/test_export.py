@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -609,9 +610,13 @@ def test_the_client_ends_quietly(exported: tuple[Path, Path], fake: Fake, how: s
                 process.stdin.write('{"prompt": "Is it?"}\n')
                 process.stdin.close()
                 connection, _ = silent_server.accept()
-                connection.recv(1)  # it is waiting for the reply now
+                connection.recv(1)
+                time.sleep(1)  # all draws are asked for, and it waits for the replies
                 process.send_signal(signal.SIGINT)
-            assert (process.wait(30), process.stderr.read()) == (code, text)
+            try:
+                assert (process.wait(50), process.stderr.read()) == (code, text)
+            finally:
+                process.kill()
 
 
 class Saying:
