@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -612,9 +612,13 @@ def test_the_client_ends_quietly(exported: tuple[Path, Path], fake: Fake, how: s
                 connection, _ = silent_server.accept()
                 connection.recv(1)
                 time.sleep(1)  # all draws are asked for, and it waits for the replies
-                process.send_signal(signal.SIGINT)
+                for _ in range(3):  # a busy machine may lose one
+                    process.send_signal(signal.SIGINT)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(10)
+                        break
             try:
-                assert (process.wait(50), process.stderr.read()) == (code, text)
+                assert (process.wait(30), process.stderr.read()) == (code, text)
             finally:
                 process.kill()
 
