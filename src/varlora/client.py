@@ -22,7 +22,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def ask(
     pool = ThreadPoolExecutor(max_workers=min(16, len(draws)))
     try:
         asked = [pool.submit(server.logprobs_of, draw["name"], prompt, tokens, manifest["chat"]) for draw in draws]
-        logprobs = [each.result() for each in asked]
+        logprobs = [_result(each) for each in asked]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after a failure no reply is waited for
     temperatures, weights = ([draw[name] for draw in draws] for name in ("temperature", "weight"))
@@ -195,6 +195,13 @@ def ask(
     probabilities = {token["answer"]: p for token, p in zip(tokens, averaged)}
     best = max(probabilities, key=lambda answer: probabilities[answer])
     return {"answer": best, "probabilities": probabilities, "uncertainty": uncertainty}
+
+
+def _result(future: Future[list[float]]) -> list[float]:
+    """Wait in short spells: a Ctrl-C in the moment before a wait begins is heard only when that ends."""
+    while not future.done():
+        wait([future], timeout=0.5)
+    return future.result()
 
 
 def _tokens(manifest: Mapping[str, Any], prompt: str, answers: Sequence[str] | None) -> Sequence[Mapping[str, Any]]:
