@@ -191,9 +191,8 @@ class Watch(TrainerCallback):
             norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
             norm = sum(one.to(norms[0].device) for one in norms)
         where = getattr(norm, "device", None)  # the loss may be on another
-        total: Any = 0 * norm  # NaN for a norm that is not finite; one beyond float32 is, if clipped
-        for loss in self.losses:
-            total = total + loss.to(device=where)
+        # NaN for a norm that is not finite; one beyond float32 is, if clipped
+        total: Any = sum((loss.to(device=where) for loss in self.losses), 0 * norm)
         if ranks()[1] > 1:  # which have losses and signals of their own, and act together
             told = torch.stack([total, torch.full_like(total, self.asked)])
             dist.all_reduce(told)
