@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -312,6 +313,12 @@ def test_load_model_freezes_the_base_and_adapts_query_and_value(save, kind):
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "</s>")
     with torch.no_grad():  # B = 0: the fresh adapter changes nothing
         torch.testing.assert_close(class_logits(model, batch_of()), class_logits(tiny(kind), batch_of()))
+
+
+def test_the_update_is_scaled_by_alpha_over_rank(save):
+    model, _ = load_model(str(save()), lora=LoRA(rank=4, alpha=3))
+    scales = {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)}
+    assert scales == {3 / 4}
 
 
 def test_the_seed_decides_the_bits_and_the_global_state_is_left_alone(save):

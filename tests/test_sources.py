@@ -384,7 +384,8 @@ def test_evaluation_fits_a_temperature_on_the_held_out_rows(method, runs, tmp_pa
     }
     probs = metrics.average_probs(found.logits / temperature)
     assert results["draws_tempered"] == metrics.evaluate(probs, found.labels)
-    assert results["mean_tempered"]["accuracy"] == results["mean"]["accuracy"]
+    at_mean = metrics.average_probs(found.logits_mean[None] / results["temperature"]["mean"])
+    assert results["mean_tempered"] == metrics.evaluate(at_mean, found.labels)
     report = build_report([run_dir], tmp_path / "report")
     labels = {"adamw": ["adamw", "adamw +T"], "ivon": ["ivon@mean", "ivon@mean +T", "ivon x3", "ivon x3 +T"]}[method]
     assert [row.label for row in report.rows] == labels

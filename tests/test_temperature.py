@@ -11,6 +11,7 @@ from scipy import optimize, special
 from torch import Tensor
 
 from varlora.metrics import MetricError
+from varlora.predictions import Predictions
 from varlora.temperature import RANGE, fit_temperature
 
 
@@ -188,3 +189,12 @@ def test_takes_logits_of_any_type(dtype: torch.dtype) -> None:
 def test_refuses_what_has_no_nll(shape: tuple[int, ...], labels: list[int]) -> None:
     with pytest.raises(MetricError, match="Expected"):
         fit_temperature(torch.zeros(shape), torch.tensor(labels, dtype=torch.long))
+
+
+def test_draws_and_mean_have_temperatures_of_their_own() -> None:
+    logits = torch.tensor([[[2.0, 0.0]], [[-4.0, 0.0]]])  # (2, 1, 2)
+    meta = {"temperature": "2.0", "temperature_mean": "4.0"}
+    found = Predictions(logits, torch.tensor([[8.0, 0.0]]), torch.tensor([0]), ("a",), meta=meta)
+    share = (special.expit(1.0) + special.expit(-2.0)) / 2
+    assert found.tempered(drawn=True)[0].tolist() == pytest.approx([share, 1 - share])
+    assert found.tempered(drawn=False)[0].tolist() == pytest.approx([special.expit(2.0), special.expit(-2.0)])

@@ -734,20 +734,6 @@ def test_a_method_on_top_finds_for_the_one_below(tmp_path: Path) -> None:
     assert METHODS["ivon"](**settings).prepare(start()) is None
 
 
-def test_dropout_does_not_make_the_rise(tmp_path: Path) -> None:
-    """Loss at the mean and under noise have the same masks, and training sees the masks that it would have seen."""
-    logs = []
-    for cooling in (True, False):
-        one = method(ess=1e14, noise_warmup=0.0, cooling=cooling)  # without noise there is no rise
-        helpers.run_fit(
-            helpers.tiny_model(dropout=0.5), one, tmp_path / str(cooling), steps=30,
-            training_arguments={"logging_steps": 1},
-        )  # fmt: skip
-        logs.append(helpers.logged(tmp_path / str(cooling)))
-    assert logs[0][-1]["loss_at_mean"] == pytest.approx(logs[0][-1]["loss_under_noise"], rel=1e-3)
-    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
-
-
 # --- numbers that are told, and settings that arrive ---
 
 
@@ -823,3 +809,13 @@ def test_a_comparison_changes_nothing_and_both_losses_have_the_same_masks(
     assert last["loss_at_mean"] == pytest.approx(last["loss_under_noise"], rel=1e-3)
     assert [line["loss"] for line in compared["log"]] == [line["loss"] for line in alone["log"]]
     assert compared["adapter_model.safetensors"] == alone["adapter_model.safetensors"]
+
+
+def test_which_rows_are_looked_at_depends_on_the_seed() -> None:
+    assert start(seed=1).some_rows(8) == start(seed=1).some_rows(8)
+    assert start(seed=1).some_rows(8) != start(seed=2).some_rows(8)
+
+
+def test_less_than_an_epoch_counts_as_one() -> None:
+    assert start(steps=1).epochs == 1.0
+    assert start(steps=400).epochs == 400 * 4 / len(ROWS)
