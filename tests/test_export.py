@@ -241,6 +241,16 @@ def test_a_calibrated_run_is_exported_as_it_is_to_be_used(bundled: Path, trained
     torch.testing.assert_close(served(bundled, tmp_path / "out", scaled, trained), expected, rtol=0, atol=1e-5)
 
 
+def test_another_base_has_not_the_revision_of_the_first(bundled: Path, trained: Loaded, tmp_path: Path) -> None:
+    run_dir = run_with(trained, Point(mean_of(trained)), tmp_path / "run")
+    config = read_json(run_dir / "config.json")
+    write_json(run_dir / "config.json", {**config, "settings": {**config["settings"], "revision": "v1"}})
+    moved = shutil.copytree(bundled, tmp_path / "moved")
+    for model, revision in ((None, "v1"), (str(moved), None)):
+        manifest = export(run_dir, tmp_path / "out", model=model, overwrite=True, say=silent)
+        assert manifest["base"]["revision"] == revision
+
+
 # --- the folder ---
 
 

@@ -23,7 +23,7 @@ from varlora.drawing import Draw
 from varlora.draws import distinct, holds, means, same_weights
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.files import MANIFEST, atomic_folder, checksums, read_json, write_json, write_text
-from varlora.loading import Loaded, load, rows_of_split, trained_task
+from varlora.loading import Loaded, load, revision_of, rows_of_split, trained_task
 from varlora.params import copied, swapped, trainable
 from varlora.posterior import Linearised, Mixture, Posterior
 from varlora.posterior.base import check_draws
@@ -109,7 +109,7 @@ def export(
     manifest = {
         KEY: 1,
         **_facts(run_dir, loaded.settings),
-        "base": {"model": base, "revision": loaded.settings.revision},
+        "base": {"model": base, "revision": revision_of(loaded.settings, model)},
         "posterior": loaded.posterior.kind,
         "seed": seed,
         "samples": samples,

@@ -21,7 +21,7 @@ from varlora.data import EncodedSet, encode_all
 from varlora.drawing import PLAIN, Drawing
 from varlora.errors import DamagedFileError, VarloraError, did_you_mean
 from varlora.files import read_json
-from varlora.model import base_fingerprint, first_position, load_model
+from varlora.model import base_fingerprint, first_position, load_model, same_checksum
 from varlora.posterior import Posterior
 from varlora.prompt import Encoded
 from varlora.tasks import Task, get_task, is_task_file, load_rows, split_calibration
@@ -33,6 +33,7 @@ __all__ = [
     "Say",
     "check_same",
     "checksum_of",
+    "digest_of",
     "encode_rows",
     "kept_task",
     "load",
@@ -41,6 +42,7 @@ __all__ = [
     "longest_prompt",
     "no_progress",
     "pad_of",
+    "revision_of",
     "rows_of_split",
     "say_unsliced",
     "trained_settings",
@@ -129,7 +131,7 @@ def load(
 
     Args:
         run_dir: a run directory.
-        model: the base, if it is no longer where it was.
+        model: the base, if it is no longer where it was; from the hub, its main branch.
         device: where to load it to; left out: the current GPU, else the CPU.
         calibrated: whether to read what `calibrate` chose; it may be damaged, or about to be chosen anew.
 
@@ -161,7 +163,7 @@ def load_parts(
         adapter: the folder of the adapter's files.
         trained_on: checksum of the base that it was trained on, if that is known.
         name: what messages call it.
-        model: the base, if it is no longer where it was.
+        model: the base, if it is no longer where it was; from the hub, its main branch.
         device: where to load it to; left out: the current GPU, else the CPU.
         calibrated: whether to read what `calibrate` chose.
 
@@ -171,7 +173,7 @@ def load_parts(
     """
     loaded, tokenizer = load_base(settings, model, device)
     posterior = load_posterior(loaded, adapter)
-    if trained_on not in (None, base_fingerprint(loaded)):
+    if trained_on is not None and not same_checksum(trained_on, base_fingerprint(loaded)):
         raise _other(f"the base model {model or settings.model}", name)
     load_adapter(loaded, adapter)
     return Loaded(loaded, posterior, tokenizer, settings, load_calibration(adapter) if calibrated else None)
@@ -186,8 +188,13 @@ def load_base(settings: Settings, model: str | None = None, device: str | None =
         lora=settings.lora,
         seed=settings.seed,
         device=device,
-        revision=settings.revision,
+        revision=revision_of(settings, model),
     )
+
+
+def revision_of(settings: Settings, model: str | None) -> str | None:
+    """Return the revision of a run's base, or of the `model` in its place: another repository has its own."""
+    return settings.revision if model in (None, settings.model) else None
 
 
 def _other(what: str, run: str) -> DamagedFileError:
@@ -199,13 +206,19 @@ def _other(what: str, run: str) -> DamagedFileError:
 
 def check_same(run_dir: Path, key: str, checksum: str, what: str) -> None:
     """Refuse a base or rows that are not those which a run was trained with; they may lie elsewhere, not differ."""
-    if read_json(run_dir / "config.json").get(key, checksum) != checksum:
+    if not same_checksum(read_json(run_dir / "config.json").get(key, checksum), checksum):
         raise _other(what, str(run_dir))
 
 
 def checksum_of(rows: Sequence[Encoded]) -> str:
     """Return the checksum by which rows are known to be those that a run was trained with, or held out."""
     return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the checksum by which rows are known before a tokenizer sees them, in whatever order they come."""
+    each = sorted(repr((row.id, row.prompt, row.answers, row.label)) for row in examples)
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def training_rows(task: Task, settings: Settings, say: Say) -> tuple[list[Example], list[Example]]:
@@ -270,7 +283,8 @@ def encode_rows(
 def longest_prompt(model: nn.Module, settings: Settings, say: Say) -> int | None:
     """Return the tokens of the longest prompt that a run takes, which is never more than the model's context."""
     config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None) or math.inf  # MPT
     context -= first_position(config)
     if settings.max_length is not None and settings.max_length > context:
         say(f"`max_length` {settings.max_length} is more than the model's context; {context} tokens are used.")

@@ -10,7 +10,8 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,9 +29,11 @@ from transformers import (
     BitsAndBytesConfig,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from varlora.adapter import seeded
 from varlora.errors import ConfigError, VarloraError, did_you_mean
+from varlora.stack import out_of_memory
 
 __all__ = [
     "LoRA",
@@ -39,6 +41,7 @@ __all__ = [
     "class_logits",
     "load_model",
     "lora_targets",
+    "same_checksum",
 ]
 
 ALL = "all-linear"
@@ -65,6 +68,10 @@ FROM_PADDING = (
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"),
 )
 """Model types whose first token has the position after the padding token's number."""
+SEES_PADDING = ("recurrent_gemma", "deepseek_v4")
+"""Model types that take `position_ids`, but mix padding into tokens: by a convolution, by groups of absolute places."""
+SCALES = (".SCB", ".absmax")
+"""Ends of the names under which bitsandbytes saves the largest absolute values of rows (8 bit) or blocks (4 bit)."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a causal language model, freeze it and put a fresh LoRA adapter on it.
 
-    Only safetensors are read and no code that comes with a model is run.
+    Only safetensors are read and no code that comes with a model is run. A warning names weights in the files that the
+    model has no place for.
 
     Args:
         name_or_path: a folder, or a model's name on the hub.
@@ -134,7 +142,8 @@ def load_model(
         `peft.PeftModel` and the parameters that require a gradient are the adapter's.
 
     Raises:
-        VarloraError: if the model cannot be found or read or is no causal language model, or an argument is wrong.
+        VarloraError: if the model cannot be found or read, is no causal language model, comes with an adapter or does
+            not fit its weights, or an argument is wrong.
 
     Example:
         >>> import tempfile
@@ -169,9 +178,17 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **hub)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise VarloraError(_not_causal(source, config, "transformers has no causal language model of this type"))
+    place = _device(device)
     with _explained(source):
+        if find_adapter_config_file(source, revision=hub["revision"]):  # transformers would put it into the model
+            raise VarloraError(
+                f"Expected a base model alone, but {source} also holds an adapter. Take a copy without "
+                "adapter_config.json and the adapter's weights."
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-        model = _base(source, config, DTYPES[dtype], quantization, _device(device), hub)
+        model = _base(source, config, DTYPES[dtype], quantization, place, hub)
+    if not getattr(model, "is_quantized", False):  # bitsandbytes has placed it, also where it was saved quantised
+        model.to(place)
     _set_padding(tokenizer, model)
     return (model if lora is None else _adapted(model, lora, seed)).eval(), tokenizer
 
@@ -245,7 +262,8 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         Logits (B, C), float32, -inf where `answer_mask` is False.
 
     Raises:
-        VarloraError: if the architecture cannot compute the last position alone, or cannot be told where padding ends.
+        VarloraError: if the architecture cannot compute the last position alone, or would answer otherwise because of
+            the padding that a batch has.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -267,15 +285,15 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     keys = ("input_ids", "attention_mask", "label_tokens", "answer_mask")
     input_ids, attention_mask, label_tokens, answer_mask = (batch[key].to(device) for key in keys)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+    kind = inner.config.model_type
+    if not attention_mask.all() and (kind in SEES_PADDING or ("position_ids" not in takes and kind not in RELATIVE)):
+        raise VarloraError(
+            "Expected a batch without padding, but got one with it, which would change the answers of "
+            f"{type(inner).__name__}. Pass one row each (`batch_size`, `token_budget` 1), or use another architecture."
+        )
     if "position_ids" in takes:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
         inputs["position_ids"] = positions + first_position(inner.config)
-    elif inner.config.model_type not in RELATIVE and not attention_mask.all():
-        raise VarloraError(
-            f"Expected a causal language model whose forward takes `position_ids`, but {type(inner).__name__} does "
-            "not, so padding would change its answers. Pass batches without padding, one row each, or use another "
-            "architecture."
-        )
     if "use_cache" in takes:
         inputs["use_cache"] = False
     logits = model(**inputs).logits[:, -1].float()  # (B, 1, V) -> (B, V)
@@ -295,7 +313,7 @@ class_logits.last_position_alone = True  # type: ignore[attr-defined]  # see var
 def _base(
     source: str, config: Any, dtype: torch.dtype, quantization: str | None, device: torch.device, hub: dict[str, Any]
 ) -> Any:
-    """Load the frozen base onto the device."""
+    """Load the frozen base; a quantised one onto the device."""
     # No `prepare_model_for_kbit_training`: the paper has none of it. It turns all that is not quantised to float32,
     # against `dtype`, and switches on gradient checkpointing, which the Trainer has an option for. Gradients reach the
     # adapter without it, because every quantised layer passes them on to its input.
@@ -305,8 +323,9 @@ def _base(
     elif quantization == "4bit":
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         options = {"quantization_config": nf4, "device_map": {"": device}}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # to tell of them ourselves
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **hub
+        source, config=config, dtype=dtype, use_safetensors=True, **options, **hub
     )
     model, info = loaded
     # BERT and its kin see the words to come unless told otherwise; GPT-NeoX has the same field and never reads it
@@ -316,14 +335,25 @@ def _base(
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         why = f"its files lack weights of {type(model).__name__} ({missing}), which would be random"
         raise VarloraError(_not_causal(source, config, why))
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise VarloraError(
+            f"Expected the weights of {source} to have the shapes that its config.json says, but {name} is "
+            f"{tuple(found)} and not {tuple(expected)}. Pass the folder as it was saved."
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{len(unexpected)} weights in the files of {source} have no place in {type(model).__name__} and are left "
+            f"out, e.g. {unexpected[0]}. If the model needs them, its config.json is another model's.",
+            stacklevel=3,
+        )
     model.requires_grad_(False)
     for layer in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights for good at the first evaluation, for a kernel
         # without a backward pass: an evaluation in mid-training would cut off the gradients from then on.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    # a folder may hold a base that was quantised before it was saved; bitsandbytes has placed that already
-    return model if getattr(model, "is_quantized", False) else model.to(device)
+    return model
 
 
 def _adapted(model: Any, lora: LoRA, seed: int) -> Any:
@@ -424,12 +454,17 @@ def _source(name_or_path: str | Path) -> str:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Say what to do about what transformers raises for a model that it cannot find or read."""
+    """Say what to do about what transformers raises for a model that it cannot find or read.
+
+    That may be anything: a config.json can hold whatever.
+    """
     try:
         yield
     except VarloraError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         causes: list[BaseException] = []
         cause: BaseException | None = error
         while cause is not None:
@@ -452,7 +487,7 @@ def _explained(source: str) -> Iterator[None]:
                 f"{source}` where there is a network and pass the folder that it prints." + _near_folders(Path(source))
             )
         else:
-            cure = "A file may be missing or damaged, or transformers too old for it."
+            cure = "A file may be missing or damaged, config.json of another model, or transformers too old for it."
         raise VarloraError(f"Cannot load the model {source}. {cure} transformers says: {text[:300]}") from error
 
 
@@ -486,11 +521,14 @@ def _unknown(argument: str, value: Any, known: Mapping[str, Any] | tuple[str, ..
 def base_fingerprint(model: nn.Module) -> str:
     """Return a checksum that tells one frozen base from another of the same shapes.
 
-    It is made of some values, evenly spaced, of each frozen parameter that is not quantised, so it is quick, and the
-    same on every device.
+    It is made of some values, evenly spaced, of each frozen parameter, so it is quick, and the same on every device. Of
+    quantised weights these are the scales, the largest absolute values: the rounded weights depend on the device.
 
     Args:
         model: a model from `load_model`.
+
+    Returns:
+        A SHA-256 in hexadecimal digits; of a quantised base, a second one of the scales after a hyphen.
 
     Example:
         >>> layer = nn.Linear(2, 1).requires_grad_(False)
@@ -499,10 +537,26 @@ def base_fingerprint(model: nn.Module) -> str:
         >>> base_fingerprint(layer) == before
         False
     """
+    full = [(name, p) for name, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()]
+    scales = [(name, value) for name, value in model.state_dict().items() if name.endswith(SCALES)]
+    return f"{_digest(full)}-{_digest(scales)}" if scales else _digest(full)
+
+
+def same_checksum(stored: str, now: str) -> bool:
+    """Whether a stored checksum is that of now; one of a quantised base may have been stored without its scales.
+
+    Example:
+        >>> same_checksum("f00d", "f00d-cafe"), same_checksum("f00d-cafe", "f00d-beef")
+        (True, False)
+    """
+    return stored in (now, now.partition("-")[0])
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a checksum of names and evenly spaced values."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():
-            digest.update(name.encode())
-            values = parameter.detach().flatten()
-            digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        values = tensor.detach().flatten()
+        digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
