@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ from varlora.config import settings_from
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError
 from varlora.methods import METHODS
-from varlora.methods.base import AdamWTraining
+from varlora.methods.base import AdamWTraining, Method
 from varlora.posterior import Point
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,12 @@ def test_the_example_goes_on_from_a_checkpoint(example: Any, tmp_path: Path) -> 
     assert helpers.outcome(tmp_path / "cut") == helpers.outcome(tmp_path / "whole")
 
 
+def test_the_examples_example_is_right(example: Any) -> None:
+    names = vars(sys.modules[example.__module__])
+    (test,) = doctest.DocTestFinder(recurse=False).find(example, globs=names)
+    assert doctest.DocTestRunner().run(test).failed == 0 < len(test.examples)
+
+
 def test_the_examples_setting_is_checked(example: Any) -> None:
     given = {"task": "boolq", "model": "m"}
     assert settings_from({**given, "method": {"name": NAME, "decay": "0.9"}}).build_method() == example(decay=0.9)
@@ -123,6 +130,35 @@ def test_the_examples_lines_have_their_place(number: int, path: str) -> None:
 
 
 # --- what every method has ---
+
+
+def protocol(made: Any = Method) -> list[str]:
+    """Return the names of the protocol that a class writes, in its order."""
+    calls = {name for name, value in vars(Method).items() if callable(value) and not name.startswith("_")}
+    return [name for name in vars(made) if name in calls]
+
+
+def test_the_pages_list_the_protocol_in_its_order() -> None:
+    rows = re.findall(r"^   \| (`.*?) \|", CONTRIBUTING, re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)(?:\(.*?\))?`", row)]
+    assert [name for name in listed if name in protocol()] == protocol()
+    architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^class Method\(Protocol\):\n(.*?)^```", architecture, re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^    def (\w+)", block, re.MULTILINE) == protocol()
+    assert set(re.findall(r"^    (\w+): ", block, re.MULTILINE)) == set(Method.__annotations__) <= set(listed)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_class_has_an_example_and_says_where_it_is_from(name: str) -> None:
+    assert ">>>" in METHODS[name].__doc__
+    assert "References:" in METHODS[name].__doc__
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_class_keeps_the_protocols_order(name: str) -> None:
+    for made in METHODS[name].__mro__:
+        written = protocol(made)
+        assert written == [other for other in protocol() if other in written], made.__name__
 
 
 def test_every_file_has_its_entry() -> None:

@@ -102,7 +102,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         [[1, 3], [2, 0]]
     """
     if budget < 1:
-        raise VarloraError(f"Expected `budget` to be a number of tokens >= 1, but got {budget}.")
+        raise VarloraError(f"Expected `budget` to be a number of tokens >= 1, but got {budget}. Pass e.g. 4096.")
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:

@@ -385,9 +385,12 @@ def _check(
     warmup: int,
 ) -> None:
     """Raise for the first argument that is out of its range."""
-    for name, value, least in (("batch_size", batch_size, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
+    counts = (("batch_size", batch_size, 1, 4), ("rounds", rounds, 1, 30), ("warmup", warmup, 0, 3))
+    for name, value, least, usual in counts:
         if value < least:
-            raise VarloraError(f"Expected `{name}` to be a whole number >= {least}, but got {value}.")
+            raise VarloraError(
+                f"Expected `{name}` to be a whole number >= {least}, but got {value}. Pass e.g. `{name}={usual}`."
+            )
     if not methods:
         raise VarloraError("Expected `methods` to hold methods to compare, but got none. Pass None for AdamW and IVON.")
     if len(rows) < batch_size:
@@ -396,7 +399,7 @@ def _check(
             "`batch_size`."
         )
     if unlabelled := sum(row.label is None for row in rows):
-        raise VarloraError(f"Expected a label in each row, but {unlabelled} of {len(rows)} have none.")
+        raise VarloraError(f"Expected a label in each row, but {unlabelled} of {len(rows)} have none. Leave them out.")
     if not params:
         raise VarloraError(
             "Expected a model with trainable parameters, but nothing in it requires a gradient. "

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import plan
 from torch import nn
+from transformers import TrainerCallback
 
 from varlora import IVON, scale
 from varlora.demo.run import one_thread
@@ -633,7 +634,7 @@ def test_a_hessian_may_be_the_average_of_the_run() -> None:
 
 def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     said: list[str] = []
-    helpers.run_fit(
+    posterior = helpers.run_fit(
         helpers.tiny_model(),
         Ivon(clip_radius=2e-2),
         tmp_path,
@@ -654,7 +655,9 @@ def test_what_was_found_is_written_and_logged(tmp_path: Path) -> None:
     assert sigma[-1] == pytest.approx(mean * last["held_back"], rel=0.05)
     of_layer = [last[f"sigma/layer_0{layer}"] for layer in shares]
     assert of_layer[0] / of_layer[1] == pytest.approx(shares["0"] / shares["1"], rel=0.05)
-    assert 0 <= last["signal_above_noise"] <= 1
+    heard = torch.cat([(posterior.mean[name].abs() > std).flatten() for name, std in posterior.std.items()])
+    assert last["signal_above_noise"] == pytest.approx(heard.double().mean().item())
+    assert 0 < last["signal_above_noise"] < 1
     assert last["hessian_over_first"] == pytest.approx(1, abs=0.1)
     assert {"sigma/layer_00", "sigma/q_proj.lora_A", "loss_at_mean", "loss_under_noise", "held_back"} <= last.keys()
 
@@ -771,10 +774,39 @@ def test_the_look_costs_the_passes_that_it_makes(accumulation: int, ranks: int) 
 def test_settings_of_the_optimizer_are_the_methods() -> None:
     settings: dict[str, Any] = {
         "lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta1": 0.8, "beta2": 0.99, "weight_decay": 0.01,
-        "clip_radius": 0.1, "mc_samples": 2, "hess_approx": "gradsq", "debias": False,
+        "clip_radius": 0.1, "mc_samples": 2, "hess_approx": "gradsq", "rescale_lr": True,
+        "debias": False,
     }  # fmt: skip
     (group,) = Ivon(**settings).optimizer(trainable(helpers.tiny_model()), 64, 4, 0).param_groups
     assert {name: group[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_step_has_as_many_draws_as_it_is_to_have(samples: int, tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+            drawn.append(optimizer.param_groups[0]["draws"])
+
+    one, micro = Ivon(**PAPER, mc_samples=samples), {"batch_size": 2, "accumulation": 2}
+    helpers.run_fit(helpers.tiny_model(), one, tmp_path, steps=3, callbacks=[Watch()], **micro)
+    assert drawn == [samples, 2 * samples, 3 * samples]
+
+
+@pytest.mark.parametrize(("first", "moves"), [(1e-3, False), (1e-9, True)])
+def test_a_hessian_that_leaves_its_start_at_once_is_told_of(first: float, moves: bool, tmp_path: Path) -> None:
+    """Of the same σ."""
+    said: list[str] = []
+    one = Ivon(lr=0.03, ess=1e3 / first, hess_init=first)
+    helpers.run_fit(
+        helpers.tiny_model(), one, tmp_path, steps=30, checkpoint_every=30, warn=said.append,
+        training_arguments={"logging_steps": 1},
+    )  # fmt: skip
+    assert len(helpers.about(said, "raise `hess_init`, and lower `ess`")) == moves
+    log = helpers.logged(tmp_path)
+    assert ["hessian_early" in line for line in log] == [False] * 10 + [True] * 20
+    assert log[10]["hessian_early"] == log[9]["hessian_over_first"]
 
 
 def test_signal_is_above_noise_on_either_side_of_zero() -> None:

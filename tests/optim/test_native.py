@@ -319,7 +319,7 @@ def test_fused_is_refused_where_there_are_no_kernels(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(RuntimeError, match="Install a C compiler"):
         make(fused=True)
-    with pytest.raises(ValueError, match="`fused` to be True, False or None, but got 'yes'"):
+    with pytest.raises(ValueError, match=r"`fused` to be True, False or None, but got 'yes'\. Leave it out"):
         make(fused="yes")
     parameters, optimizer = make(fused=None)
     run(optimizer, parameters, range(1))

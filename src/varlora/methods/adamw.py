@@ -19,6 +19,13 @@ __all__ = ["AdamW"]
 class AdamW(AdamWTraining):
     """Train with AdamW and keep the last iterate.
 
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> end = Trained(layer, rows=(), draw=None, forward=None)
+        >>> AdamW().posterior(end)
+        Point(3 weights)
+
     References:
         Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization.
     """

@@ -344,12 +344,6 @@ class Wrapping(Method):
             ]
         return self.inner().problems(plan)
 
-    def optimizer(
-        self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
-    ) -> torch.optim.Optimizer:
-        """Return the other method's optimizer."""
-        return self.inner().optimizer(params, num_examples, batch_size, seed)
-
     def check_model(self, model: nn.Module) -> None:
         """Raise if the other method could not conclude."""
         self.inner().check_model(model)
@@ -358,6 +352,17 @@ class Wrapping(Method):
         """Whether the other method's posterior has."""
         return self.inner().has_variances()
 
+    def prepare(self, start: Start) -> Prepared | None:
+        """Find what is left to the other method."""
+        prepared = self.inner().prepare(start)
+        return prepared and replace(prepared, settings={"settings": {**self.settings, **prepared.settings}})
+
+    def optimizer(
+        self, params: Mapping[str, nn.Parameter], num_examples: int, batch_size: int, seed: int
+    ) -> torch.optim.Optimizer:
+        """Return the other method's optimizer."""
+        return self.inner().optimizer(params, num_examples, batch_size, seed)
+
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler | None:
         """Return the other method's schedule."""
         return self.inner().schedule(optimizer, total_steps)
@@ -365,11 +370,6 @@ class Wrapping(Method):
     def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Train as the other method does."""
         return self.inner().training(model, optimizer)
-
-    def prepare(self, start: Start) -> Prepared | None:
-        """Find what is left to the other method."""
-        prepared = self.inner().prepare(start)
-        return prepared and replace(prepared, settings={"settings": {**self.settings, **prepared.settings}})
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Set what the other method's step depends on."""

@@ -46,7 +46,15 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class Blob(Method):
-    """Train a Gaussian over A, and B, by backpropagation.
+    """Train a Gaussian over A, and a point B, by backpropagation.
+
+    Example:
+        >>> params = {f"q.lora_{side}.default.weight": nn.Parameter(torch.ones(1, 1)) for side in "AB"}
+        >>> method = Blob(sigma_init=0.05)
+        >>> optimizer = method.optimizer(params, num_examples=100, batch_size=4, seed=0)
+        >>> end = Trained(None, rows=(), draw=None, forward=None, optimizer=optimizer)
+        >>> [0.00125 <= std.item() <= 0.0025 for std in method.posterior(end).std.values()]  # B's is 0
+        [True, False]
 
     References:
         Wang et al. 2024, BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models; flipout is of

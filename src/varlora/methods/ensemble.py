@@ -25,6 +25,10 @@ MOST = 1000
 class Ensemble(Wrapping):
     """Train several adapters with one method and average their probabilities.
 
+    Example:
+        >>> [member.name for member in Ensemble(of="swag", size=3).members()]
+        ['swag', 'swag', 'swag']
+
     References:
         Lakshminarayanan et al. 2017, Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles; Wang
         et al. 2023, LoRA Ensembles for Large Language Model Fine-tuning.
@@ -40,7 +44,10 @@ class Ensemble(Wrapping):
         """Fewer than two members are no ensemble."""
         found = super().problems(plan)
         if not (2 <= self.size <= MOST or plan.finished):
-            found.append(f"Expected `size` to be a number of members >= 2 and at most {MOST}, but got {self.size}.")
+            found.append(
+                f"Expected `size` to be a number of members >= 2 and at most {MOST}, but got {self.size}. "
+                f"Set e.g. `method.size={Ensemble.size}`."
+            )
         return found
 
     def members(self) -> Sequence[Method]:

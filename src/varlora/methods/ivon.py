@@ -52,6 +52,8 @@ COLDEST = 0.2
 """Share of σ that is drawn at the least."""
 FIRST = 20
 """Steps that h₀ counts for, where the Hessian is the run's average."""
+EARLY, STEADY = 10, (0.8, 1.25)
+"""Steps over which the Hessian has to stay near h₀, and how near, for σ to be what it was set to: the paper's test."""
 EVIDENCE = 10
 """Steps between two choices of the prior's precision."""
 OPTIMIZER = (
@@ -69,6 +71,14 @@ Auto = Literal["auto"]
 @dataclass(frozen=True)
 class Ivon(Method):
     """Train with IVON and keep its Gaussian.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> method = Ivon(lr=0.03, ess=1e6, hess_init=1e-3)
+        >>> optimizer = method.optimizer(dict(layer.named_parameters()), num_examples=100, batch_size=4, seed=0)
+        >>> end = Trained(layer, rows=(), draw=None, forward=None, optimizer=optimizer)
+        >>> round(method.posterior(end).std["bias"].item(), 4)  # before the first step 1/√(λ h₀)
+        0.0316
 
     References:
         Cong et al. 2024, Variational Low-Rank Adaptation Using IVON; Shen et al. 2024, Algorithm 1.
@@ -96,7 +106,8 @@ class Ivon(Method):
     beta2: float = 1 - 1e-5
     """Decay β₂ of the Hessian's average."""
     weight_decay: float | Auto = 0.0
-    """Prior precision divided by λ, δ; `auto`: for each matrix the one of most evidence, 1/(λδ) = mean(m² + v)."""
+    """Prior precision divided by λ, δ: the prior's variance is v₀ = 1/(λδ), so 0 is a flat prior (the paper's Table 3
+    lists no δ). auto: for each matrix the one of most evidence, v₀ = mean(m² + v), chosen every tenth step."""
     clip_radius: float = 1e-3
     """Bound ξ on each entry of the preconditioned step."""
     mc_samples: int = 1
@@ -127,10 +138,14 @@ class Ivon(Method):
             )
         if self.noise_warmup != "auto" and not 0 <= self.noise_warmup <= 1:
             found.append(
-                f"Expected `noise_warmup` to be a share of training within 0 and 1, but got {self.noise_warmup}."
+                f"Expected `noise_warmup` to be a share of training within 0 and 1, but got {self.noise_warmup}. "
+                "Leave it out to have it chosen."
             )
         if not 0 <= self.recheck < 1:
-            found.append(f"Expected `recheck` to be a share of training, 0 to below 1, but got {self.recheck}.")
+            found.append(
+                f"Expected `recheck` to be a share of training, 0 to below 1, but got {self.recheck}. "
+                f"Set e.g. `method.recheck={Ivon.recheck}`."
+            )
         for name, other in (("lr_like_adamw", "lr"), ("ess_per_root_row", "ess")):
             value = getattr(self, name)
             if value is not None and getattr(self, other) != "auto":
@@ -139,7 +154,8 @@ class Ivon(Method):
                 found.append(f"Expected `{name}` to be a number > 0, but got {value}. Leave it out to have it found.")
         if self.sigma_by_layer != "auto":
             found += [
-                f"Expected `sigma_by_layer` to have a number > 0 for layer {layer}, but got {value!r}."
+                f"Expected `sigma_by_layer` to have a number > 0 for layer {layer}, but got {value!r}. "
+                "Leave the layer out for 1."
                 for layer, value in self.sigma_by_layer.items()
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
             ]
@@ -260,6 +276,8 @@ class Ivon(Method):
         if self.hess_average == "run":
             for group in optimizer.param_groups:
                 group["beta2"] = min(self.beta2, 1 - 1 / (step + FIRST))
+        elif step == EARLY + 1:
+            state["hessian_early"] = self.log(optimizer, {})["hessian_over_first"]
         if self.weight_decay == "auto" and step % EVIDENCE == 1:
             posterior = optimizer.posterior()
             for group in optimizer.param_groups:
@@ -305,8 +323,14 @@ class Ivon(Method):
 
         Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go; and
         while the gain is small, a rise that is half of it hides as much. A rise counts as too much if it is so by a
-        standard error.
+        standard error. An h₀ that did not last is told here, too, as this is the first chance to.
         """
+        if not STEADY[0] <= state.get("hessian_early", 1.0) <= STEADY[1] and "told" not in state:
+            state["told"] = True  # in place of one comparison
+            return (
+                f"Within {EARLY} steps the Hessian has moved to {state['hessian_early']:.3g} times its first value, so "
+                "that sigma is not what it was set to: raise `hess_init`, and lower `ess` as much to keep it."
+            )
         if not comparison.chance:  # all rows have the same answer, so there is nothing to gain
             return None
         count = state["comparisons"] = state.get("comparisons", 0) + 1
@@ -384,7 +408,7 @@ class Ivon(Method):
             logged["hessian_of_run"] = 1.0  # it is meant to move
         losses = {"at_mean": "loss_at_mean", "under_noise": "loss_under_noise", "chance": "loss_of_chance"}
         logged |= {name: state[key] for key, name in losses.items() if key in state}
-        return logged | {name: state[name] for name in ("held_back", "rechecked") if name in state}
+        return logged | {name: state[name] for name in ("hessian_early", "held_back", "rechecked") if name in state}
 
 
 def _hessian_of(sigma: float, ess: float, delta: float) -> float:

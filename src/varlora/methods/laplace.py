@@ -54,21 +54,24 @@ class _Laplace(AdamWTraining):
     predictive: Literal["linearised", "weights"] = "linearised"
     """Predict with the linearised model, or draw weights."""
 
-    def check_model(self, model: nn.Module) -> None:
-        """Raise if there is no curvature of a parameter that trains."""
-        super().check_model(model)
-        trained_layers(model)
-
     def problems(self, plan: Plan) -> list[str]:
         found = []
         if self.prior_precision is not None and not 0 < self.prior_precision < math.inf:
-            found.append(f"Expected `prior_precision` to be a number > 0, but got {self.prior_precision}.")
+            found.append(
+                f"Expected `prior_precision` to be a number > 0, but got {self.prior_precision}. "
+                "Leave it out to have it chosen."
+            )
         if self.choose_by == "calibration" and self.prior_precision is None and not plan.calibration:
             found.append(
                 "Expected rows that are held out for `choose_by: calibration`, but there are none. "
                 "Train with `calibration_fraction`, e.g. 0.1, or set `choose_by: evidence`."
             )
         return found
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise if there is no curvature of a parameter that trains."""
+        super().check_model(model)
+        trained_layers(model)
 
     @abstractmethod
     def collector(self, trained: Trained) -> Curvature:
@@ -156,6 +159,16 @@ class _Laplace(AdamWTraining):
 class LaplaceDiag(_Laplace):
     """Train with AdamW, then take the curvature's diagonal for the posterior's precision.
 
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> rows = [Encoded("1", (0, 1), (8, 9), 0, False), Encoded("2", (1, 0), (8, 9), 1, False)]
+        >>> forward = lambda model, batch: model(nn.functional.one_hot(batch["input_ids"]).float())[:, -1]
+        >>> end = Trained(layer, rows, draw=None, forward=forward, say=lambda words: None)
+        >>> posterior = LaplaceDiag(prior_precision=1.0, predictive="weights").posterior(end)
+        >>> posterior.std["weight"].unique()  # each weight counts in one row: 1/√(p(1 − p) + 1), p = ½
+        tensor([0.8944])
+
     References:
         Yang et al. 2024, Bayesian Low-rank Adaptation for Large Language Models; Daxberger et al. 2021, Laplace Redux.
     """
@@ -172,6 +185,16 @@ class LaplaceDiag(_Laplace):
 class LaplaceKfac(_Laplace):
     """Train with AdamW, then take a Kronecker-factored curvature for the posterior's precision.
 
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.zeros_(layer.weight)
+        >>> rows = [Encoded("1", (0, 1), (8, 9), 0, False), Encoded("2", (1, 0), (8, 9), 1, False)]
+        >>> forward = lambda model, batch: model(nn.functional.one_hot(batch["input_ids"]).float())[:, -1]
+        >>> end = Trained(layer, rows, draw=None, forward=forward, say=lambda words: None)
+        >>> posterior = LaplaceKfac(prior_precision=1.0, predictive="weights").posterior(end)
+        >>> posterior.marginal_std()["weight"].mean()  # with the covariance of a row's two logits: √(½ + ½/(½ + 1))
+        tensor(0.9129)
+
     References:
         Yang et al. 2024, Bayesian Low-rank Adaptation for Large Language Models; Ritter et al. 2018, A Scalable Laplace
         Approximation for Neural Networks.
@@ -187,7 +210,10 @@ class LaplaceKfac(_Laplace):
         """A factor of rank 0 is none."""
         found = super().problems(plan)
         if self.rank < 1:
-            found.append(f"Expected `rank` to be a whole number >= 1, but got {self.rank}.")
+            found.append(
+                f"Expected `rank` to be a whole number >= 1, but got {self.rank}. "
+                f"Set e.g. `method.rank={LaplaceKfac.rank}`."
+            )
         return found
 
     def collector(self, trained: Trained) -> Curvature:

@@ -25,6 +25,13 @@ __all__ = ["McDropout"]
 class McDropout(AdamWTraining):
     """Train with AdamW and predict with the adapter's dropout on.
 
+    Example:
+        >>> from varlora import demo
+        >>> model = demo.load().model
+        >>> posterior = McDropout().posterior(Trained(model, rows=(), draw=None, forward=None))
+        >>> {rate.item() for rate in posterior.rate.values()}
+        {0.1}
+
     References:
         Gal and Ghahramani 2016, Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning.
     """
@@ -32,6 +39,14 @@ class McDropout(AdamWTraining):
     name: ClassVar[str] = "mc_dropout"
     title: ClassVar[str] = "MC dropout"
     concludes_from: ClassVar[tuple[str, ...]] = ("adamw",)
+
+    def problems(self, plan: Plan) -> list[str]:
+        """Without dropout all draws would be the mean."""
+        if plan.dropout > 0:
+            return []
+        return [
+            "Expected an adapter that is trained with dropout, but its rate is 0. Train with `lora.dropout`, 0.1 say."
+        ]
 
     def check_model(self, model: nn.Module) -> None:
         """DoRA's dropout is not that of A's columns: it drops the frozen weights' inputs too, and keeps A's norm."""
@@ -41,14 +56,6 @@ class McDropout(AdamWTraining):
     def has_variances(self) -> bool:
         """A mask's noise is the same share of every weight: it tells no two of them apart."""
         return False
-
-    def problems(self, plan: Plan) -> list[str]:
-        """Without dropout all draws would be the mean."""
-        if plan.dropout > 0:
-            return []
-        return [
-            "Expected an adapter that is trained with dropout, but its rate is 0. Train with `lora.dropout`, 0.1 say."
-        ]
 
     def posterior(self, trained: Trained) -> Dropout:
         """Return the last iterate with the dropout rates of the adapter."""

@@ -21,6 +21,15 @@ __all__ = ["Pruned"]
 class Pruned(Wrapping):
     """Set the weights of any method that have the least signal for their noise to zero.
 
+    Example:
+        >>> import torch
+        >>> from varlora.posterior import DiagonalGaussian
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> source = DiagonalGaussian({"weight": torch.tensor([[2.0, 1.0]])}, {"weight": torch.tensor([[1.0, 0.1]])})
+        >>> end = Trained(layer, rows=(), draw=None, forward=None, sources=[source])
+        >>> Pruned(fraction=0.5).posterior(end).mean["weight"]
+        tensor([[0., 1.]])
+
     References:
         the follow-up of the paper (arXiv:2506.14280), pruning at test time.
     """
@@ -41,7 +50,10 @@ class Pruned(Wrapping):
         if found:
             return found
         if not 0 <= self.fraction <= 1 or math.isnan(self.fraction):
-            found.append(f"Expected `fraction` to be a share within 0 and 1, but got {self.fraction}.")
+            found.append(
+                f"Expected `fraction` to be a share within 0 and 1, but got {self.fraction}. "
+                f"Set e.g. `method.fraction={Pruned.fraction}`."
+            )
         if self.by == "snr" and not self.inner().has_variances():
             found.append(
                 f"Expected a method with a variance for each weight to prune by `snr`, but `{self.of}` has none. "

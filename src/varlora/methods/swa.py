@@ -47,15 +47,22 @@ class _Averaging(AdamWTraining):
     """Constant at `average_lr`; from `lr` down to it between two snapshots; or the Trainer's schedule throughout."""
 
     def problems(self, plan: Plan) -> list[str]:
-        found = []
-        if not 0 <= self.start < 1:
-            found.append(f"Expected `start` to be a fraction of training from 0 to below 1, but got {self.start}.")
-        if self.every < 1:
-            found.append(f"Expected `every` to be a number of steps >= 1, but got {self.every}.")
-        if not self.lr > 0:
-            found.append(f"Expected `lr` to be a learning rate > 0, but got {self.lr}.")
+        bounds = {
+            "start": (0 <= self.start < 1, "a fraction of training from 0 to below 1"),
+            "every": (self.every >= 1, "a number of steps >= 1"),
+            "lr": (self.lr > 0, "a learning rate > 0"),
+        }
+        found = [
+            f"Expected `{name}` to be {expected}, but got {getattr(self, name)}. "
+            f"Set e.g. `method.{name}={getattr(_Averaging, name)}`."
+            for name, (in_range, expected) in bounds.items()
+            if not in_range
+        ]
         if self.average_lr is not None and self.average_lr < 0:
-            found.append(f"Expected `average_lr` to be a learning rate >= 0, but got {self.average_lr}.")
+            found.append(
+                f"Expected `average_lr` to be a learning rate >= 0, but got {self.average_lr}. "
+                "Leave it out for half of `lr`."
+            )
         if not found and (count := self.snapshots(plan.steps)) < self.needed:
             found.append(
                 f"Expected snapshots, at least {self.needed}, but {plan.steps} steps with `start` {self.start} and "
@@ -133,6 +140,16 @@ class _Averaging(AdamWTraining):
 class Swa(_Averaging):
     """Train with AdamW and average the weights of the last part of training.
 
+    Example:
+        >>> weights, state = {"w": nn.Parameter(torch.zeros(1))}, {}
+        >>> method = Swa(start=0.0, every=1)
+        >>> for step in (1, 2):
+        ...     _ = nn.init.constant_(weights["w"], step)
+        ...     method.after_step(weights, step, 2, state)
+        >>> posterior = method.posterior(Trained(None, rows=(), draw=None, forward=None, state=state))
+        >>> posterior.mean["w"].item()
+        1.5
+
     References:
         Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization; Onal et al. 2024,
         Gaussian Stochastic Weight Averaging for Bayesian Low-Rank Adaptation of Large Language Models.
@@ -159,6 +176,16 @@ class Swa(_Averaging):
 class Swag(_Averaging):
     """Train with AdamW and fit a Gaussian to the weights of the last part of training.
 
+    Example:
+        >>> weights, state = {"w": nn.Parameter(torch.zeros(1))}, {}
+        >>> method = Swag(start=0.0, every=1)
+        >>> for step in (1, 2):
+        ...     _ = nn.init.constant_(weights["w"], step)
+        ...     method.after_step(weights, step, 2, state)
+        >>> posterior = method.posterior(Trained(None, rows=(), draw=None, forward=None, state=state))
+        >>> posterior.mean["w"].item(), posterior.std["w"].item()
+        (1.5, 0.5)
+
     References:
         Maddox et al. 2019, A Simple Baseline for Bayesian Uncertainty in Deep Learning; Onal et al. 2024, Gaussian
         Stochastic Weight Averaging for Bayesian Low-Rank Adaptation of Large Language Models.
@@ -179,7 +206,10 @@ class Swag(_Averaging):
         """Fewer than two snapshots or deviations give no covariance."""
         found = super().problems(plan)
         if self.rank < 2:
-            found.append(f"Expected `rank` to be a number of deviations >= 2, but got {self.rank}.")
+            found.append(
+                f"Expected `rank` to be a number of deviations >= 2, but got {self.rank}. "
+                f"Set e.g. `method.rank={Swag.rank}`."
+            )
         return found
 
     def collect(self, mine: dict[str, Any], before: torch.Tensor, after: torch.Tensor) -> None:

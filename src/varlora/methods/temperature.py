@@ -20,6 +20,15 @@ __all__ = ["Temperature"]
 class Temperature(Wrapping):
     """Divide the logits of any method by a temperature that is fitted on held-out rows.
 
+    Example:
+        >>> import torch
+        >>> from varlora.posterior import Point
+        >>> def draw(posterior, rows, n):  # 98 % sure of the first answer, right in three of four
+        ...     return torch.tensor([[[4.0, 0.0]] * 4]), torch.tensor([0, 0, 0, 1])
+        >>> end = Trained(None, rows=(), draw=draw, forward=None, sources=[Point({})], say=lambda words: None)
+        >>> round(Temperature().posterior(end).temperature, 3)  # 4/ln 3: 75 % sure
+        3.641
+
     References:
         Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
     """
@@ -38,7 +47,10 @@ class Temperature(Wrapping):
                 "Train with `calibration_fraction`, e.g. 0.1 (an ensemble: of runs that hold out the same rows)."
             )
         if self.samples < 1:
-            found.append(f"Expected `samples` to be a number of draws >= 1, but got {self.samples}.")
+            found.append(
+                f"Expected `samples` to be a number of draws >= 1, but got {self.samples}. "
+                f"Set e.g. `method.samples={Temperature.samples}`."
+            )
         return found
 
     def posterior(self, trained: Trained) -> Tempered:

@@ -39,6 +39,18 @@ BISECTIONS = 6
 class Tfb(AdamWTraining):
     """Train with AdamW, then find the largest noise in the adapter that hardly raises the loss.
 
+    Example:
+        >>> lora = {"lora_A": nn.Linear(2, 1, bias=False), "lora_B": nn.Linear(1, 2, bias=False)}
+        >>> model, d = nn.ModuleDict({"q": nn.ModuleDict(lora)}), lora["lora_B"].weight.norm().item()
+        >>> def draw(posterior, rows, n):  # noise makes the right answer less sure
+        ...     sigma = d * posterior.std["q.lora_A.weight"].mean().item()
+        ...     return torch.tensor([[1 - sigma, 0.0]]).expand(max(n, 1), 1, 2), torch.tensor([0])
+        >>> end = Trained(model, rows=["a row"], draw=draw, forward=None, say=lambda words: None)
+        >>> sigma = d * Tfb(bound=0.1).posterior(end).std["q.lora_A.weight"].mean().item()
+        >>> without, with_noise = (math.log(1 + math.exp(-logit)) for logit in (1, 1 - sigma))
+        >>> round(with_noise / without, 2)
+        1.1
+
     References:
         Shi et al. 2024, Training-Free Bayesianization for Low-Rank Adapters of Large Language Models.
     """
@@ -58,9 +70,13 @@ class Tfb(AdamWTraining):
         """Bound, rows and draws must leave something to search with."""
         found = []
         if not 0 < self.bound < math.inf:
-            found.append(f"Expected `bound` to be a relative rise > 0, but got {self.bound}. The paper's is 0.003.")
+            found.append(
+                f"Expected `bound` to be a relative rise > 0, but got {self.bound}. "
+                f"Set e.g. `method.bound={Tfb.bound}`."
+            )
         found += [
-            f"Expected `{name}` to be a whole number >= 1, but got {getattr(self, name)}."
+            f"Expected `{name}` to be a whole number >= 1, but got {getattr(self, name)}. "
+            f"Set e.g. `method.{name}={getattr(Tfb, name)}`."
             for name in ("anchor_rows", "samples")
             if getattr(self, name) < 1
         ]

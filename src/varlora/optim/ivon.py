@@ -90,7 +90,8 @@ class IVON(torch.optim.Optimizer):
         hess_init: initial Hessian h₀ > 0; the initial posterior standard deviation is 1/√(λ(h₀ + δ)).
         beta1: decay β₁ of the gradient's momentum.
         beta2: decay β₂ of the Hessian's average.
-        weight_decay: δ ≥ 0; the prior is a zero-mean Gaussian of precision λδ.
+        weight_decay: δ ≥ 0; the prior is a zero-mean Gaussian of variance v₀ = 1/(λδ), flat (v₀ = ∞) at 0. The
+            paper's Table 3 lists no δ.
         clip_radius: bound ξ on each entry of the preconditioned step; `math.inf` for none.
         mc_samples: draws a step, S; the same in all groups.
         hess_approx: estimator of the diagonal Hessian of the average loss. `"price"`: ĝ(θ − m)/σ² (Price's theorem),
@@ -787,18 +788,18 @@ def _check_cleared(before: _Gradients) -> None:
 
 def _check_settings(group: dict[str, Any]) -> None:
     """Raise for the first setting that is out of its range."""
-    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "lr": (lambda x: x >= 0, "a learning rate >= 0. Pass e.g. `lr=0.03`"),
-        "ess": (lambda x: x > 0, "a number of training examples > 0. Pass `ess=len(dataset)` or more"),
-        "hess_init": (lambda x: x > 0, "an initial Hessian > 0. Pass e.g. `hess_init=1e-3`"),
-        "beta1": (lambda x: 0 <= x < 1, "a decay within [0, 1). Pass e.g. `beta1=0.9`"),
-        "beta2": (lambda x: 0 <= x < 1, "a decay within [0, 1). Pass e.g. `beta2=1 - 1e-5`"),
-        "weight_decay": (lambda x: x >= 0, "a prior precision (divided by `ess`) >= 0. Pass e.g. `weight_decay=0.0`"),
-        "clip_radius": (lambda x: x > 0, "a bound > 0 on the step. Pass e.g. `clip_radius=1e-3`, or `math.inf`"),
-        "mc_samples": (lambda x: isinstance(x, int) and x >= 1, "a number of draws >= 1. Pass e.g. `mc_samples=1`"),
-        "batch_size": (lambda x: x > 0, "the number of examples a gradient averages over, > 0"),
+    checks: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+        "lr": (lambda x: x >= 0, "a learning rate >= 0", "e.g. `lr=0.03`"),
+        "ess": (lambda x: x > 0, "a number of training examples > 0", "`ess=len(dataset)` or more"),
+        "hess_init": (lambda x: x > 0, "an initial Hessian > 0", "e.g. `hess_init=1e-3`"),
+        "beta1": (lambda x: 0 <= x < 1, "a decay within [0, 1)", "e.g. `beta1=0.9`"),
+        "beta2": (lambda x: 0 <= x < 1, "a decay within [0, 1)", "e.g. `beta2=1 - 1e-5`"),
+        "weight_decay": (lambda x: x >= 0, "a prior precision (divided by `ess`) >= 0", "e.g. `weight_decay=0.0`"),
+        "clip_radius": (lambda x: x > 0, "a bound > 0 on the step", "e.g. `clip_radius=1e-3`, or `math.inf`"),
+        "mc_samples": (lambda x: isinstance(x, int) and x >= 1, "a number of draws >= 1", "e.g. `mc_samples=1`"),
+        "batch_size": (lambda x: x > 0, "the number of examples a gradient averages over, > 0", "e.g. `batch_size=4`"),
     }
-    for name, (in_range, expected) in checks.items():
+    for name, (in_range, expected, instead) in checks.items():
         value = group[name]
         if name == "batch_size" and value is None:
             continue
@@ -806,9 +807,12 @@ def _check_settings(group: dict[str, Any]) -> None:
             value = value.item() if value.numel() == 1 else value
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not (math.isfinite(value) or name == "clip_radius") or not in_range(value):
-            raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}.")
+            raise ValueError(f"Expected `{name}` to be {expected}, but got {value!r}. Pass {instead}.")
     if group["fused"] not in (True, False, None):
-        raise ValueError(f"Expected `fused` to be True, False or None, but got {group['fused']!r}.")
+        raise ValueError(
+            f"Expected `fused` to be True, False or None, but got {group['fused']!r}. Leave it out to have kernels "
+            "where there are some."
+        )
     fused = group["fused"]
     without = next((p.device for p in group["params"] if fused and kernels_for(p.device) is None), None)
     if without is not None:
@@ -818,7 +822,10 @@ def _check_settings(group: dict[str, Any]) -> None:
             "`fused` out."
         )
     if group["hess_approx"] not in ("price", "gradsq"):
-        raise ValueError(f"Expected `hess_approx` to be 'price' or 'gradsq', but got {group['hess_approx']!r}.")
+        raise ValueError(
+            f"Expected `hess_approx` to be 'price' or 'gradsq', but got {group['hess_approx']!r}. Leave it out for "
+            "'price'."
+        )
     if group["hess_approx"] == "gradsq" and group["batch_size"] is None:
         raise ValueError(
             "Expected `batch_size` with `hess_approx='gradsq'`, which scales with it, but got None. "

@@ -37,7 +37,16 @@ CRITERIA = ("snr", "magnitude", "random")
 
 @runtime_checkable
 class Posterior(Protocol):
-    """A distribution over the predictors that one base model can become."""
+    """A distribution over the predictors that one base model can become.
+
+    Example:
+        >>> from varlora.posterior import Point
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> posterior: Posterior = Point({"weight": torch.tensor([[2.0]])})
+        >>> with posterior.sampled(layer, torch.Generator().manual_seed(0)):
+        ...     layer.weight.item()
+        2.0
+    """
 
     kind: ClassVar[str]
     """Key in `POSTERIORS`; a checkpoint stores it."""

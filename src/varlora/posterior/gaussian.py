@@ -22,6 +22,9 @@ class DiagonalGaussian(WeightPosterior):
 
     Draws go through the parameters in the order of their names, so they depend on the generator alone.
 
+    Raises:
+        VarloraError: `mean` and `std` differ in names or shapes.
+
     Example:
         >>> from torch import nn
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -32,6 +35,9 @@ class DiagonalGaussian(WeightPosterior):
         True
         >>> posterior.scale(4.0).std["weight"].item()
         1.0
+
+    References:
+        Cong et al. 2024, Variational Low-Rank Adaptation Using IVON (arXiv:2411.04421), section 2.
     """
 
     kind: ClassVar[str] = "diagonal_gaussian"

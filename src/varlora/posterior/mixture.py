@@ -30,6 +30,9 @@ class Mixture:
     no single mean: at the mean, the logarithm of the members' average probability is returned as logits, so that their
     softmax is that average.
 
+    Raises:
+        VarloraError: there are no members.
+
     Example:
         >>> from varlora.posterior import Point
         >>> members = [Point({"weight": torch.tensor([[value]])}) for value in (1.0, 3.0)]
@@ -37,6 +40,9 @@ class Mixture:
         >>> layer, generator = nn.Linear(1, 1, bias=False), torch.Generator()
         >>> Mixture(members).draw_logits(layer, torch.ones(1, 1), 4, generator, forward).flatten().tolist()
         [1.0, 3.0, 1.0, 3.0]
+
+    References:
+        Lakshminarayanan et al. 2017, Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles.
     """
 
     kind: ClassVar[str] = "mixture"
