@@ -112,7 +112,7 @@ WITHIN = {
     },
     "grid": {"config", "training", "evaluation", "quiet"},
     "plan": {"config", "sources", "loading", "training"},
-    "reproduce": {"plan", "training", "grid", "evaluated", "table", "tables", "paper", "typeset", "report"},
+    "reproduce": {"config", "plan", "training", "grid", "evaluated", "table", "tables", "paper", "typeset", "report"},
     "export": {"config", "templating", "loading"},
     "card": {"config", "diagram", "evaluated", "results", "templating"},
     "hub": {"card", "config", "loading"},

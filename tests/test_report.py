@@ -311,6 +311,62 @@ def test_runs_on_other_weights_are_not_seeds_of_one_method(tmp_path):
     assert len(build_report(runs, tmp_path / "out").rows) == 2 * len(together)
 
 
+def configured(run: Path, **changes: object) -> Path:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **changes}))
+    return run
+
+
+def test_runs_on_other_training_rows_are_not_seeds_of_one_method(tmp_path):
+    """As far as both know them, whatever a run of another method knows."""
+    runs = [configured(write_run(tmp_path / str(seed), seed=seed), data="abc" * seed) for seed in (1, 2)]
+    older = write_run(tmp_path / "adamw", method="adamw")
+    lines = {row.differs for row in build_report([*runs, older], tmp_path / "out").rows if row.method == "ivon"}
+    assert lines == {"data=abc", "data=abcabc"}
+    configured(runs[1], data=None)
+    assert {row.differs for row in build_report([*runs, older], tmp_path / "out").rows} == {""}
+
+
+def test_runs_that_build_on_runs_of_other_lengths_are_not_seeds_of_one_method(tmp_path):
+    def built(seed: int, steps: int, **changes: object) -> Path:
+        source = {"method": "adamw", "method_settings": {}, "settings": {"steps": steps, "model": "tiny", **changes}}
+        run = write_run(tmp_path / f"{seed}-{steps}", method="swag", seed=seed, model="tiny", steps=4)
+        return configured(run, concluded_from=[source])
+
+    runs = [built(1, 6), built(2, 6), built(2, 30)]
+    assert {len(row.runs) for row in build_report(runs[:2], tmp_path / "out").rows} == {2}
+    apart = build_report(runs[::2], tmp_path / "out").rows
+    assert {row.differs for row in apart} == {"on.steps=6", "on.steps=30"}
+
+
+def test_a_variance_or_drawing_that_is_not_the_usual_one_is_told(tmp_path):
+    usual, other = write_run(tmp_path / "a"), write_run(tmp_path / "b", task="obqa", tau=0.25)
+    tensors, meta = load_tensors(other / "predictions.safetensors")
+    save_tensors(other / "predictions.safetensors", tensors, {**meta, "last_layers": "1"})
+    report = build_report([usual, other], tmp_path / "out")
+    assert {(row.task, row.differs) for row in report.rows} == {("arc_easy", ""), ("obqa", "last_layers=1, tau=0.25")}
+    assert not any(line.cells["Average"].mean for block in report.tables[0].blocks for line in block.lines)
+
+
+def test_no_line_is_of_two_models(tmp_path):
+    runs = [write_run(tmp_path / name, task=name, model=f"/models/{name}") for name in ("boolq", "obqa")]
+    report = build_report(runs, tmp_path / "out")
+    assert {row.differs for row in report.rows} == {"model=boolq", "model=obqa"}
+
+
+@pytest.mark.parametrize("where", ["task", "config"])
+def test_names_that_would_move_a_terminals_cursor_are_refused(where, tmp_path):
+    run, bad = write_run(tmp_path / "run"), "x\x1b]0;pwned\x07\x1b[2J"
+    if where == "task":
+        tensors, meta = load_tensors(run / "predictions.safetensors")
+        save_tensors(run / "predictions.safetensors", tensors, {**meta, "task": bad})
+    else:
+        configured(run, commit=bad)
+    with pytest.raises(DamagedFileError, match="names that can be printed") as raised:
+        build_report([run], tmp_path / "out")
+    assert "\x1b" not in str(raised.value)
+
+
 def test_rows_that_have_other_labels_are_different(tmp_path):
     """Where ids are the numbers of rows, a file that was replaced has the same."""
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]
@@ -325,6 +381,8 @@ def test_rows_that_have_other_labels_are_different(tmp_path):
         {"versions": "x"},
         {"concluded_from": [{}]},
         {"concluded_from": "abc"},
+        {"concluded_from": [{"method": "adamw", "method_settings": {}, "settings": 3}]},
+        {"data": 7},
         {"concluded_from": [{"method": [], "method_settings": {}}]},
         {"settings": {"model": None}},
         {"settings": {"method_settings": [1]}},

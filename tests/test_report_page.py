@@ -134,7 +134,7 @@ def test_charts_name_what_they_show(page):
 
 
 def test_rows_that_are_left_out_are_counted(rows):
-    text = html_page(rows, [], [], 10, limit=7)
+    text = html_page(rows, [], [], 10, "right", limit=7)
     assert "The 7 rows of most disagreement; 53 others are left out." in text
     assert text.count("so on&lt;/b&gt;?") == 7 * 2
 

@@ -15,11 +15,13 @@ from varlora.config import load_settings
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, VarloraError
 from varlora.evaluation import calibrate, evaluate
+from varlora.files import load_tensors, save_tensors
 from varlora.grid import Cell, Outcome, run_cell
 from varlora.methods import METHODS
-from varlora.plan import candidates_of, plan_from, run_settings
+from varlora.plan import candidates_of, check, plan_from, run_settings
 from varlora.predictions import save_predictions
 from varlora.reproduce import reproduce, tables_of
+from varlora.run import alone
 from varlora.table import TASKS as TITLES
 
 EVERY = [name for name in METHODS if name not in ("tfb", "blob")]  # these have tests of their own, and are slow
@@ -133,6 +135,33 @@ def test_a_search_tries_the_same_number_for_each_and_reports_the_best_on_held_ou
     assert json.loads((tmp_path / "runs" / "grid.json").read_text())["chosen"] == ended.chosen
 
 
+def test_what_a_method_and_its_base_both_try_has_folders_of_its_own(world, tmp_path):
+    search = {"adamw": {"steps": [2, 12]}, "swag": {"steps": [4, 8]}}
+    plan = plan_from(recipe(tmp_path, search=search, methods={"swag": {"every": 1}}), tmp_path / "runs", world)
+    found = candidates_of(plan, *world["tasks"], "swag")
+    assert [one.variant for one in found] == [f"adamw.steps={below},steps={own}" for below in (2, 12) for own in (4, 8)]
+    for one in found:
+        settings = run_settings(plan, one, 3)
+        assert settings.steps == one.own["steps"]
+        assert Path(settings.sources[0]).parts[-2:] == (f"steps={one.base.own['steps']}", "seed3")
+
+
+def test_a_candidate_that_fails_loses_though_it_was_evaluated_otherwise_before(world, tmp_path):
+    options = {**world, "methods": ["ivon"], "seeds": [3]}
+    search = recipe(tmp_path, search={"ivon": {"lr": [0.1, 0.5]}})
+    best = reproduce(plan_from(search, tmp_path / "runs", options), Here(), silent).chosen["two_choices"]["ivon"]
+    again = reproduce(plan_from(search, tmp_path / "runs", {**options, "samples": 3}), Here(fail=best), silent)
+    assert again.chosen["two_choices"]["ivon"] != best
+    assert not again.failed
+
+
+def test_an_ensemble_is_not_searched_and_may_stand_first(world, tmp_path):
+    refused = refusal(tmp_path, world, methods=["ensemble"], search={"ensemble": {"size": [2, 3]}})
+    assert any("`search.ensemble` would try nothing" in problem and "Search `adamw`" in problem for problem in refused)
+    search = recipe(tmp_path, search={"adamw": {"steps": [2, 6]}})
+    check(plan_from(search, tmp_path / "runs", {**world, "methods": ["ensemble", "adamw"]}))
+
+
 def test_a_method_of_which_every_candidate_failed_is_left_out(world, tmp_path):
     search = {"adamw": {"lr": [1e-4, 1e-3]}, "ivon": {"lr": [0.1, 0.5]}}
     plan = plan_from(recipe(tmp_path, search=search), tmp_path / "runs", {**world, "methods": ["adamw", "ivon"]})
@@ -219,8 +248,8 @@ def test_all_problems_at_once_before_anything_trains(world, tmp_path):
         ({"search": {"adamw": {"lr": []}}}, "Expected `search.adamw` to be lists of values by setting"),
         ({"search": {"adamw": None}}, "Expected `search.adamw` to be lists of values by setting"),
         (
-            {"search": {"ensemble": {"size": ["two"]}}, "methods": ["ensemble"]},
-            "`methods.ensemble.size` to be a number",
+            {"search": {"ensemble": {"size": [2, 3]}}, "methods": ["ensemble"]},
+            "`search.ensemble` would try nothing",
         ),
         ({"search": {1: 2}}, "Unknown method `1`"),
         ({"seeds": [0, 1000], "methods": ["ensemble"]}, "Expected `seeds` whose runs of ensemble share no members"),
@@ -284,6 +313,81 @@ def test_settings_that_contradict_the_run_that_a_method_builds_on(world, tmp_pat
     assert "`lr` is 0.0005 and was 0.001" in dropout
     assert kfac.startswith("two_choices, laplace_kfac: ")
     assert "`steps` is 5 and was 6" in kfac
+
+
+def test_a_base_that_was_moved_is_the_same_and_another_one_is_refused(world, tmp_path):
+    options = {**world, "methods": ["adamw"], "seeds": [3]}
+    reproduce(plan_from(None, tmp_path / "runs", options), Here(), silent)
+    moved, other = (shutil.copytree(world["model"], tmp_path / name) for name in ("moved", "other"))
+    begun = Here()
+    ended = reproduce(plan_from(None, tmp_path / "runs", {**options, "model": str(moved)}), begun, silent)
+    assert (begun.begun, ended.failed) == ([], ())
+    tensors, meta = load_tensors(other / "model.safetensors")
+    save_tensors(other / "model.safetensors", {name: 2 * tensor for name, tensor in tensors.items()}, meta)
+    with pytest.raises(ConfigError, match=r"Expected the base that .* but .*other is another one"):
+        reproduce(plan_from(None, tmp_path / "runs", {**options, "model": str(other)}), begun, silent)
+    assert begun.begun == []
+
+
+def test_rows_that_were_changed_are_evaluated_again_or_refused(world, tmp_path):
+    (task,) = map(Path, world["tasks"])
+    for path in task.parent.glob("two_choices*"):
+        shutil.copy(path, tmp_path)
+    task = tmp_path / task.name
+    plan = plan_from(None, tmp_path / "runs", {**world, "tasks": [str(task)], "methods": ["adamw"], "seeds": [3]})
+    (run,) = reproduce(plan, Here(), silent).runs
+    dev = tmp_path / "two_choices.dev.jsonl"
+    dev.write_text("".join(reversed(dev.read_text().splitlines(keepends=True)[:7])))
+    begun = Here()
+    reproduce(plan, begun, silent)
+    assert len(begun.begun) == 1
+    assert json.loads((run / "metrics.json").read_text())["rows"] == 7
+    reproduce(plan, begun, silent)
+    assert len(begun.begun) == 1
+    task.write_text(task.read_text().replace("{question}", "{question} Now,"))
+    with pytest.raises(ConfigError, match=r"training rows, and their prompts, .* others now \(1 of 1 runs\)"):
+        reproduce(plan, begun, silent)
+
+
+def test_another_split_is_reported_where_the_plan_names_it(world, tmp_path):
+    (task,) = map(Path, world["tasks"])
+    for path in task.parent.glob("two_choices*"):
+        shutil.copy(path, tmp_path)
+    task = tmp_path / task.name
+    lines = (tmp_path / "two_choices.train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "two_choices.test.jsonl").write_text("".join(lines[:5]))
+    task.write_text(task.read_text().replace("files:\n", "files:\n  test: two_choices.test.jsonl\n"))
+    options = {**world, "tasks": [str(task)], "methods": ["adamw"], "seeds": [3]}
+    (run,) = reproduce(plan_from(None, tmp_path / "runs", options), Here(), silent).runs
+    reproduce(plan_from(None, tmp_path / "runs", {**options, "split": "test"}), Here(), silent)
+    found = json.loads((run / "metrics.json").read_text())
+    assert (found["split"], found["rows"]) == ("test", 5)
+    of_task = recipe(tmp_path, tasks={str(task): {"split": "dev"}})
+    begun = Here()
+    reproduce(plan_from(of_task, tmp_path / "runs", {**options, "split": "test"}), begun, silent)
+    assert len(begun.begun) == 1
+    assert json.loads((run / "metrics.json").read_text())["split"] == "dev"
+    with pytest.raises(ConfigError, match="nothing was trained or chosen on, but got `calibration`"):
+        reproduce(plan_from(None, tmp_path / "runs", {**options, "split": "calibration"}), begun, silent)
+
+
+def test_two_reproductions_do_not_share_a_folder(world, tmp_path):
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"]})
+    begun = Here()
+    with alone(plan.out), pytest.raises(VarloraError, match="Another process"):
+        reproduce(plan, begun, silent)
+    assert begun.begun == []
+
+
+def test_a_run_whose_predictions_are_damaged_is_marked_and_told(world, tmp_path):
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"]})
+    assert not tables_of("table1", plan, Here(), say=silent).failed
+    path = plan.out / "two_choices" / "adamw" / "seed4" / "predictions.safetensors"
+    tensors, meta = load_tensors(path)
+    save_tensors(path, {**tensors, "labels": tensors["labels"] + 100}, meta)
+    made = tables_of("table1", plan, Here(), say=silent)
+    assert [Path(skip.run).name for skip in made.failed] == ["seed4"]
+    assert "a label is not among" in (plan.out / "table1.md").read_text()
 
 
 def test_values_of_a_search_stay_within_the_folder_of_the_runs(world, tmp_path):

@@ -12,8 +12,8 @@ from varlora.errors import did_you_mean
 __all__ = ["LISTS", "PLAN_OPTIONS", "SETTINGS_OPTIONS", "command_line"]
 
 PLAN_OPTIONS = (
-    "model", "tasks", "methods", "seeds", "samples", "data_dir", "steps", "batch_size", "quantization", "dtype",
-    "max_length", "calibration_fraction",
+    "model", "tasks", "methods", "seeds", "samples", "split", "data_dir", "steps", "batch_size", "quantization",
+    "dtype", "max_length", "calibration_fraction",
 )  # fmt: skip
 SETTINGS_OPTIONS = (
     "task", "model", "method", "data_dir", "steps", "batch_size", "accumulation", "quantization", "dtype", "max_length",
@@ -232,6 +232,7 @@ def command_line() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
     report.add_argument("--compare", choices=("paper",), help="lay the paper's numbers beside")
+    _bin_arguments(report)
 
     reproduce = verb("reproduce", "Make the paper's tables for your own model and tasks.", REPRODUCE_EXAMPLES)
     _plan_arguments(reproduce)
@@ -268,6 +269,16 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def _bin_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bins", type=_at_least_one, default=10, help="bins of the ECE, of equal width (default: 10)")
+    parser.add_argument(
+        "--bin-rule",
+        choices=("right", "left"),
+        default="right",
+        help="right: (lo, hi], left: [lo, hi) (default: right)",
+    )
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone, 127.0.0.1)")
@@ -297,9 +308,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=seed, nargs="+", help="a run of each method for each (default: 0 1 2)")
     parser.add_argument("--samples", type=int, help="posterior draws (default: 10)")
+    parser.add_argument("--split", help="the split to report on (default: each task's own, dev)")
     _common_arguments(parser, "any setting of the plan or of all runs: methods.ivon.ess=1e6 lora.rank=16")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder (default: runs/reproduce)")
     parser.add_argument("--compare", choices=("paper",), help="lay the paper's numbers beside")
+    _bin_arguments(parser)
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of the overhead (default: 30)")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where runs go (default: local)")
     parser.add_argument("--workers", type=_at_least_one, default=1, help="local: runs at a time (default: 1)")

@@ -1,22 +1,22 @@
-"""Is one method better than another, or is it noise? Differences of metrics, with bootstrap intervals.
+"""Is one method better than another, or is it noise? Differences of metrics, with intervals over seeds and rows.
 
 Both methods saw the same seeds and the same rows, so that what makes a seed or a row easy is easy for both and cancels
-in the difference. Each replicate draws seeds and rows with replacement, the same ones for both methods, and the spread
-of the replicates' differences says how far other seeds and other rows would have moved the result (Efron 1979; of seeds
-and rows at once, Owen 2007).
+in the difference. How far other seeds would have moved it is estimated from the seeds' differences; how far other rows
+would have, from rows that are drawn with replacement, the same ones for both methods (the bootstrap: Efron 1979).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from varlora.metrics import MetricError, bin_of, by_row, evaluate
+from varlora.metrics import MetricError, Rule, bin_of, by_row, evaluate
 
-__all__ = ["Difference", "paired_differences", "standard_errors"]
+__all__ = ["Difference", "paired_differences", "standard_errors", "student_quantile"]
 
 METRICS = ("accuracy", "nll", "ece", "brier")  # in the order of `evaluate`
 BYTES = 100_000_000  # of drawn rows and their counts at a time
@@ -29,13 +29,13 @@ class Difference:
     mean: float
     """On the data itself: the mean over seeds of b − a."""
     low: float
-    """Lower end of the interval."""
+    """Lower end of the interval; minus infinity where a single row says nothing of others."""
     high: float
     """Upper end of the interval."""
     level: float
-    """Share of the replicates within the interval; as many lie below as above."""
+    """How often such an interval holds what the difference is over all seeds and rows."""
     replicates: int
-    """How many times seeds and rows were drawn."""
+    """How many times rows were drawn."""
 
     @property
     def noise(self) -> bool:
@@ -48,38 +48,38 @@ def paired_differences(
     b: Sequence[tuple[Tensor, Tensor]],
     *,
     bins: int = 10,
+    rule: Rule = "right",
     level: float = 0.95,
     replicates: int = 1000,
     generator: torch.Generator,
 ) -> dict[str, Difference]:
-    r"""Return the difference b − a of accuracy, nll, ece and brier, each with a percentile bootstrap interval.
+    r"""Return the difference b − a of accuracy, nll, ece and brier, each with an interval.
 
-    .. math:: \Delta = \frac{1}{K} \sum_{k=1}^{K} \left[ m(b_{s_k}, w_k) - m(a_{s_k}, w_k) \right]
+    .. math:: \Delta \pm \sqrt{t_{K - 1}^2 V_s + t_{N - 1}^2 V_r}, \qquad
+        \Delta = \frac{1}{K} \sum_{k=1}^{K} \Delta_k, \qquad
+        V_s = \frac{1}{K (K - 1)} \sum_k (\Delta_k - \Delta)^2
 
-    A replicate draws K of the K seeds s with replacement and, for each of these, N of its N rows (w counts how often
-    each was drawn); m is the metric of the drawn rows. If all seeds were evaluated on the same rows, then these are
-    drawn once for each replicate and all its seeds: a hard row is hard in every run, and rows drawn anew for each seed
-    would average out what is the same in all of them. Rows are taken for the same if they are as many and have equal
-    labels; otherwise each drawn seed draws its own.
+    Δₖ is the difference of the metrics of seed k. If all seeds were evaluated on the same rows, then V_r is how much
+    the mean over seeds varies where N of the N rows are drawn anew, the same ones for each seed and both methods: a
+    hard row is hard in every run, and the spread between seeds does not show it. Otherwise the spread between seeds has
+    it all, and V_r is 0. Rows are taken for the same if they are as many and have equal labels. t is Student's
+    quantile: the fewer the seeds, the less is known of their spread.
 
     What it does not say:
 
-    - With a single seed only rows are drawn, so the interval is that of other rows, not of other seeds.
-    - With few seeds it is too narrow: the variance between seeds is on average (K - 1) / K of the true one.
-    - With several seeds, what is neither of the seed nor of the row, but chance in each cell of seed and row, is in the
-      spread of both and counted more than once: were it all there is, the interval would be too wide by a factor of
-      nearly √3 with shared rows (Owen 2007), and √2 otherwise.
-    - The ECE of drawn rows is on average larger than that of the data, because drawing adds noise to every bin. In the
-      difference of two methods most of this cancels, but not all.
+    - With a single seed V_s is 0, so the interval is that of other rows, not of other seeds.
+    - What is neither of the seed nor of the row, but chance in each cell of seed and row, is in V_s and in V_r if the
+      rows are the same: were it all there is, the interval would be too wide by a factor of √2 and, of few seeds, more.
 
     Memory: about 100 MB of drawn rows, however many there are, and 16 (3 + bins) bytes for each row of one seed.
 
     Args:
         a: the first method's `(probs (N, C), labels (N,))` of each seed; N may differ between seeds.
         b: the second method's, of the same seeds and rows in the same order.
-        bins: number of equal-width bins (lo, hi] of the ECE.
-        level: share of the replicates that the interval holds, between 0 and 1.
-        replicates: how many times to draw.
+        bins: number of bins of the ECE.
+        rule: rule of these bins; see `bin_of`.
+        level: how often the intervals are to hold the truth, between 0 and 1.
+        replicates: how many times to draw, at least 2.
         generator: where the draws come from; the same state gives the same intervals.
 
     Returns:
@@ -100,29 +100,51 @@ def paired_differences(
         (-0.31, False)
 
     References:
-        Efron, Bootstrap methods: another look at the jackknife, 1979; Owen, The pigeonhole bootstrap, 2007.
+        Efron, Bootstrap methods: another look at the jackknife, 1979; Zou and Donner, Construction of confidence limits
+        about effect measures, 2008 (how the two parts come together).
     """
     _check(a, b, level, replicates)
-    actual = [[list(evaluate(*of_seed, bins).values()) for of_seed in method] for method in (a, b)]  # [2][K][4]
-    same_rows = all(torch.equal(labels, a[0][1]) for _, labels in a)
+    metrics = [[list(evaluate(*of_seed, bins, rule).values()) for of_seed in method] for method in (a, b)]  # [2][K][4]
+    of_seeds = torch.tensor(metrics, dtype=torch.float64).diff(dim=0)[0]
+    k, n, share = len(a), len(a[0][1]), (1 + level) / 2
+    square = torch.zeros(len(METRICS), dtype=torch.float64)  # of half the interval
+    if k > 1:
+        square += student_quantile(share, k - 1) ** 2 * of_seeds.var(dim=0) / k
+    if all(torch.equal(labels, a[0][1]) for _, labels in a):
+        before, moved = generator.get_state(), torch.zeros((), dtype=torch.float64, device=generator.device)
+        for pair in zip(a, b):
+            generator.set_state(before)  # so that every seed gets the same rows
+            columns = torch.stack([_columns(*method, bins, rule) for method in pair], dim=1).to(generator.device)
+            moved = moved + _differences(columns, replicates, generator) / k
+        square += student_quantile(share, n - 1) ** 2 * moved.var(dim=0).cpu() * n / (n - 1) if n > 1 else torch.inf
 
-    seeds = torch.randint(len(a), (replicates, len(a)), generator=generator, device=generator.device)
-    before_rows = generator.get_state()
-    drawn = torch.empty(*seeds.shape, len(METRICS), dtype=torch.float64, device=generator.device)
-    for seed, pair in enumerate(zip(a, b)):
-        here = seeds == seed
-        columns = torch.stack([_columns(*method, bins) for method in pair], dim=1).to(generator.device)
-        if same_rows:
-            generator.set_state(before_rows)  # so that every seed gets the same rows
-            drawn[here] = _differences(columns, replicates, generator)[here.nonzero()[:, 0]]
-        else:
-            drawn[here] = _differences(columns, int(here.sum()), generator)
+    mean, half = of_seeds.mean(dim=0), square.sqrt()
+    means, lows, highs = (_rounded(values).tolist() for values in (mean, mean - half, mean + half))
+    return {name: Difference(means[i], lows[i], highs[i], level, replicates) for i, name in enumerate(METRICS)}
 
-    tail = (1 - level) / 2
-    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64, device=drawn.device)
-    low, high = _rounded(drawn.mean(dim=1)).quantile(ends, dim=0).tolist()
-    mean = _rounded(torch.tensor(actual, dtype=torch.float64).diff(dim=0).mean(dim=(0, 1))).tolist()
-    return {name: Difference(mean[i], low[i], high[i], level, replicates) for i, name in enumerate(METRICS)}
+
+def student_quantile(share: float, freedom: int) -> float:
+    """Return the number that a share of Student's distribution lies below.
+
+    With x = √ν tan θ its density is proportional to cos^(ν − 1) θ, which is summed over a grid of θ.
+
+    Args:
+        share: from 0.5, below 1.
+        freedom: degrees of freedom ν, at least 1; above 10,000 it is taken for the normal distribution.
+
+    Example:
+        >>> [round(student_quantile(0.975, freedom), 2) for freedom in (1, 2, 4, 1000)]
+        [12.71, 4.3, 2.78, 1.96]
+    """
+    if freedom > 10_000:
+        return math.sqrt(2) * torch.erfinv(torch.tensor(2 * share - 1, dtype=torch.float64)).item()
+    angles = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    below = torch.cumulative_trapezoid(angles.cos() ** (freedom - 1), angles)
+    wanted = (2 * share - 1) * below[-1]
+    after = int(torch.searchsorted(below, wanted))
+    before = below[after - 1] if after else 0.0
+    angle = angles[after] + (wanted - before) / (below[after] - before) * (angles[1] - angles[0])
+    return math.sqrt(freedom) * math.tan(angle)
 
 
 def standard_errors(
@@ -153,8 +175,7 @@ def standard_errors(
     References:
         Efron, Bootstrap methods: another look at the jackknife, 1979.
     """
-    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 2:
-        raise MetricError(f"Expected `replicates` to be a whole number >= 2, but got {replicates!r}. Pass 1000.")
+    _check_replicates(replicates)
     columns = _columns(probs, labels, bins)
     both = torch.stack([torch.zeros_like(columns), columns], dim=1).to(
         generator.device
@@ -163,14 +184,14 @@ def standard_errors(
     return dict(zip(METRICS, spread))
 
 
-def _columns(probs: Tensor, labels: Tensor, bins: int) -> Tensor:
+def _columns(probs: Tensor, labels: Tensor, bins: int, rule: Rule = "right") -> Tensor:
     """Return (N, 3 + bins) numbers whose means over rows are all that the metrics need.
 
     They are accuracy, nll and Brier score of each row and, in the column of its bin, accuracy - confidence.
     """
     rows = by_row(probs, labels)
     gap = rows.right.double() - rows.confidence.double()
-    gaps = gap.new_zeros(len(gap), bins).scatter_(1, bin_of(rows.confidence, bins)[:, None], gap[:, None])
+    gaps = gap.new_zeros(len(gap), bins).scatter_(1, bin_of(rows.confidence, bins, rule)[:, None], gap[:, None])
     return torch.cat([torch.stack([rows.right.double(), rows.nll, rows.brier], dim=1), gaps], dim=1)
 
 
@@ -192,13 +213,17 @@ def _rounded(values: Tensor) -> Tensor:
     return values.round(decimals=12) + 0.0  # + 0.0: no negative zero
 
 
+def _check_replicates(replicates: int) -> None:
+    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 2:
+        raise MetricError(f"Expected `replicates` to be a whole number >= 2, but got {replicates!r}. Pass 1000.")
+
+
 def _check(
     a: Sequence[tuple[Tensor, Tensor]], b: Sequence[tuple[Tensor, Tensor]], level: float, replicates: int
 ) -> None:
     if not 0 < level < 1:
         raise MetricError(f"Expected `level` to be between 0 and 1, but got {level!r}. Pass level=0.95.")
-    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
-        raise MetricError(f"Expected `replicates` to be a whole number >= 1, but got {replicates!r}. Pass 1000.")
+    _check_replicates(replicates)
     if len(a) != len(b) or not a:
         raise MetricError(
             "Expected `a` and `b` to hold the same seeds in the same order, at least one, "

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -91,13 +91,15 @@ def _speaker(console: Console) -> Callable[[str], None]:
 
 def _train(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.progress import TrainingProgress
+    from varlora.run import is_first
     from varlora.training import check_run_dir, train
 
+    console.quiet = not is_first()
     say = _speaker(console)
     runs = _settings(arguments, seeds=arguments.seed, run_dir=arguments.run_dir, resume=arguments.resume)
     how = {"resume": arguments.resume, "overwrite": arguments.overwrite}
     for settings in runs:
-        check_run_dir(settings, **how)  # of all runs, before the hours of the first
+        check_run_dir(settings, **how, recipe=arguments.recipe)  # of all runs, before the hours of the first
     done = []
     for settings in runs:
         if settings.sources:
@@ -137,7 +139,8 @@ def _settings(
                 f"builds on finished runs: {builds}."
             )
         recipe = recipe_from(sources, arguments.method)
-    if resume and not (recipe or arguments.task or arguments.model):
+    goes_on = resume and not (recipe or arguments.task or arguments.model)
+    if goes_on:
         if run_dir:
             recipe = settings_of(Path(run_dir)).to_dict()
         elif not arguments.set:
@@ -148,11 +151,17 @@ def _settings(
     options = {name: getattr(arguments, name) for name in SETTINGS_OPTIONS}
     options["method.lr_like_adamw"] = arguments.learning_rate_like_adamw
     try:
-        return load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
+        runs = load_settings(recipe, {**options, "seeds": seeds, "run_dir": run_dir}, arguments.set)
     except ConfigError as error:
         if arguments.learning_rate_like_adamw is None:
             raise
         raise ConfigError(map(_of_option, error.problems)) from error
+    if goes_on and len(runs) > 1:
+        raise VarloraError(
+            f"Expected one run to go on with in {run_dir}, but got {len(runs)} seeds. Leave the seeds out, or give the "
+            "recipe or the options that the runs were started with."
+        )
+    return runs
 
 
 def _of_option(problem: str) -> str:
@@ -407,7 +416,9 @@ def _serve(arguments: argparse.Namespace, console: Console) -> None:
 def _report(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.report import build_report, to_table
 
-    report = build_report(arguments.runs, arguments.out, compare=arguments.compare)
+    report = build_report(
+        arguments.runs, arguments.out, arguments.bins, rule=arguments.bin_rule, compare=arguments.compare
+    )
     console.print(to_table(report))
     say = _speaker(console)
     for note in report.notes:
@@ -440,7 +451,8 @@ def _reproduce(arguments: argparse.Namespace, console: Console) -> None:
             return RayTasks(arguments.address, arguments.cpus, arguments.gpus)
         return Processes(arguments.workers, arguments.threads)
 
-    made = tables_of(arguments.what, plan, launcher, beside=arguments.compare == "paper", say=say)
+    how: dict[str, Any] = {"bins": arguments.bins, "rule": arguments.bin_rule, "beside": arguments.compare == "paper"}
+    made = tables_of(arguments.what, plan, launcher, **how, say=say)
     for found in made.tables:
         console.print(to_terminal(found))
     say(f"Written: {', '.join(str(path) for path in made.files)}")
@@ -496,8 +508,11 @@ def _validate(arguments: argparse.Namespace, console: Console) -> None:
     from varlora.training import validate
 
     say = _speaker(console)
-    for line in validate(_settings(arguments)[0]):
+    runs = _settings(arguments)
+    for line in validate(runs[0]):
         say(line)
+    if len(runs) > 1:
+        say(f"Looked at with seed {runs[0].seed}, of {', '.join(str(run.seed) for run in runs)}.")
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> None:

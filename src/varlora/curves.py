@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -118,19 +119,21 @@ def risk_by_coverage(row: Row) -> Curve:
 
 
 def over_draws(row: Row) -> dict[str, Curve]:
-    """Return accuracy and NLL of the first S draws, averaged in probability, by S; averaged over seeds."""
-    accuracy, nll = [], []
+    """Return accuracy, ECE and NLL of the first S draws, averaged in probability, by S; averaged over seeds."""
+    ece = partial(metrics.ece, **row.reliability.bins)  # as in the table
+    measures: dict[str, Callable[..., float]] = {"accuracy": metrics.accuracy, "ece": ece, "nll": metrics.nll}
+    found: dict[str, list[list[float]]] = {name: [] for name in measures}
     for run in row.runs:
         probs = run.predictions.logits[:, run.known].double().softmax(dim=-1).cumsum(dim=0)
         labels = run.predictions.labels[run.known]
         means = [total / s for s, total in enumerate(probs, start=1)]
-        accuracy.append([metrics.accuracy(mean, labels) for mean in means])
-        nll.append([metrics.nll(mean, labels) for mean in means])
-    draws = min(map(len, accuracy))
+        for name, measure in measures.items():
+            found[name].append([measure(mean, labels) for mean in means])
+    draws = min(map(len, found["nll"]))
     chosen = range(1, draws + 1) if draws <= POINTS else sorted({round(s) for s in np.geomspace(1, draws, POINTS)})
     return {
         name: Curve(tuple(map(float, chosen)), tuple(float(np.mean([v[s - 1] for v in values])) for s in chosen))
-        for name, values in (("accuracy", accuracy), ("nll", nll))
+        for name, values in found.items()
     }
 
 

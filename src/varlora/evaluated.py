@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.files import read_json
-from varlora.predictions import CALIBRATED, Predictions, load_predictions
+from varlora.predictions import CALIBRATED, Predictions, load_predictions, same_rows
 from varlora.tasks import get_task
 
 __all__ = ["COUNTS", "EvaluatedRun", "Skipped", "read_run", "read_runs"]
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What would move a terminal's cursor, or turn the text that follows."""
 COUNTS = ("training_rows", "held_out_rows")
 """How many rows a run had, in its config.json; the second is not in files of older versions."""
 
@@ -168,11 +171,15 @@ def read_run(run_dir: Path) -> EvaluatedRun:
     predictions = _read_predictions(path)
     tuned_path = run_dir / f"predictions{CALIBRATED}.safetensors"
     tuned = _read_predictions(tuned_path) if tuned_path.is_file() else None
-    if tuned and (tuned.ids != predictions.ids or not torch.equal(tuned.labels, predictions.labels)):
+    if tuned and not same_rows(tuned, predictions):
         raise DamagedFileError(
             f"Expected predictions of the same rows in {path} and {tuned_path.name}, but they differ. Run "
             f"`varlora evaluate --calibrate {run_dir}` again."
         )
+    of = (run_dir / "config.json", config), (path, [*predictions.meta.values(), *predictions.slices])
+    for file, content in of:
+        if bad := next((text for text in _texts(content) if CONTROL.search(text)), None):
+            raise DamagedFileError(f"Expected {file} to hold names that can be printed, but it has {bad[:80]!r}.")
     return EvaluatedRun(run_dir, config, predictions, tuned)
 
 
@@ -197,9 +204,21 @@ def _what(run_dir: Path) -> tuple[str, str]:
     """Return task and method of a run that cannot be used, as far as its config.json says."""
     try:
         settings = read_json(run_dir / "config.json")["settings"]
-        return get_task(settings["task"]).name, str(settings["method"])
+        task, method = get_task(settings["task"]).name, str(settings["method"])
+        return ("", "") if CONTROL.search(task + method) else (task, method)
     except (VarloraError, KeyError, TypeError):
         return "", ""
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Yield the texts in a JSON value, names of fields included."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        yield from _texts([*content, *content.values()])
+    elif isinstance(content, list):
+        for item in content:
+            yield from _texts(item)
 
 
 def _wrong_types(config: Mapping[str, Any]) -> list[str]:
@@ -212,8 +231,19 @@ def _wrong_types(config: Mapping[str, Any]) -> list[str]:
         "settings.method_settings": isinstance(own, Mapping) and isinstance(own.get("of"), str | None),
         "versions": isinstance(config.get("versions") or {}, Mapping),
         **{name: isinstance(config.get(name, 0), int) for name in COUNTS},
-        "concluded_from": isinstance(members, list)
-        and all(isinstance(member, Mapping) and isinstance(member.get("method"), str) for member in members)
-        and all("method_settings" in member for member in members),
+        "concluded_from": _are_sources(members),
+        "base and data": all(isinstance(config.get(name, ""), str) for name in ("base", "data")),
     }
     return [name for name, is_right in right.items() if not is_right]
+
+
+def _are_sources(members: Any) -> bool:
+    """Whether this may be what config.json says of the runs that a run was concluded from."""
+    return isinstance(members, list) and all(
+        isinstance(member, Mapping)
+        and isinstance(member.get("method"), str)
+        and "method_settings" in member
+        and isinstance(member.get("settings", {}), Mapping)
+        and _are_sources(member.get("concluded_from") or [])
+        for member in members
+    )

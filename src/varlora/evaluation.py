@@ -25,6 +25,7 @@ from varlora.loading import (
     Say,
     check_same,
     checksum_of,
+    digest_of,
     encode_rows,
     load,
     no_progress,
@@ -104,6 +105,23 @@ def evaluate(
 
     Returns:
         What `metrics.json` holds.
+
+    Raises:
+        DamagedFileError: a file of the run is absent, altered or of another model.
+        VarloraError: the run is not finished; there is no such split or task, or no such rows; `samples`, `tau` or one
+            of `taus` is out of its range; or the rows that were held out are other ones now.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora import Settings, train
+        >>> from varlora.demo.base import BUNDLED
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
+        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
+        >>> run_dir = train(settings, say=lambda words: None)
+        >>> found = evaluate(run_dir, samples=0, say=lambda words: None)
+        >>> 0 <= found["mean"]["ece"] <= 1
+        True
     """
     run_dir = Path(run_dir)
     settings = settings_of(run_dir)
@@ -153,6 +171,7 @@ def evaluate(
             draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, "how": how, **draws}
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
+        origin_of_rows["data"] = digest_of(examples)
         slices = tuple(example.slice for example in examples)
         return dataclasses.replace(
             found,

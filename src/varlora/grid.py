@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-from varlora.config import settings_from
+from varlora.config import settings_from, settings_of
 from varlora.errors import Interrupted, VarloraError
 from varlora.evaluation import evaluate
 from varlora.predictions import CALIBRATED, CALIBRATION, made_unlike, meta_of
@@ -51,6 +51,8 @@ class Cell:
     """The run's settings, `run_dir` and `sources` included."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `varlora.evaluate`; empty: the run only serves others."""
+    rows: Mapping[str, str] = field(default_factory=dict)
+    """Checksums of the rows to evaluate on, by task; predictions of others are made anew."""
 
     @property
     def run_dir(self) -> Path:
@@ -81,9 +83,14 @@ class Cell:
         if self.evaluation.get("calibrated") and self.settings.get("calibration_fraction"):
             files += [folder / f"predictions{CALIBRATED}.safetensors", folder / "adapter" / "calibration.json"]
         return not all(file.is_file() for file in files) or any(
-            made_unlike(meta_of(folder / f"predictions{end}.safetensors"), how, "task", "split")
-            for end, how in wanted.items()
+            self._unlike(meta_of(folder / f"predictions{end}.safetensors"), how) for end, how in wanted.items()
         )
+
+    def _unlike(self, found: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+        """Whether predictions were made otherwise than wanted, or of other rows, by their meta data."""
+        now = self.rows.get(wanted["task"])
+        other_rows = now is not None and found.get("data", now) != now  # an older version has not written it
+        return other_rows or bool(made_unlike(found, wanted, "task", "split"))
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,11 @@ def run_cell(settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Outc
     failed = ""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        run_dir = train(settings_from(settings), resume=cell.run_dir.exists(), say=say)
+        wanted = settings_from(settings)
+        run_dir = train(wanted, resume=cell.run_dir.exists(), say=say)
         if evaluation:
-            evaluate(run_dir, **evaluation, say=say)
+            moved = wanted.model if settings_of(run_dir).model != wanted.model else None
+            evaluate(run_dir, **evaluation, data_dir=wanted.data_dir, model=moved, say=say)
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other cells go on
@@ -188,7 +197,10 @@ class Processes:
 
     def finished(self) -> tuple[object, Outcome | None]:
         """Wait for a cell."""
-        future = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
+        done: set[Future[Outcome]] = set()
+        while not done:  # in short spells: a signal that comes before a wait without end would not be heard in it
+            done = wait(self.running, timeout=1, return_when=FIRST_COMPLETED).done
+        future = next(iter(done))
         key, slot = self.running.pop(future)
         try:
             outcome = future.result()

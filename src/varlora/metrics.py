@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 Rule = Literal["right", "left", "adaptive"]
+RULES: dict[Rule, str] = {"right": "(lo, hi]", "left": "[lo, hi)", "adaptive": "of equal mass"}
+"""What the rules of bins are called beside a figure."""
 NORMAL = 500.0
 """Variance from which on the number of a bin's right rows is taken to be normal; 2000 rows have that at the most."""
 
@@ -66,6 +68,17 @@ class Reliability:
     confidence: Tensor  # (bins,) float64, mean of the largest probability
     accuracy: Tensor  # (bins,) float64, share of rows that are right
     count: Tensor  # (bins,) int64, rows
+    rule: Rule = "right"  # which bin a row goes to; see `bin_of`
+
+    @property
+    def bins(self) -> dict[str, Any]:
+        """Number and rule of the bins, as the functions here take them."""
+        return {"bins": len(self.count), "rule": self.rule}
+
+    @property
+    def described(self) -> str:
+        """The bins in words, such as `10 bins (lo, hi]`."""
+        return f"{len(self.count)} bins {RULES[self.rule]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +246,7 @@ def reliability(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "rig
         return torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add_(0, index, values.double())
 
     count = torch.bincount(index, minlength=bins)
-    return Reliability(total(rows.confidence) / count, total(rows.right) / count, count)
+    return Reliability(total(rows.confidence) / count, total(rows.right) / count, count, rule)
 
 
 def ece(probs: Tensor, labels: Tensor, bins: int = 10, rule: Rule = "right") -> float:

@@ -17,6 +17,7 @@ from varlora.diagnosis import signs_of
 from varlora.disagreement import Answered, disagreement
 from varlora.errors import VarloraError
 from varlora.evaluated import Skipped
+from varlora.metrics import RULES, Rule
 from varlora.results import Row, origin_cells
 from varlora.table import ResultTable
 from varlora.templating import environment
@@ -67,6 +68,7 @@ def html_page(
     skipped: Sequence[Skipped],
     notes: Sequence[str],
     bins: int,
+    rule: Rule,
     tables: Sequence[ResultTable] = (),
     limit: int = ROWS,
     logs: Mapping[str, Mapping[str, Training]] | None = None,
@@ -78,6 +80,7 @@ def html_page(
         skipped: runs that are left out, with the reason.
         notes: what a reader should know about the numbers.
         bins: number of bins of ECE and reliability diagrams.
+        rule: rule of these bins.
         tables: the paper's tables.
         limit: rows of a task to list with their probabilities, at most.
         logs: what `logged` returns for the rows, if that is known.
@@ -100,6 +103,7 @@ def html_page(
         legends={section: _legend(section, shown, styles) for section, shown in _legends(tasks, logs).items()}
         | {"matrices": kinds},
         bins=bins,
+        intervals=RULES[rule],
         results=_typeset([table for table in tables if table.name != "table3"]),
         settings_tables=_typeset([table for table in tables if table.name == "table3"]),
         tables_css=Markup(typeset.STYLE),
@@ -223,9 +227,12 @@ def _draws(tasks: Mapping[str, Sequence[Series]], styles: Mapping[str, Look]) ->
         curves = {one.name: over_draws(one.drawn) for one in series if one.drawn}
         if curves:
             found[task] = [
-                _lines(curves, key, title, f"{key} {task}", styles, x="draws S", y=y, factors=(1, factor), log=log)
+                _lines(
+                    curves, key, title, f"draws {key} {task}", styles, x="draws S", y=y, factors=(1, factor), log=log
+                )
                 for key, title, y, factor, log in (
                     ("accuracy", "Accuracy", "accuracy (%)", 100, "x"),
+                    ("ece", "ECE", "ECE (%)", 100, "x"),
                     ("nll", "NLL", "NLL (nats)", 1, "xy"),
                 )
             ]

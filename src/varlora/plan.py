@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from urllib.parse import quote
 
 from varlora.config import Settings, assign_all, convert_all, read_recipe, settings_from
 from varlora.errors import ConfigError, VarloraError, did_you_mean
-from varlora.loading import rows_of_split, training_rows
+from varlora.files import read_json
+from varlora.loading import digest_of, load_base, rows_of_split, training_rows
 from varlora.methods import ANY, METHODS
 from varlora.methods.ensemble import APART, MOST
+from varlora.model import base_fingerprint, same_checksum
 from varlora.sources import check_taken_over, recipe_on
 from varlora.tasks import get_task
 from varlora.training import check_unchanged
@@ -33,7 +35,9 @@ __all__ = [
     "check",
     "plan_from",
     "planned",
+    "reported_rows",
     "run_settings",
+    "split_of",
 ]
 
 PAPER_METHODS = ("adamw", "mc_dropout", "laplace_kfac", "laplace_diag", "swa", "swag", "ivon")
@@ -71,6 +75,8 @@ class Plan:
     """Settings of all runs."""
     search: Mapping[str, Any] = field(default_factory=dict)
     """Values to try, by method and setting of the method or the run."""
+    split: str | None = None
+    """The split that is reported, if not each task's own; a task may name another one under `tasks`."""
     search_seeds: int = 1
     """How many of the seeds, the first ones, the search takes; one seed alone may be lucky."""
     samples: int = 10
@@ -208,8 +214,11 @@ def planned(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def check(plan: Plan) -> None:
-    """Refuse a plan that cannot be carried out.
+def check(plan: Plan) -> dict[Reported, str]:
+    """Refuse a plan that cannot be carried out, or not with the runs that are there.
+
+    Returns:
+        The checksums of the rows that are reported on; `reported_rows` says by what.
 
     Raises:
         ConfigError: with every problem found.
@@ -221,6 +230,11 @@ def check(plan: Plan) -> None:
         good = isinstance(space, Mapping) and all(isinstance(values, list) and values for values in space.values())
         if not good:
             problems.append(f"Expected `search.{method}` to be lists of values by setting, but got {space!r}.")
+        elif method not in unknown and METHODS[method].several_sources:
+            problems.append(
+                f"`search.{method}` would try nothing: {method} follows its members, which are chosen by themselves. "
+                f"Search `{METHODS[method].of}`, or give `methods.{method}` the values."
+            )
     for method, settings in plan.methods.items():
         if method not in unknown and METHODS[method].concludes_from == ANY:
             of = settings.get("of", METHODS[method].of)
@@ -228,6 +242,12 @@ def check(plan: Plan) -> None:
                 problems.append(f"Expected `methods.{method}.of` to be a method that trains by itself, but got `{of}`.")
             if METHODS[method].several_sources:
                 problems += _member_problems(plan, method)
+    problems += [
+        f"Expected a split to report on that nothing was trained or chosen on, but got `{split}`. Leave `split` out "
+        "for each task's own."
+        for split in {plan.split, *(settings.get("split") for settings in plan.tasks.values())}
+        if split in ("train", "calibration")
+    ]
     if plan.out.exists() and not plan.out.is_dir():
         problems.append(f"Expected `--out` to be a folder, but {plan.out} is a file. Choose another name.")
     names: dict[str, str] = {}
@@ -241,29 +261,70 @@ def check(plan: Plan) -> None:
             problems.append(f"{task} and {other} have the same `name`. Give each task file another one.")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+    reported: dict[Reported, str] = {}
+    begun: list[Settings] = []
     for task in plan.tasks:
-        first = None
+        by_data: dict[tuple[Any, ...], list[Settings]] = {}
         for method in plan.methods:
             for candidate in candidates_of(plan, task, method):
                 try:
                     for settings in itertools.chain(*(_runs(plan, candidate, seed) for seed in plan.seeds)):
-                        first = first or settings
+                        by_data.setdefault(_data(settings), []).append(settings)
                         if (settings.folder / "config.json").is_file():
                             check_unchanged(settings)
+                            begun.append(settings)
                 except VarloraError as error:
                     problems += [f"{get_task(task).name}, {method}: {problem}" for problem in _problems(error)]
-        if first is not None:
-            problems += _row_problems(task, first, plan.ood.get(task), bool(plan.search))
+        for runs in by_data.values():
+            problems += _row_problems(plan, task, runs, reported)
+    if not problems:
+        problems += _base_problems(begun)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+    return reported
+
+
+Reported = tuple[Any, ...]
+
+
+def _data(settings: Settings) -> tuple[Any, ...]:
+    """Return the settings that decide which rows a task has."""
+    return settings.data_dir, settings.skip_bad_rows, settings.row_filter
+
+
+def reported_rows(settings: Settings, task: str, split: str) -> Reported:
+    """Return by what `check` knows the rows of a task's split, as a run with these settings reads them."""
+    return get_task(task).name, split, *_data(settings)
+
+
+def _base_problems(begun: Sequence[Settings]) -> Iterable[str]:
+    """Yield whether runs that are there have another base than the plan's; one that was moved is the same."""
+    found: dict[tuple[Any, ...], str] = {}
+    others: dict[Path, str] = {}
+    for settings in begun:
+        stored = read_json(settings.folder / "config.json")
+        trained_on = stored["settings"]["model"]
+        if trained_on == settings.model or "base" not in stored:
+            continue
+        key = (settings.model, settings.revision, settings.dtype, settings.quantization)
+        try:
+            if key not in found:
+                found[key] = base_fingerprint(load_base(settings)[0])
+        except VarloraError as error:
+            yield str(error)
+            return
+        if not same_checksum(stored["base"], found[key]):
+            others.setdefault(settings.folder, trained_on)
+    for folder, trained_on in itertools.islice(others.items(), 1):
+        yield (
+            f"Expected the base that {folder} was trained on, {trained_on}, but {begun[0].model} is another one "
+            f"({len(others)} runs). Give another `--out`, or that model."
+        )
 
 
 def _member_problems(plan: Plan, method: str) -> Iterable[str]:
     """Yield what is wrong with the members of a method that has several."""
-    space = plan.search.get(method)
-    tried = space.get("size") if isinstance(space, Mapping) else None
-    sizes = [_own(plan, task, method).get("size", METHODS[method].size) for task in plan.tasks]
-    for size in tried if isinstance(tried, list) else sizes:
+    for size in [_own(plan, task, method).get("size", METHODS[method].size) for task in plan.tasks]:
         if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= MOST:
             yield (
                 f"Expected `methods.{method}.size` to be a number of members >= 2 and at most {MOST}, but got {size!r}."
@@ -281,19 +342,33 @@ def _problems(error: VarloraError) -> Sequence[str]:
     return error.problems if isinstance(error, ConfigError) else [str(error)]
 
 
-def _row_problems(task: str, settings: Settings, ood: str | None, search: bool) -> Iterable[str]:
-    """Yield what is wrong with the rows of the splits that are needed."""
-    if search and not settings.calibration_fraction:
-        yield f"{get_task(task).name}: Expected held-out rows to search on. Set `calibration_fraction`, e.g. 0.1."
+def _row_problems(plan: Plan, task: str, runs: Sequence[Settings], reported: dict[Reported, str]) -> Iterable[str]:
+    """Yield what is wrong with the rows that some runs need, and put their checksums into `reported`."""
+    settings = next((run for run in runs if not run.sources), runs[0])  # an ensemble holds no rows out: its members do
+    name = get_task(task).name
+    if plan.search and not settings.calibration_fraction:
+        yield f"{name}: Expected held-out rows to search on. Set `calibration_fraction`, e.g. 0.1."
     try:
-        training_rows(get_task(task), settings, _unheard)
+        now = digest_of(list(itertools.chain(*training_rows(get_task(task), settings, _unheard))))
     except VarloraError as error:
-        yield f"{get_task(task).name}: {error}"
-    for other in map(get_task, [task, *([ood] if ood else [])]):
+        yield f"{name}: {error}"
+    else:
+        begun = {run.folder for run in runs if (run.folder / "config.json").is_file()}
+        others = sorted(folder for folder in begun if read_json(folder / "config.json").get("data", now) != now)
+        if others:
+            yield (
+                f"{name}: Expected the training rows, and their prompts, that {others[0]} was trained on, but they are "
+                f"others now ({len(others)} of {len(begun)} runs). Give another `--out`, or the rows as they were."
+            )
+    splits = [(task, split_of(plan, task))]
+    splits += [(plan.ood[task], get_task(plan.ood[task]).evaluation)] if task in plan.ood else []
+    for other, split in splits:
         try:
-            rows_of_split(other, other.evaluation, settings, _unheard)
+            rows = rows_of_split(get_task(other), split, settings, _unheard)
         except VarloraError as error:
-            yield f"{other.name}: {error}"
+            yield f"{get_task(other).name}: {error}"
+        else:
+            reported[reported_rows(settings, other, split)] = digest_of(rows)
 
 
 def _unheard(text: str) -> None:
@@ -301,6 +376,11 @@ def _unheard(text: str) -> None:
 
 
 # --- runs of a plan --------------------------------------------------------------------------------------------------
+
+
+def split_of(plan: Plan, task: str) -> str:
+    """Return the split on which a task is reported."""
+    return str(plan.tasks[task].get("split") or plan.split or get_task(task).evaluation)
 
 
 def _base(plan: Plan, method: str) -> str | None:
@@ -319,10 +399,15 @@ def candidates_of(plan: Plan, task: str, method: str) -> list[Candidate]:
     if base is None:
         return [Candidate(task, method, tried, tried, None) for tried in own]
     return [
-        Candidate(task, method, {**below.tried, **tried}, tried, below)
+        Candidate(task, method, _named_apart(below, space) | tried, tried, below)
         for below in candidates_of(plan, task, base)
         for tried in own
     ]
+
+
+def _named_apart(base: Candidate, names: Collection[str]) -> dict[str, Any]:
+    """Return what the base tries; settings that the method on it tries too have the base's name before theirs."""
+    return {f"{base.method}.{name}" if name in names else name: value for name, value in base.tried.items()}
 
 
 def _own(plan: Plan, task: str, method: str) -> dict[str, Any]:
@@ -353,7 +438,7 @@ def run_settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
         ConfigError: with every problem found.
     """
     method = candidate.method
-    here = {name: value for name, value in plan.tasks[candidate.task].items() if name != "methods"}
+    here = {name: value for name, value in plan.tasks[candidate.task].items() if name not in ("methods", "split")}
     own = {**_own(plan, candidate.task, method), **candidate.own}
     ours = {field.name for field in dataclasses.fields(METHODS[method])}
     run = {name: own.pop(name) for name in [*own] if name in RUN and name not in ours}

@@ -26,6 +26,7 @@ __all__ = [
     "load_predictions",
     "made_unlike",
     "meta_of",
+    "same_rows",
     "save_predictions",
 ]
 
@@ -122,6 +123,12 @@ def made_unlike(one: Mapping[str, str], other: Mapping[str, str], *also: str) ->
         ['samples', 'task']
     """
     return [key for key in (*MADE, *also) if one.get(key) != other.get(key)]
+
+
+def same_rows(one: Predictions, other: Predictions) -> bool:
+    """Whether two predictions are of the same rows: ids, labels and, as far as both know it, what is asked."""
+    asked = one.prompts == other.prompts or not (one.prompts and other.prompts)
+    return one.ids == other.ids and torch.equal(one.labels, other.labels) and asked
 
 
 def meta_of(path: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from varlora.diagram import reliability_diagram, slices_diagram
 from varlora.errors import VarloraError
 from varlora.evaluated import EvaluatedRun, Skipped, read_runs
 from varlora.files import write_bytes
+from varlora.metrics import RULES, Rule
 from varlora.page import html_page
 from varlora.paper import beside_paper
 from varlora.results import Row, Slice, Stat, origin_cells, rows_of_runs
@@ -52,7 +53,9 @@ class Report:
     notes: tuple[str, ...]
     """What a reader should know about the numbers: rows without label, seeds with different rows."""
     bins: int
-    """Bins of the ECE and the diagram, equal-width, (lo, hi]."""
+    """Bins of the ECE and the diagram, of equal width."""
+    rule: Rule
+    """Which bin a confidence on a border goes to."""
     files: Mapping[str, Path]
     """What was written, by file name: report.html, report.md, report.json, table1.tex, reliability.png and .svg;
     slices.png and .svg if a task slices its rows."""
@@ -93,6 +96,7 @@ def build_report(
     out_dir: Path,
     bins: int = 10,
     failed: Sequence[Skipped] = (),
+    rule: Rule = "right",
     compare: Literal["paper"] | None = None,
 ) -> Report:
     """Write report.html, report.md, report.json, table1.tex and the diagrams from run directories.
@@ -102,8 +106,9 @@ def build_report(
     Args:
         run_dirs: run directories with predictions.
         out_dir: folder to write to, made if absent; files of an earlier report are replaced.
-        bins: number of equal-width bins (lo, hi] of ECE and diagram.
+        bins: number of equal-width bins of ECE and diagram.
         failed: runs that came to no end, with the reason; they are listed, and marked in the tables.
+        rule: `right` for bins (lo, hi], `left` for [lo, hi).
         compare: `paper` lays the paper's numbers beside ours in the tables.
 
     Returns:
@@ -114,26 +119,39 @@ def build_report(
         VarloraError: no run, none that can be used, or `out_dir` cannot be written to, or holds files of the same names
             that are of no report.
 
+    Example:
+        >>> import tempfile
+        >>> from varlora import Settings, evaluate, train
+        >>> from varlora.demo.base import BUNDLED
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
+        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
+        >>> run_dir = train(settings, say=lambda words: None)
+        >>> _ = evaluate(run_dir, samples=0, say=lambda words: None)
+        >>> report = build_report([run_dir], Path(scratch.name) / "report")
+        >>> [row.label for row in report.rows][0], report.files["report.html"].is_file()
+        ('adamw', True)
+
     References:
         Guo et al., On calibration of modern neural networks, 2017 (reliability diagrams).
     """
     out_dir = Path(out_dir)
     _check_replaceable(out_dir)
     runs, skipped = read_runs(run_dirs)
-    rows, repeated, notes = rows_of_runs(runs, bins)
+    rows, repeated, notes = rows_of_runs(runs, bins, rule)
     figures = {f"reliability.{kind}": image for kind, image in reliability_diagram(rows, bins).items()}
     if any(row.slices for row in rows):
         figures |= {f"slices.{kind}": image for kind, image in slices_diagram(rows).items()}
     files = {name: out_dir / name for name in ("report.html", "report.md", "report.json", "table1.tex", *figures)}
-    tables = paper_tables(rows, failed, bins)
+    tables = paper_tables(rows, failed, bins, rule)
     if compare == "paper":
         tables = [beside_paper(table) for table in tables]
     logs = logged(rows)
     left_out = (*skipped, *repeated, *failed)
-    report = Report(tuple(rows), left_out, tuple(notes), bins, files, tuple(tables), tuple(signs_of(logs)))
+    report = Report(tuple(rows), left_out, tuple(notes), bins, rule, files, tuple(tables), tuple(signs_of(logs)))
     texts = {
         "report.json": _json(report),  # first: it tells what is written after it for a report's
-        "report.html": html_page(report.rows, report.skipped, notes, bins, tables, logs=logs),
+        "report.html": html_page(report.rows, report.skipped, notes, bins, rule, tables, logs=logs),
         "report.md": _markdown(report),
         "table1.tex": to_latex(tables[0]),
     }
@@ -175,7 +193,7 @@ def to_table(report: Report) -> Table:
         show_edge=False,  # edge, padding and folding: readable in terminals of 80 columns
         pad_edge=False,
         padding=0,
-        caption=f"ECE with {report.bins} equal-width bins (lo, hi]; ± standard error over seeds"
+        caption=f"ECE with {report.bins} equal-width bins {RULES[report.rule]}; ± standard error over seeds"
         + "".join(f"\n{note}" for note in report.footnotes),
         caption_justify="left",
     )
@@ -192,18 +210,21 @@ def to_table(report: Report) -> Table:
     return table
 
 
-def paper_tables(rows: Sequence[Row], failed: Sequence[Skipped] = (), bins: int = 10) -> list[ResultTable]:
+def paper_tables(
+    rows: Sequence[Row], failed: Sequence[Skipped] = (), bins: int = 10, rule: Rule = "right"
+) -> list[ResultTable]:
     """Return the paper's tables, Table 1 first; the second only where runs were evaluated at other variances.
 
     Args:
         rows: rows of one call of `rows_of_runs`.
         failed: runs that failed.
         bins: bins of the ECE, as of the rows.
+        rule: rule of these bins, as of the rows.
     """
     runs = _runs(rows)
     tables = [*method_tables(rows, failed=failed)]
     if any(any(run.run.glob("predictions-tau-*.safetensors")) for run in runs):
-        tables.append(table2(runs, failed=failed, bins=bins))
+        tables.append(table2(runs, failed=failed, bins=bins, rule=rule))
     return [*tables, table3([(run.meta["task"], run.settings) for run in runs])]
 
 
@@ -222,7 +243,7 @@ def _markdown(report: Report) -> str:
         rows=[{"cells": report.cells(row), "several": row.several} for row in report.rows],
         slices=[report.slice_cells(row, part) for row in report.rows for part in row.slices],
         settings=report.settings_shown,
-        bins=report.bins,
+        bins=f"{report.bins} equal-width bins {RULES[report.rule]}",
         footnotes=report.footnotes,
         diagram="reliability.png",
         notes=report.notes,
@@ -241,7 +262,7 @@ def _cell(value: object) -> str:
 def _json(report: Report) -> str:
     content = {
         "varlora": __version__,
-        "ece": {"bins": report.bins, "rule": "right", "intervals": "(lo, hi]"},
+        "ece": {"bins": report.bins, "rule": report.rule, "intervals": RULES[report.rule]},
         "rows": [_row_json(row) for row in report.rows],
         "skipped": [{"run": skip.run, "reason": skip.reason} for skip in report.skipped],
         "notes": report.notes,

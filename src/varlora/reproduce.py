@@ -12,23 +12,25 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from varlora.config import Settings
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluated import Skipped
 from varlora.files import read_json, write_json, write_text
 from varlora.grid import Cell, Launcher, run_cells
 from varlora.methods import METHODS
+from varlora.metrics import Rule
 from varlora.overhead import to_table
 from varlora.paper import beside_paper
-from varlora.plan import TAUS, Candidate, Plan, candidates_of, check, planned, run_settings
+from varlora.plan import TAUS, Candidate, Plan, candidates_of, check, planned, reported_rows, run_settings, split_of
 from varlora.report import build_report
-from varlora.run import origin
+from varlora.run import alone, origin
 from varlora.table import ResultTable
 from varlora.tables import table3
 from varlora.tasks import get_task
@@ -67,9 +69,16 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
 
     Raises:
         ConfigError: with every problem of the plan.
+        VarloraError: another process works on the same folder.
         Interrupted: stopped; the same command goes on.
     """
-    check(plan)
+    rows = check(plan)
+    with alone(plan.out):
+        return _reproduce(plan, rows, launcher, say)
+
+
+def _reproduce(plan: Plan, rows: Mapping[Any, str], launcher: Callable[[], Launcher], say: Say) -> Reproduced:
+    """Do so; `rows` is what `check` returned."""
     candidates = {(task, method): candidates_of(plan, task, method) for task in plan.tasks for method in plan.methods}
     failed: dict[str, Skipped] = {}
 
@@ -90,10 +99,10 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
     lost: list[Candidate] = []
     if any(len(found) > 1 for found in candidates.values()):
         tried = [one for found in candidates.values() for one in found if not METHODS[one.method].several_sources]
-        launch("Search", _cells(plan, tried, first_seeds, {"split": "calibration", **_evaluation(plan)}))
+        launch("Search", _cells(plan, tried, first_seeds))
         for (task, method), found in candidates.items():
-            best = min(found, key=lambda one: _score(plan, one))
-            if _score(plan, best) == math.inf:
+            best = min(found, key=lambda one: _score(plan, one, failed))
+            if _score(plan, best, failed) == math.inf:
                 candidates[task, method] = []
                 lost += found
                 say(f"Nothing is chosen for {method} on {get_task(task).name}: every candidate failed.")
@@ -108,7 +117,7 @@ def reproduce(plan: Plan, launcher: Callable[[], Launcher], say: Say = print) ->
         }
         failed = {run: skip for run, skip in failed.items() if run in without}
     reported = [one for found in candidates.values() for one in found]
-    launch("Runs", _cells(plan, reported, plan.seeds, _evaluation(plan)))
+    launch("Runs", _cells(plan, reported, plan.seeds, rows))
     runs = [run_settings(plan, one, seed).folder for one in reported for seed in plan.seeds]
     ended = Reproduced(
         tuple(run for run in runs if str(run) not in failed),
@@ -137,7 +146,14 @@ class Made:
 
 
 def tables_of(
-    what: str, plan: Plan, launcher: Callable[[], Launcher], *, beside: bool = False, say: Say = print
+    what: str,
+    plan: Plan,
+    launcher: Callable[[], Launcher],
+    *,
+    bins: int = 10,
+    rule: Rule = "right",
+    beside: bool = False,
+    say: Say = print,
 ) -> Made:
     """Run what a table needs, and write it as Markdown, LaTeX, HTML and JSON, with a report of the runs.
 
@@ -145,6 +161,8 @@ def tables_of(
         what: `table1`, `table2` or `table3`; the last one runs nothing.
         plan: what to do.
         launcher: makes where the runs go.
+        bins: number of equal-width bins of the ECE.
+        rule: rule of these bins: `right`, (lo, hi], or `left`, [lo, hi).
         beside: lay the paper's numbers beside.
         say: told in words what happens.
 
@@ -166,7 +184,12 @@ def tables_of(
             reasons = "\n".join(f"  - {skip.run}: {skip.reason}" for skip in failed)
             raise VarloraError(f"All {len(failed)} runs failed; the same command tries them again:\n{reasons}")
         folder = plan.out / ("report" if what == "table1" else f"report-{what}")
-        report = build_report(ended.runs, folder, failed=failed, compare="paper" if beside else None)
+        how: dict[str, Any] = {"bins": bins, "rule": rule, "compare": "paper" if beside else None}
+        report = build_report(ended.runs, folder, failed=failed, **how)
+        if unread := [skip for skip in report.skipped if skip not in failed]:  # a damaged file: marked as a failure is
+            failed += tuple(unread)
+            lost = {skip.run for skip in unread}
+            report = build_report([run for run in ended.runs if str(run) not in lost], folder, failed=failed, **how)
         table = next(table for table in report.tables if table.name == what)
         written = [report.files["report.html"]]
     texts = {
@@ -205,45 +228,61 @@ def overhead_of(
 
 
 def _cells(
-    plan: Plan, candidates: Iterable[Candidate], seeds: Sequence[int], evaluation: Mapping[str, Any]
+    plan: Plan, candidates: Iterable[Candidate], seeds: Sequence[int], rows: Mapping[Any, str] | None = None
 ) -> list[Cell]:
-    """Return the cells of some candidates and of what they build on, seed by seed."""
+    """Return the cells of some candidates and of what they build on, seed by seed.
+
+    They are evaluated on the held-out rows, or on those that are reported, whose checksums `check` returned.
+    """
     found: dict[Path, Cell] = {}
 
-    def add(candidate: Candidate, seed: int, evaluation: Mapping[str, Any]) -> None:
+    def add(candidate: Candidate, seed: int, reported: bool = True) -> None:
         settings = run_settings(plan, candidate, seed)
         if candidate.base is not None:
             for source in settings.sources:
-                add(candidate.base, int(Path(source).name.removeprefix("seed")), {})
-        if evaluation or settings.folder not in found:
-            found[settings.folder] = Cell(settings.to_dict(), evaluation)
+                add(candidate.base, int(Path(source).name.removeprefix("seed")), reported=False)
+        if reported or settings.folder not in found:
+            evaluation, known = _evaluation(plan, candidate, settings, rows) if reported else ({}, {})
+            found[settings.folder] = Cell(settings.to_dict(), evaluation, known)
 
     for seed, candidate in itertools.product(seeds, candidates):
-        special: dict[str, Any] = {}
-        if "split" not in evaluation:
-            special = {"calibrated": True} if plan.calibrate else {}
-            special |= {"ood": [plan.ood[candidate.task]]} if candidate.task in plan.ood else {}
-            special |= {"taus": list(plan.taus)} if plan.taus and candidate.method == "ivon" else {}
-        add(candidate, seed, {**evaluation, **special})
+        add(candidate, seed)
     return list(found.values())
 
 
-def _evaluation(plan: Plan) -> dict[str, Any]:
-    return {"samples": plan.samples, "token_budget": plan.token_budget}
+def _evaluation(
+    plan: Plan, candidate: Candidate, settings: Settings, rows: Mapping[Any, str] | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return how a run is evaluated, and the checksums of the rows by task; held-out rows have none."""
+    how: dict[str, Any] = {"samples": plan.samples, "token_budget": plan.token_budget}
+    if rows is None:
+        return how | {"split": "calibration"}, {}
+    split = split_of(plan, candidate.task)
+    splits = {candidate.task: split}
+    how |= {"split": split} | ({"calibrated": True} if plan.calibrate else {})
+    if (ood := plan.ood.get(candidate.task)) is not None:
+        how |= {"ood": [ood]}
+        splits[ood] = get_task(ood).evaluation
+    if plan.taus and candidate.method == "ivon":
+        how |= {"taus": list(plan.taus)}
+    return how, {get_task(task).name: rows[reported_rows(settings, task, split)] for task, split in splits.items()}
 
 
-def _score(plan: Plan, candidate: Candidate) -> float:
-    """Return the NLL on the held-out rows, the mean over the search's seeds; infinity where a run failed.
+def _score(plan: Plan, candidate: Candidate, failed: Collection[str]) -> float:
+    """Return the NLL on the held-out rows, the mean over the search's seeds; infinity where a run failed just now.
 
     An ensemble follows its members' method.
     """
     if METHODS[candidate.method].several_sources and candidate.base is not None:
-        return _score(plan, candidate.base)
+        return _score(plan, candidate.base, failed)
     found = []
     for seed in plan.seeds[: plan.search_seeds]:
+        folder = run_settings(plan, candidate, seed).folder
         try:
-            results = read_json(run_settings(plan, candidate, seed).folder / "metrics-calibration.json")
+            results = read_json(folder / "metrics-calibration.json")
         except DamagedFileError:
+            return math.inf
+        if str(folder) in failed:  # what is there is older
             return math.inf
         found.append(float((results["draws"] or results["mean"])["nll"]))
     return math.fsum(found) / len(found)

@@ -26,12 +26,14 @@ from varlora.evaluated import COUNTS, EvaluatedRun, Skipped
 from varlora.files import read_json
 from varlora.methods import METHODS
 
-__all__ = ["Row", "Slice", "Stat", "origin_cells", "rows_of_runs"]
+__all__ = ["Row", "Slice", "Stat", "origin_cells", "rows_of_runs", "without_tau"]
 
 NOT_METHOD = frozenset({"seed", "data_dir", "run_dir", "run_name", "checkpoint_every", "sources"})
 """Settings in which runs of one group may differ: the seed, and where a run reads and is written."""
 EVALUATED = ("split", "tau", "samples", *(of.name for of in dataclasses.fields(Drawing)))
 """What predictions say of how they were made; runs of one group are alike in it."""
+USUAL = {"tau": "1.0", "noise": "independent", "last_layers": None, "tolerance": None}
+"""How predictions are made where nothing else is asked for; what differs stands beside a method's name."""
 MAX_SLICES = 12  # a field with more values divides the rows too finely to look at
 SAME = 1e-4  # probabilities that differ less are the same model's, summed in another order
 SLICE_METRICS = (("accuracy", 100, 1), ("confidence", 100, 1), ("nll", 1, 3))  # name, factor, decimals
@@ -135,16 +137,18 @@ class Row:
 # --- verbs
 
 
-def rows_of_runs(runs: Sequence[EvaluatedRun], bins: int = 10) -> tuple[list[Row], list[Skipped], list[str]]:
+def rows_of_runs(
+    runs: Sequence[EvaluatedRun], bins: int = 10, rule: metrics.Rule = "right"
+) -> tuple[list[Row], list[Skipped], list[str]]:
     """Return the rows, ordered by task and method; the runs that repeat another; and notes on the numbers.
 
     Rows at the mean of what builds on another method are left out, and noted, where they repeat another row: the mean
     of MC dropout is AdamW, that of SWAG is SWA, and an ensemble of points has no other mean than its average.
     """
-    counted = all(run.config.keys() >= {*COUNTS} for run in runs)  # else those of older versions would stand apart
-    groups, repeated = _groups(runs, counted)
-    texts = _differences(groups, counted)
-    rows = [row for group, differs in zip(groups, texts) for row in _rows(group, differs, bins)]
+    known = _known_facts(runs)
+    groups, repeated = _groups(runs, known)
+    texts = _differences(groups, known)
+    rows = [row for group, differs in zip(groups, texts) for row in _rows(group, differs, bins, rule)]
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.label, row.differs), []).append(row)
@@ -195,34 +199,83 @@ def origin_cells(run: EvaluatedRun) -> list[Any]:
 # --- grouping
 
 
-def _traits(run: EvaluatedRun, counted: bool) -> dict[str, str]:
-    """Return all by which a run is told from others, apart from its seed; nested settings by dotted name."""
+Kind = tuple[str, str]
+"""The task that a run was evaluated on, and its method."""
 
-    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-        for key, value in values.items():
-            if key in NOT_METHOD:
-                continue
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
-    origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version", "base")}
-    if counted:  # how many are held out depends on the seed, their sum on the data alone
-        origin["training and held-out rows"] = str(sum(run.config[name] for name in COUNTS))
+def _kind(run: EvaluatedRun) -> Kind:
+    return run.meta["task"], str(run.settings["method"])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return settings by which runs are told apart; nested ones by dotted name."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if key in NOT_METHOD:
+            continue
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
+def _facts(run: EvaluatedRun) -> dict[str, dict[str, str]]:
+    """Return what config.json tells a run by beside its settings, but what an older version did not write."""
+    config = run.config
+    checksums = {name: str(config[name]).split("-") for name in ("base", "data") if config.get(name)}
+    found = {name: {name: "-".join(part[:12] for part in parts)} for name, parts in checksums.items()}
+    if config.keys() >= {*COUNTS}:  # how many are held out depends on the seed, their sum on the data alone
+        found["rows"] = {"training and held-out rows": str(sum(config[name] for name in COUNTS))}
+    sources = config.get("concluded_from") or []
+    if sources and all("settings" in source for source in sources):
+        own = _flat(run.settings)
+        each = [
+            {name: value for name, value in _source_settings(source).items() if own.get(name) != value}
+            for source in sources
+        ]
+        several = {"members' settings": json.dumps(each, sort_keys=True)}
+        found["sources"] = several if len(each) > 1 else {f"on.{name}": value for name, value in each[0].items()}
+    return found
+
+
+def _source_settings(source: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of a run that another builds on, and of what it builds on itself."""
+    found = _flat(source.get("settings", {}))
+    for below in source.get("concluded_from") or []:
+        found |= {f"on.{name}": value for name, value in _source_settings(below).items()}
+    return found
+
+
+def _known_facts(runs: Iterable[EvaluatedRun]) -> dict[Kind, set[str]]:
+    """Return by which facts runs can be told apart: what is known of each one of the same task and method."""
+    known: dict[Kind, set[str]] = {}
+    for run in runs:
+        facts = {*_facts(run)}
+        known[_kind(run)] = known.get(_kind(run), facts) & facts
+    return known
+
+
+def _traits(run: EvaluatedRun, known: Mapping[Kind, Collection[str]]) -> dict[str, str]:
+    """Return all by which a run is told from others, apart from its seed."""
+    origin = {key: str(run.config.get(key)) for key in ("task_version", "prompt_version")}
     if len(members := run.config.get("concluded_from") or []) > 1:  # an ensemble
         origin["members"] = "+".join(member["method"] for member in members)
         origin["members' settings"] = json.dumps([member["method_settings"] for member in members])
+    for name, facts in _facts(run).items():
+        origin |= facts if name in known[_kind(run)] else {}
     evaluated = {key: run.meta[key] for key in EVALUATED if key in run.meta}
-    return {**dict(flat(run.settings)), "task evaluated": run.meta["task"], **evaluated, **origin}
+    return {**_flat(run.settings), "task evaluated": run.meta["task"], **evaluated, **origin}
 
 
-def _groups(runs: Iterable[EvaluatedRun], counted: bool) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
+def _groups(
+    runs: Iterable[EvaluatedRun], known: Mapping[Kind, Collection[str]]
+) -> tuple[list[list[EvaluatedRun]], list[Skipped]]:
     """Return the runs by what they have in common, each group ordered by seed, and the repetitions left out."""
     groups: dict[tuple[str, ...], dict[str, EvaluatedRun]] = {}
     repeated = []
     for run in runs:
-        key = (run.meta["task"], str(run.settings["method"]), json.dumps(_traits(run, counted), sort_keys=True))
+        key = (*_kind(run), json.dumps(_traits(run, known), sort_keys=True))
         seed = json.dumps(run.settings["seed"])
         first = groups.setdefault(key, {}).setdefault(seed, run)
         if first is not run:  # counted twice it would make the standard error too small
@@ -234,20 +287,30 @@ def _groups(runs: Iterable[EvaluatedRun], counted: bool) -> tuple[list[list[Eval
     return [[group[seed] for seed in sorted(group, key=lambda s: (len(s), s))] for group in ordered], repeated
 
 
-def _differences(groups: Sequence[Sequence[EvaluatedRun]], counted: bool) -> list[str]:
-    """Return for each group the traits that tell it from others: of its task and method, or (model, split) its task."""
-    traits = [_traits(group[0], counted) for group in groups]
+def _differences(groups: Sequence[Sequence[EvaluatedRun]], known: Mapping[Kind, Collection[str]]) -> list[str]:
+    """Return for each group the traits that tell it from others, and how it was evaluated if not as usual.
+
+    It is told from those of its task and method; by its split from those of its task, by its model from all.
+    """
+    traits = [_traits(group[0], known) for group in groups]
     found = []
     for mine, group in zip(traits, groups):
         rivals = [(t, g[0]) for t, g in zip(traits, groups) if g[0].meta["task"] == group[0].meta["task"]]
         same = [t for t, rival in rivals if rival.settings["method"] == group[0].settings["method"]]
-        names = {n for n in ("model", "split") if any(t.get(n) != mine.get(n) for t, _ in rivals)}
+        names = {"split"} if any(t["split"] != mine["split"] for t, _ in rivals) else set()
+        names |= {"model"} if any(t["model"] != mine["model"] for t in traits) else set()
         names |= {n for t in same for n in {*t, *mine} if t.get(n) != mine.get(n)}
+        names |= {n for n, usual in USUAL.items() if mine.get(n, usual) != usual}
         told = {
             name: _end_of_path(mine.get(name, "unset"), {t.get(name, "") for t in traits}) for name in sorted(names)
         }
         found.append(", ".join(f"{name.removeprefix('method_settings.')}={value}" for name, value in told.items()))
     return found
+
+
+def without_tau(differs: str) -> str:
+    """Return what tells a row from others, but for the factor of the variance."""
+    return ", ".join(part for part in differs.split(", ") if not part.startswith("tau="))
 
 
 def _end_of_path(value: str, values: Collection[str]) -> str:
@@ -260,7 +323,7 @@ def _end_of_path(value: str, values: Collection[str]) -> str:
     return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), value)
 
 
-def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Row]:
+def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int, rule: metrics.Rule) -> Iterable[Row]:
     method = str(group[0].settings["method"])
     drawn = any(run.drawn for run in group)
     names = _slice_names(group)
@@ -284,16 +347,16 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int) -> Iterable[Ro
     for label, draws, tempered, runs in variants:
         labels = [run.predictions.labels[run.known] for run in runs]
         probs = [run.probs(draws > 0, tempered)[run.known] for run in runs]
-        values = [metrics.evaluate_all(p, y, bins) for p, y in zip(probs, labels)]
+        values = [metrics.evaluate_all(p, y, bins, rule) for p, y in zip(probs, labels)]
         width = max(p.shape[1] for p in probs)
         pooled = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in probs])
         yield Row(
             task=group[0].meta["task"],
             label=label,
-            differs=differs,
+            differs=without_tau(differs) if runs is tuned else differs,
             draws=draws,
             stats={name: Stat(tuple(value[name] for value in values)) for name in values[0]},
-            reliability=metrics.reliability(pooled, torch.cat(labels), bins),
+            reliability=metrics.reliability(pooled, torch.cat(labels), bins, rule),
             runs=tuple(runs),
             tempered=tempered,
             calibrated=runs is tuned,

@@ -16,6 +16,7 @@ from varlora.errors import DamagedFileError, VarloraError, did_you_mean
 from varlora.files import file_digest, read_json
 from varlora.methods import ANY, METHODS
 from varlora.methods.base import AdamWTraining
+from varlora.model import same_checksum
 from varlora.posterior import Posterior
 
 __all__ = ["check_sources", "check_taken_over", "identities", "load_sources", "recipe_from", "recipe_on", "trains_on"]
@@ -137,11 +138,16 @@ def trains_on(settings: Settings) -> bool:
 
 
 def identities(settings: Settings) -> list[dict[str, Any]]:
-    """Return for each source what config.json remembers of it: method, settings, seed and its adapter's checksum."""
+    """Return for each source what config.json remembers of it.
+
+    That is its method, settings and seed, the checksum of its adapter, and what it was concluded from itself.
+    """
     found = []
     for source in settings.sources:
         theirs = settings_of(Path(source)).to_dict()
         facts = {name: theirs[name] for name in ("method", "method_settings", "seed")}
+        facts |= {"settings": {name: value for name, value in theirs.items() if name not in facts}}
+        facts["concluded_from"] = read_json(Path(source) / "config.json").get("concluded_from") or []
         found.append({"run": source, **facts, "adapter": file_digest(Path(source) / "adapter" / "manifest.json")})
     return found
 
@@ -164,7 +170,7 @@ def load_sources(model: nn.Module, settings: Settings, checksums: Mapping[str, s
     for source in map(Path, settings.sources):
         theirs = read_json(source / "config.json")
         for key, checksum in checksums.items():
-            if theirs.get(key, checksum) != checksum:
+            if not same_checksum(theirs.get(key, checksum), checksum):
                 raise DamagedFileError(
                     f"Expected {WHAT[key]} to be what {source} was trained with, but the checksum differs. "
                     "Pass the original, or train a new run."

@@ -1,7 +1,7 @@
 """The paper's tables from evaluated runs: methods by task (Table 1), IVON by τ (Table 2), the settings (Table 3).
 
 A table here is numbers and texts; `varlora.typeset` writes it for the terminal, in Markdown, LaTeX, HTML and JSON. A
-change is against the baseline on the same seeds and rows, with a bootstrap interval that tells it from noise.
+change is against the baseline on the seeds and rows that both have, with an interval that tells it from noise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from varlora.bootstrap import Difference, paired_differences
 from varlora.errors import VarloraError
 from varlora.evaluated import EvaluatedRun, Skipped
 from varlora.methods import METHODS
-from varlora.predictions import made_unlike
-from varlora.results import Row, rows_of_runs
+from varlora.metrics import Rule
+from varlora.predictions import made_unlike, same_rows
+from varlora.results import Row, Stat, rows_of_runs, without_tau
 from varlora.table import (
     ALL,
     AVERAGE,
@@ -45,8 +47,6 @@ ORDER = (
 TEMPERED, CALIBRATED = "Tempered", "Calibrated"
 SETTINGS = ("steps", "batch_size", "accumulation", "calibration_fraction", "lora", "model", "dtype", "quantization")
 """Settings of a run, beside the method's own, that Table 3 shows."""
-FEW_SEEDS = 5
-"""Below so many the bootstrap takes their spread for smaller than it is, by far."""
 
 # --- Table 1
 
@@ -81,7 +81,8 @@ def table1(
         seed: of the bootstrap.
 
     Returns:
-        The table; a line has no change where the baseline has no row, or several, for the same model and split.
+        The table; a line has no change where the baseline has no row, or several, for the same model and split, or no
+        seed in common.
 
     Raises:
         VarloraError: two rows for one line and task.
@@ -100,14 +101,20 @@ def table1(
     tasks = _in_order({row.task for row in rows} | {task for task, _ in failures})
 
     cells: dict[str, list[Line]] = {metric.name: [] for metric in metrics}
+    notes = [*unplaced]
     for key in sorted(shown):
         of_metric: dict[str, dict[str, Cell]] = {metric.name: {} for metric in metrics}
         for task in tasks:
             row, reason = shown[key].get(task), failures.get((task, key.method), "")
             base = _baseline(row, rows, baseline) if row else None
-            intervals = _intervals(base, row, replicates, seed) if row and base else {}
+            pair = _on_shared_seeds(base, row) if row and base else None
+            intervals = _intervals(*pair, replicates, seed) if pair else {}
+            if row and base and (many := len(pair[0].runs) if pair else 0) < len(row.runs):
+                seeds = f"the change is over the {many} of {len(row.runs)} seeds that {baseline} has too"
+                seeds = seeds if many else f"no change, as it shares no seed with {baseline}"
+                notes.append(f"{key.label(draws)} on {ResultTable.heading(task)}: {seeds}.")
             for name, found in of_metric.items():
-                found[task] = _cell(name, row, base, intervals.get(name), reason)
+                found[task] = _cell(name, row, pair, intervals.get(name), reason)
         section = TEMPERED if key.tempered else CALIBRATED if key.calibrated else ""
         evaluated = [_evaluated(shown[key], task) for task in tasks]
         for name, found in of_metric.items():
@@ -121,7 +128,7 @@ def table1(
         head="Method",
         columns=(*tasks, AVERAGE) if len(tasks) > 1 else tasks,
         blocks=tuple(Block(metric.title, tuple(cells[metric.name]), metric) for metric in metrics),
-        notes=tuple(unplaced),
+        notes=tuple(notes),
     )
 
 
@@ -231,29 +238,37 @@ def _baseline(row: Row, rows: Sequence[Row], label: str) -> Row | None:
     return found[0] if len(found) == 1 and row not in found else None
 
 
+def _on_shared_seeds(a: Row, b: Row) -> tuple[Row, Row] | None:
+    """Return two rows with the runs and numbers of the seeds that both have; None if they share none."""
+
+    def only(row: Row, other: Row) -> Row:
+        theirs = {run.settings["seed"] for run in other.runs}
+        keep = [run.settings["seed"] in theirs for run in row.runs]
+        stats = {name: Stat(tuple(compress(stat.values, keep))) for name, stat in row.stats.items()}
+        return replace(row, runs=tuple(compress(row.runs, keep)), stats=stats)
+
+    shared = only(a, b), only(b, a)
+    return shared if shared[0].runs else None
+
+
 def _intervals(a: Row, b: Row, replicates: int, seed: int) -> dict[str, Difference]:
-    """Return the bootstrap's differences b − a; none if seeds or rows are not the same."""
-
-    def rows_of(row: Row) -> list[Any]:
-        return [(run.settings["seed"], run.predictions.ids, run.predictions.labels.tolist()) for run in row.runs]
-
-    if rows_of(a) != rows_of(b):
+    """Return the differences b − a with their intervals; none if the rows of a seed are not the same."""
+    if not all(same_rows(x.predictions, y.predictions) for x, y in zip(a.runs, b.runs)):
         return {}
-    bins = len(a.reliability.count)
     generator = torch.Generator().manual_seed(seed)
-    return paired_differences(a.answers, b.answers, bins=bins, replicates=replicates, generator=generator)
+    return paired_differences(a.answers, b.answers, **a.reliability.bins, replicates=replicates, generator=generator)
 
 
-def _cell(name: str, row: Row | None, base: Row | None, interval: Difference | None, failed: str) -> Cell:
+def _cell(name: str, row: Row | None, pair: tuple[Row, Row] | None, interval: Difference | None, failed: str) -> Cell:
     if row is None:
         return Cell(failed=failed)
     stat = row.stats[name]
     return Cell(
         mean=_number(stat.mean),
         stderr=_number(stat.stderr),
-        change=_number(stat.mean - base.stats[name].mean) if base else None,
-        low=interval.low if interval else None,
-        high=interval.high if interval else None,
+        change=_number(pair[1].stats[name].mean - pair[0].stats[name].mean) if pair else None,
+        low=_number(interval.low) if interval else None,
+        high=_number(interval.high) if interval else None,
         seeds=len(row.runs),
         failed=failed,
     )
@@ -317,6 +332,8 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
 
     firsts = [row.runs[0] for row in rows]
     method, mean, _ = baseline.partition("@mean")
+    if not rows:
+        return ""
     averaged = len({row.task for row in rows}) > 1
     parts = [
         f"Model: {listed(Path(run.settings['model']).name for run in firsts)}; "
@@ -326,10 +343,10 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
     ]
     if any(row.label == baseline for row in rows):
         parts.append(
-            f"With a sign: the change against {_title(method)}{mean}. It is noise if its 95 % interval, from "
-            f"{replicates} bootstrap replicates over seeds and rows, contains 0"
+            f"With a sign: the change against {_title(method)}{mean}. It is noise if its 95 % interval, by "
+            f"Student's t over seeds and {replicates} bootstrap replicates over rows, contains 0"
             + ("; the average's interval follows from those of its tasks." if averaged else ".")
-            + _of_few_seeds(min(len(row.runs) for row in rows))
+            + _of_one_seed(min(len(row.runs) for row in rows))
         )
     if any(row.tempered for row in rows):
         parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
@@ -338,28 +355,26 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
             "Calibrated: with the factor of the variance, the share of weights pruned, the temperature and the number "
             "of draws that were chosen on held-out rows."
         )
-    return " ".join(parts) if rows else ""
+    return " ".join(parts)
 
 
-def _of_few_seeds(seeds: int) -> str:
-    if seeds == 1:
-        return " Of one seed, it says how far other rows would move the change, and nothing of other seeds."
-    return f" Of {seeds} seeds, it is too narrow where seeds differ much." if seeds < FEW_SEEDS else ""
+def _of_one_seed(seeds: int) -> str:
+    said = " Of one seed, it says how far other rows would move the change, and nothing of other seeds."
+    return said if seeds == 1 else ""
 
 
 def _over_seeds(rows: Sequence[Row]) -> str:
     """Say what the numbers of a table are."""
-    seeds, draws, bins = (
+    seeds, draws = (
         " or ".join(map(str, sorted(set(values))))
         for values in (
             [len(row.runs) for row in rows],
             [row.draws for row in rows if row.draws and not row.calibrated],
-            [len(row.reliability.count) for row in rows],
         )
     )
     drawn = f" Methods that draw average the probabilities of {draws} draws." if draws else ""
     over = "One seed." if seeds == "1" else f"Means over seeds ({seeds}) with the standard error."
-    return f"ECE with {bins} bins (lo, hi].{drawn} {over}"
+    return f"ECE with {rows[0].reliability.described}.{drawn} {over}"
 
 
 # --- Table 2
@@ -372,6 +387,7 @@ def table2(
     method: str = "ivon",
     metrics: Sequence[Metric] = PAPER_METRICS,
     bins: int = 10,
+    rule: Rule = "right",
 ) -> ResultTable:
     """Return each metric by factor τ of the posterior's variance, from a method's predictions and their `tau` files.
 
@@ -382,7 +398,8 @@ def table2(
         failed: runs that failed; as `table1`, those of other methods are left out.
         method: key in METHODS.
         metrics: a block for each.
-        bins: equal-width bins (lo, hi] of the ECE.
+        bins: number of bins of the ECE.
+        rule: rule of these bins; see `metrics.bin_of`.
 
     Returns:
         The table; the best of each column is marked. Damaged files, and those that were predicted otherwise than the
@@ -392,10 +409,10 @@ def table2(
         Cong et al. 2024, Variational Low-Rank Adaptation Using IVON, Table 2.
     """
     scaled, notes = _scaled([run for run in runs if run.settings["method"] == method])
-    rows, _, _ = rows_of_runs(scaled, bins)
+    rows, _, _ = rows_of_runs(scaled, bins, rule)
     lines: dict[tuple[str, float], dict[str, Row]] = defaultdict(dict)
     for row in sorted((row for row in rows if not (row.tempered or row.calibrated)), key=lambda row: -len(row.runs)):
-        differs = ", ".join(part for part in row.differs.split(", ") if not part.startswith("tau="))
+        differs = without_tau(row.differs)
         tau = float(row.runs[0].meta["tau"]) if row.draws else 0.0
         lines[differs, tau].setdefault(row.task, row)  # the mean is the same at every τ: take that of most seeds
 
@@ -440,6 +457,7 @@ def _scaled(runs: Sequence[EvaluatedRun]) -> tuple[list[EvaluatedRun], list[str]
         for name, predictions in others.items():
             unlike = made_unlike(predictions.meta, run.meta, "task", "split")
             differ = [key for key in unlike if key != "tau"]
+            differ += [] if same_rows(predictions, run.predictions) else ["rows"]
             if differ or "tau" not in predictions.meta:
                 notes.append(
                     f"{run.run}: left out at τ = {name}: {' and '.join(differ) or 'tau'} differ. Evaluate again."

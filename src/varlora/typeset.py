@@ -369,7 +369,7 @@ def _tex(text: str) -> str:
     def shown(char: str) -> str:
         if char in TEX:
             return TEX[char]
-        if char.isascii() or ("À" <= char <= "ÿ" and char not in "ÐÞðþ÷"):
+        if (char.isascii() and char.isprintable()) or ("À" <= char <= "ÿ" and char not in "ÐÞðþ÷"):
             return char
         plain = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
         return "".join(TEX.get(each, each) for each in plain) or "?"
