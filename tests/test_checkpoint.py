@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from varlora import checkpoint
 from varlora.checkpoint import (
+    CheckpointTrainer,
     latest_checkpoint,
     load_adapter,
     load_posterior,
@@ -275,6 +277,24 @@ def test_random_state_goes_on_where_it_was(tmp_path):
     random.setstate(load_state(tmp_path, "state")[1])
     assert np.array_equal(source.randn(5), expected[0])
     assert random.random() == expected[1]
+
+
+@pytest.mark.parametrize(("now", "told"), [(1, ["There were 2 GPUs before the stop and are 1 now"]), (2, []), (3, [])])
+def test_random_states_of_gpus_go_on_as_far_as_there_are_any(now, told, tmp_path, monkeypatch):
+    """A run may be moved to a machine with fewer; the generators are the CPU's here."""
+    said, set_on = [], {}
+    trainer = CheckpointTrainer.__new__(CheckpointTrainer)
+    trainer.args, trainer.warn = SimpleNamespace(process_index=0), said.append
+    trainer._tr_loss, trainer._globalstep_last_logged = torch.tensor(0.5), 3
+    then = [torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: then)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: now)
+    monkeypatch.setattr(torch.cuda.random, "set_rng_state", lambda state, device: set_on.update({device: state}))
+    trainer._save_rng_state(str(tmp_path))
+    trainer._load_rng_state(str(tmp_path))
+    assert [torch.equal(set_on[device], then[device]) for device in sorted(set_on)] == [True] * min(now, 2)
+    assert [words.partition(",")[0] for words in said] == told
 
 
 def test_optimizer_goes_on_where_it_was(tmp_path):

@@ -253,6 +253,74 @@ def test_resuming_what_is_not_there(varlora_, tmp_path):
     assert "Expected `--run-dir` with `--resume`" in error_of(varlora_("train", "--resume"))
 
 
+@pytest.mark.parametrize("seeds", [("--seed", 1, 2), ("--set", "seeds=[1,2]")])
+def test_one_run_is_not_gone_on_with_as_several(varlora_, run, seeds):
+    before = sorted(run.rglob("*"))
+    message = error_of(varlora_("train", "--resume", "--run-dir", run, *seeds))
+    assert f"Expected one run to go on with in {run}, but got 2 seeds. Leave the seeds out" in message
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_recipe_in_the_run_directory_is_not_deleted(varlora_, options, run):
+    (run / "recipe.yaml").write_text("steps: 1\n")
+    message = error_of(varlora_("train", run / "recipe.yaml", *options, "--run-dir", run, "--overwrite"))
+    assert f"would delete {run / 'recipe.yaml'}, which is `recipe` of the run" in message
+    assert (run / "recipe.yaml").is_file()
+
+
+def test_a_rank_but_the_first_leaves_the_run_directory_to_that_one(varlora_, options, tmp_path, monkeypatch):
+    """It comes late here, when the first one has made it."""
+    run, done = tmp_path / "run", []
+
+    def met(*arguments) -> None:
+        assert not run.exists()
+        (run / "adapter").mkdir(parents=True)
+        done.append("met")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("varlora.training.ranks", lambda: (1, 2))
+    monkeypatch.setattr("varlora.training.meet", met)
+    monkeypatch.setattr("varlora.training.wait_for_ranks", lambda: done.append("waited"))
+    monkeypatch.setattr("varlora.training.fit", lambda *arguments, **settings: done.append("trained"))
+    assert varlora_("train", *options, "--run-dir", run) == Result(0, "", "")
+    assert done == ["met", "waited", "trained"]
+    assert [path.name for path in run.iterdir()] == ["adapter"]
+
+
+LATE = """
+import os, sys, time
+from varlora import cli, training
+
+load_base = training.load_base
+
+def slowly(*arguments):
+    time.sleep(2 * int(os.environ["RANK"]))
+    return load_base(*arguments)
+
+training.load_base = slowly
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_run_for_each_seed(options, tmp_path):
+    """The second one comes late, when the first could have made the run directory."""
+    script = tmp_path / "rank.py"
+    script.write_text(LATE)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script)
+    settings = (*options, "--method", "adamw", "--run-dir", tmp_path / "runs", "--seed", 1, 2)
+    for more in ((), ("--overwrite",)):
+        result = in_subprocess(*torchrun, "train", *settings, *more)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("Training adamw on boolq") == 2
+        assert result.stdout.count("Next: ") == 1
+        for seed in (1, 2):
+            run = tmp_path / "runs" / f"seed{seed}"
+            steps = [json.loads(line).get("step") for line in (run / "training.jsonl").read_text().splitlines()]
+            assert steps == [1, 2, 3, 3]
+            assert (run / "adapter" / "posterior.safetensors").is_file()
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -634,7 +702,18 @@ def test_validate(varlora_, options, bad_data, model):
     assert "line 2" in error_of(varlora_("validate", *options, "--data-dir", bad_data))
     recipe = ROOT / "recipes" / "llama2-7b" / "boolq" / "ivon.yaml"
     more = ["--data-dir", ASSETS, "--model", model, "--set", "quantization=null", "dtype=float32"]
-    assert varlora_("validate", recipe, *more).code == 0
+    result = varlora_("validate", recipe, *more)
+    assert result.code == 0
+    assert "Looked at with seed 21, of 21, 42, 87." in result.out
+
+
+def test_validate_says_how_many_prompts_are_trained_on(varlora_, options, tmp_path):
+    assert "2 of 2 dev prompts are trained on, word for word." in varlora_("validate", *options).out
+    data = Path(shutil.copytree(ASSETS / "boolq", tmp_path / "boolq"))
+    (data / "dev.jsonl").write_text('{"question": "is ice made of water", "passage": "It is.", "answer": true}\n')
+    result = varlora_("validate", *options, "--data-dir", tmp_path)
+    assert result.code == 0
+    assert "word for word" not in result.out
 
 
 @pytest.mark.parametrize("verb", VERBS)

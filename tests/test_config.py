@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from pathlib import Path
@@ -150,6 +151,7 @@ def test_the_defaults_are_the_papers():
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.003}},
         {"save_only_model": False},
         {"bf16": True},
+        {"eval_strategy": "no", "save_strategy": "epoch", "train_sampling_strategy": "sequential", "run_name": "false"},
     ],
 )
 def test_training_arguments_that_are_right_are_taken(arguments):
@@ -157,8 +159,8 @@ def test_training_arguments_that_are_right_are_taken(arguments):
 
 
 def test_what_is_refused_now_is_read_from_a_run_of_before():
-    stored = settings_from({**BASE, "training_arguments": {"save_only_model": True}}, stored=True)
-    assert stored.training_arguments == {"save_only_model": True}
+    arguments = {"save_only_model": True, "bf16": "false"}
+    assert settings_from({**BASE, "training_arguments": arguments}, stored=True).training_arguments == arguments
 
 
 def test_tokens_are_not_stored():
@@ -243,7 +245,7 @@ def test_all_problems_are_reported_at_once():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"steps": 0}, "`steps` to be at least 1, but got 0"),
+        ({"steps": 0}, "`steps` to be at least 1, but got 0. Raise it, or leave it out."),
         ({"steps": 2.5}, "`steps` to be a whole number, but got 2.5"),
         ({"steps": float("inf")}, "`steps` to be a whole number"),
         ({"steps": True}, "`steps` to be a whole number, but got True"),
@@ -266,6 +268,13 @@ def test_all_problems_are_reported_at_once():
         ({"training_arguments": {"dataloader_num_workers": -1}}, "num_workers"),
         ({"training_arguments": {"save_only_model": True}}, "leaves no checkpoint to go on from"),
         ({"training_arguments": {"eval_strategy": "steps"}}, "nothing is evaluated while training"),
+        ({"training_arguments": {"eval_on_start": True}}, "nothing is evaluated while training"),
+        ({"training_arguments": {"save_strategy": "best"}}, "nothing is evaluated while training"),
+        ({"training_arguments": {"train_sampling_strategy": "group_by_length"}}, "to be random or sequential, but got"),
+        ({"training_arguments": {"train_sampling_strategy": "batch_rebalance"}}, "to be random or sequential, but got"),
+        ({"training_arguments": {"bf16": "false"}}, "`training_arguments.bf16` to be true or false, but got the text"),
+        ({"training_arguments": {"tf32": "no"}}, "`training_arguments.tf32` to be true or false, but got the text"),
+        ({"training_arguments": {"run_name": datetime.date(2024, 1, 1)}}, "datetime.date(2024, 1, 1). Put quotes"),
         ({"lora": 5}, "`lora` to be a mapping, but got 5"),
         ({"lora": {"targets": "q_proj"}}, "`lora.targets` to be a list or all-linear or nothing"),
         ({"lora": {"dtype": "int8"}}, "`lora.dtype` to be one of float32"),
@@ -292,6 +301,7 @@ def test_one_problem(values, text):
 def test_assignments_that_cannot_be_made():
     assert "cannot be set: `steps` is no mapping" in problems_of({"steps": 3}, assignments=["steps.x=3"])[0]
     assert "not YAML" in problems_of(assignments=["steps=[1"])[0]
+    assert "not YAML. Put quotes around it" in problems_of(assignments=["revision=2024-99-99"])[0]
     assert "Expected `key=value`" in problems_of(assignments=["=3"])[0]
 
 

@@ -568,11 +568,20 @@ def test_so_is_what_accelerate_launch_says_of_it(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"lr_scheduler_type": "linaer"}, {"logging_steps": "many"}, {"warmup_steps": -1}]
+    "arguments",
+    [
+        {"lr_scheduler_type": "linaer"},
+        {"logging_steps": "many"},
+        {"warmup_steps": -1},
+        {"eval_strategy": "steps"},
+        {"train_sampling_strategy": "group_by_length"},
+        {"bf16": "false"},
+    ],
 )
 def test_values_that_the_trainer_refuses_are_problems_of_the_configuration(tmp_path, arguments):
     with pytest.raises(ConfigError, match="training_arguments"):
         helpers.run_fit(helpers.tiny_model(), METHODS[1], tmp_path, training_arguments=arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,17 @@ def test_plain_peft_loads_the_mean(pushed: Path, run_dir: Path, bundled: Path) -
     assert read_json(pushed / "adapter_config.json")["base_model_name_or_path"] == BASE
 
 
+def test_files_and_splits_may_have_names_that_a_repository_cannot(run_dir: Path, bundled: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run_dir, tmp_path / "run")
+    task = yaml.safe_load((copied / "task.yaml").read_text())
+    files = {"train": "tr/d.csv", "dev/a": "de/d.csv"}
+    (copied / "task.yaml").write_text(yaml.safe_dump({**task, "files": files, "evaluation": "dev/a"}))
+    push_to_hub(copied, NAME, base_model=BASE, folder=tmp_path / "pushed", say=silent)
+    assert from_pretrained(tmp_path / "pushed", model=str(bundled), say=silent).settings.method == "ivon"
+    stored = yaml.safe_load((tmp_path / "pushed" / "task.yaml").read_text())["files"]
+    assert stored == {"dev/a": "0-d.csv", "train": "1-d.csv"}
+
+
 def test_the_folder_may_be_the_one_that_one_is_in(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

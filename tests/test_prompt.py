@@ -124,6 +124,20 @@ def test_a_bos_that_is_the_eos_too_stays():
     assert encode(tokenizer, example(head="", context="", tail="")).input_ids == (start,)
 
 
+@pytest.mark.parametrize(("template", "expected"), [("<s> $A </s>", ["<s>", "Answer:"]), ("$A </s>", ["Answer:"])])
+@pytest.mark.parametrize(
+    "names", [{"cls_token": "<s>", "sep_token": "</s>"}, {"bos_token": "</s>", "eos_token": "</s>"}]
+)
+def test_nothing_stands_after_a_prompt_by_whatever_name(template, expected, names):
+    """As BERT's [SEP], of which the answer is not to be read, and an EOS that is the BOS too."""
+    tokenizer = words("A", "B")
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>", **names)
+    assert shown(tokenizer, prompt_ids(tokenizer, ["Answer:"])[0]) == expected
+
+
 def test_form_without_space_where_the_space_is_a_token_of_its_own():
     tokenizer = sentence_piece(vocab_size=1)  # characters alone
     assert tokenizer.tokenize("o A")[-2:] == ["▁", "A"]
@@ -135,6 +149,19 @@ def test_form_without_space_after_a_prompt_that_ends_in_white_space():
     row = encode(tokenizer, example(tail=" Answer:\n"))
     assert shown(tokenizer, row.label_tokens) == ["A", "B"]
     assert encode(tokenizer, example()).label_tokens != row.label_tokens
+
+
+def test_the_form_is_that_of_the_prompt_as_it_was_cut():
+    """Here the white space at its end is cut off, or the words before it are."""
+    tokenizer = byte_level()
+    ends_in_space = example(context="one two three ", tail="", cut="right")
+    longest = len(encode(tokenizer, ends_in_space).input_ids)
+    assert shown(tokenizer, encode(tokenizer, ends_in_space).label_tokens) == ["A", "B"]
+    assert shown(tokenizer, encode(tokenizer, ends_in_space, longest - 1).label_tokens) == ["ĠA", "ĠB"]
+    ends_in_word = example(head="Question:\n", context="three", tail="")
+    assert shown(tokenizer, encode(tokenizer, ends_in_word).label_tokens) == ["ĠA", "ĠB"]
+    head = len(prompt_ids(tokenizer, ["Question:\n"])[0])
+    assert shown(tokenizer, encode(tokenizer, ends_in_word, head).label_tokens) == ["A", "B"]
 
 
 def test_answers_with_one_first_token():
@@ -237,6 +264,19 @@ def test_a_chat_template_that_refuses_a_question_alone():
     tokenizer = byte_level(chat_template="{{ raise_exception('System message required') }}")
     with pytest.raises(VarloraError, match="refuses a question without more: System message required"):
         encode(tokenizer, example(), chat=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ({"rag": "{{ messages[0].content }}"}, "ValueError"),
+        ("{{ messages[0].content + none }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_chat_template_that_fails_by_itself(template, why):
+    with pytest.raises(VarloraError, match=rf"chat template of .* fails \({why}: .*\)\. Leave `chat` out"):
+        encode(byte_level(chat_template=template), example(), chat=True)
 
 
 def test_no_chat_template():

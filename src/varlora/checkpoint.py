@@ -70,7 +70,16 @@ def save_adapter(model: nn.Module, posterior: Posterior, folder: str | Path) -> 
         folder: where to; an adapter that is there is replaced as a whole once everything is written.
 
     Raises:
-        VarloraError: the folder holds something else, which would be lost.
+        VarloraError: the folder holds something else, which would be lost; or it cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora import Point, demo
+        >>> from varlora.params import copied
+        >>> model, scratch = demo.load().model, tempfile.TemporaryDirectory()
+        >>> save_adapter(model, Point(copied(model)), f"{scratch.name}/adapter")
+        >>> load_posterior(model, f"{scratch.name}/adapter")
+        Point(16,384 weights)
     """
     folder = Path(folder)
     if folder.is_dir() and (lost := sorted({path.name for path in folder.iterdir()} - _of_an_adapter(folder))):
@@ -144,9 +153,23 @@ def load_posterior(model: nn.Module, folder: str | Path) -> Posterior:
         model: the model that it is of, to check names and shapes and for the device.
         folder: what `save_adapter` wrote.
 
+    Returns:
+        A posterior of the kind that was saved, on the model's device; the model's own weights are left as they are.
+
     Raises:
         DamagedFileError: a file is absent, altered or of another model.
         VarloraError: nothing in the model can be trained, by which its adapter would be known.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora import DiagonalGaussian, demo
+        >>> from varlora.params import copied
+        >>> model, scratch = demo.load().model, tempfile.TemporaryDirectory()
+        >>> mean = copied(model)
+        >>> posterior = DiagonalGaussian(mean, {name: torch.full_like(value, 0.5) for name, value in mean.items()})
+        >>> save_adapter(model, posterior, f"{scratch.name}/adapter")
+        >>> load_posterior(model, f"{scratch.name}/adapter").std[min(mean)].unique()
+        tensor([0.5000])
     """
     parameters = trainable(model)
     if not parameters:
@@ -368,13 +391,21 @@ class CheckpointTrainer(Trainer):
 
     Args:
         method_state: what the method collects while training; a checkpoint's is put into it on resuming.
+        warn: told in words what a user should know.
     """
 
     _is_writing = False
 
-    def __init__(self, *args: Any, method_state: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        method_state: dict[str, Any] | None = None,
+        warn: Callable[[str], None] = print,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.method_state = {} if method_state is None else method_state
+        self.warn = warn
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model: Any = self.model
@@ -435,7 +466,10 @@ class CheckpointTrainer(Trainer):
         np.random.set_state(state["numpy"])  # noqa: NPY002
         torch.set_rng_state(state["torch"])
         if torch.cuda.is_available() and "cuda" in state:
-            torch.cuda.set_rng_state_all(state["cuda"])
+            then, now = len(state["cuda"]), torch.cuda.device_count()
+            if now < then:
+                self.warn(f"There were {then} GPUs before the stop and are {now} now, so bits may differ.")
+            torch.cuda.set_rng_state_all(state["cuda"][:now])
         loss, self._globalstep_last_logged = state["loss"]
         self._tr_loss.copy_(loss)
 

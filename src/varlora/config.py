@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -101,7 +102,8 @@ class Settings:
     skip_bad_rows: bool = False
     """Leave out malformed rows and count them, rather than stop."""
     calibration_fraction: float = 0.1
-    """Share of the training rows that is held out: never trained on, to choose a scale on (`--split calibration`)."""
+    """Share of the training rows that is held out to choose a scale on (`--split calibration`): neither they nor copies
+    of their prompts are trained on."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     max_not_finite: int = 25
@@ -240,7 +242,7 @@ def assign_all(values: dict[str, Any], assignments: Sequence[str], problems: lis
             continue
         try:
             _assign(values, key.strip(), yaml.safe_load(text), problems)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a date that there is not
             problems.append(f"The value of `{assignment}` is not YAML. Put quotes around it.")
 
 
@@ -376,21 +378,38 @@ def _check(known: dict[str, Any], problems: list[str], stored: bool) -> None:
     }
     for name, least in at_least.items():
         if known.get(name) is not None and known[name] < least:
-            problems.append(f"Expected `{name}` to be at least {least}, but got {known[name]}.")
+            cure = "Raise it, or leave it out."
+            problems.append(f"Expected `{name}` to be at least {least}, but got {known[name]}. {cure}")
     if known.get("seed", 0) >= 2**32:
-        problems.append(f"Expected `seed` to be less than 2**32, but got {known['seed']}.")
+        problems.append(f"Expected `seed` to be less than 2**32, but got {known['seed']}. Set e.g. `seed=0`.")
     fraction = known.get("calibration_fraction", 0.0)
     if not 0 <= fraction < 1:
-        problems.append(f"Expected `calibration_fraction` to be within 0 and 1, but got {fraction}.")
+        cure = "Set e.g. `calibration_fraction=0.1`."
+        problems.append(f"Expected `calibration_fraction` to be within 0 and 1, but got {fraction}. {cure}")
     arguments = known.setdefault("training_arguments", {})
     hints = typing.get_type_hints(TrainingArguments)
     texts = {name: value for name, value in arguments.items() if isinstance(value, str) and _is_number(hints.get(name))}
     arguments |= convert_all(TrainingArguments, texts, "training_arguments.", problems)
+    if stored:
+        return
     problems += check_training_arguments(arguments)
-    if arguments.get("save_only_model") and not stored:
+    problems += _not_json(arguments)
+    if arguments.get("save_only_model"):
         problems.append("`training_arguments.save_only_model` leaves no checkpoint to go on from. Leave it out.")
-    if arguments and not problems and not stored:
+    if arguments and not problems:
         problems += _value_problems(arguments)
+
+
+def _not_json(arguments: Mapping[str, Any]) -> list[str]:
+    """Return which fields of `TrainingArguments` could not be written to config.json, such as a date of YAML's."""
+    problems = []
+    for name, value in arguments.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            expected = f"Expected `training_arguments.{name}` to be what JSON has"
+            problems.append(f"{expected}, but got {value!r}. Put quotes around it.")
+    return problems
 
 
 def _value_problems(arguments: Mapping[str, Any]) -> list[str]:
@@ -409,8 +428,6 @@ def _value_problems(arguments: Mapping[str, Any]) -> list[str]:
 def _check_values(arguments: Mapping[str, Any]) -> None:
     """Let those who will use the values of `TrainingArguments` check them, the loggers among them."""
     made = TrainingArguments(output_dir="unused", **{"use_cpu": not torch.cuda.is_available(), **arguments})
-    if made.eval_strategy != "no":
-        raise ValueError("Expected no `eval_strategy`: nothing is evaluated while training. Use `varlora evaluate`.")
     for logger in get_reporting_integration_callbacks(made.report_to if "report_to" in arguments else "none"):
         logger()
     specific: Any = made.lr_scheduler_kwargs

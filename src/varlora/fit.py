@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
@@ -42,7 +41,7 @@ from varlora.params import not_finite, trainable
 from varlora.posterior import Posterior
 from varlora.predict import Predictor
 from varlora.prompt import Encoded
-from varlora.trainer import MethodTrainer, Watch, of_first_rank, short_walks, stop_on_signals
+from varlora.trainer import MethodTrainer, Watch, of_first_rank, short_walks, stop_on_signals, wait_for_ranks
 
 __all__ = [
     "NotFiniteError",
@@ -51,6 +50,7 @@ __all__ = [
     "check_training_arguments",
     "conclude",
     "fit",
+    "meet",
     "start_of",
 ]
 
@@ -77,6 +77,10 @@ OURS = {
     "load_best_model_at_end": "nothing: the posterior belongs to the last step",
 }
 """Fields of `TrainingArguments` that a setting of ours (or nothing) stands for."""
+EVALUATES = {"eval_on_start": ("True", "1"), "eval_strategy": ("steps", "epoch"), "save_strategy": ("best",)}
+"""Values of fields with which the Trainer would evaluate, and has nothing to evaluate on."""
+BY_LENGTH = ("group_by_length", "batch_rebalance")
+"""Values of `train_sampling_strategy` that need rows which are mappings, as ours are not."""
 
 
 TUNED = "tuned.json"
@@ -215,6 +219,7 @@ def fit(
         optimizers=(optimizer, method.schedule(optimizer, steps)),
         callbacks=[watch, *callbacks],
         method_state=state,
+        warn=warn,
     )
     trainer.varlora_method, trainer.varlora_optimizer = method, optimizer
     trainer.varlora_watch, trainer.varlora_run_dir = watch, run_dir
@@ -396,8 +401,7 @@ def conclude(
         )
     if ranks()[0] == 0:
         write_adapter(model, posterior, run_dir / "adapter")
-    if ranks()[1] > 1:
-        dist.barrier()
+    wait_for_ranks()
     load_adapter(model, run_dir / "adapter")
     return posterior
 
@@ -460,6 +464,21 @@ def check_start(
         )
 
 
+def meet(training_arguments: Mapping[str, Any]) -> None:
+    """Set up the process group of a run, where several processes were started for it, and wait for all of them.
+
+    From then on each has a GPU of its own. Without this it is set up when training starts.
+
+    Args:
+        training_arguments: fields meant for `TrainingArguments`, which may name the group's backend.
+
+    Raises:
+        ConfigError: the fields are refused.
+    """
+    _arguments(output_dir="unused", **{"use_cpu": not torch.cuda.is_available(), **training_arguments})
+    wait_for_ranks()
+
+
 def _check_adapter(model: Any) -> None:
     """Refuse, before the hours of training, what could not be written down after them."""
     adapters = list(getattr(model, "peft_config", {"default": None}))
@@ -492,7 +511,7 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
         >>> check_training_arguments({"learning_rate": 1e-3, "logging_steps": 5})
         ['`training_arguments.learning_rate` is set by `method.lr`. Set that and leave this out.']
     """
-    known = set(TrainingArguments.__dataclass_fields__)
+    known = typing.get_type_hints(TrainingArguments)
     problems = []
     for name, value in ((str(name), value) for name, value in arguments.items()):
         if name in ("deepspeed", "fsdp") and value:
@@ -503,6 +522,17 @@ def check_training_arguments(arguments: Mapping[str, Any]) -> list[str]:
             near = did_you_mean(name, known)
             hint = near if near.startswith("Did") else "See `transformers.TrainingArguments`."
             problems.append(f"Unknown field `training_arguments.{name}`. {hint}")
+        elif isinstance(value, str) and set(typing.get_args(known[name]) or (known[name],)) <= {bool, type(None)}:
+            expected = f"Expected `training_arguments.{name}` to be true or false"  # any text would be true
+            problems.append(f"{expected}, but got the text {value!r}. Leave its quotes out.")
+        elif (word := str(getattr(value, "value", value))) in EVALUATES.get(name, ()):
+            problems.append(
+                f"`training_arguments.{name}` cannot be {word}: nothing is evaluated while training. Leave it out, and "
+                "use `varlora evaluate`."
+            )
+        elif name == "train_sampling_strategy" and word in BY_LENGTH:
+            expected = f"Expected `training_arguments.{name}` to be random or sequential"
+            problems.append(f"{expected}, but got {word}. Leave it out.")
     return problems
 
 

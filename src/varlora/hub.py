@@ -98,6 +98,20 @@ def push_to_hub(
     Raises:
         VarloraError: the run is not finished, a name is none, the base's is not known, or the hub refuses or is not
             reached.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora import Settings, train
+        >>> from varlora.demo.base import BUNDLED
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
+        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
+        >>> run_dir = train(settings, say=lambda words: None)
+        >>> folder = push_to_hub(
+        ...     run_dir, "me/mine", base_model="me/base", folder=f"{scratch.name}/pushed", say=lambda words: None
+        ... )  # without `folder` it is uploaded
+        >>> sorted(path.name for path in Path(folder).glob("*.safetensors"))
+        ['adapter_model.safetensors', 'posterior.safetensors']
     """
     run_dir = Path(run_dir)
     _check_name("name", name, "me/my-adapter")
@@ -179,7 +193,7 @@ def _lay_out(run_dir: Path, name: str, settings: Settings, folder: Path) -> None
         text = yaml.safe_load(Path(settings.task).read_text(encoding="utf-8"))
         names = {split: Path(file).name for split, file in text["files"].items()}
         if len(set(names.values())) < len(names):  # in different folders
-            names = {split: f"{split}{Path(file).suffix}" for split, file in text["files"].items()}
+            names = {split: f"{number}-{names[split]}" for number, split in enumerate(names)}
         text["files"] = names
         write_text(folder / TASK_FILE, yaml.safe_dump(text, sort_keys=False, allow_unicode=True))
         plain["task"] = TASK_FILE
@@ -223,9 +237,27 @@ def from_pretrained(
         device: where to load it to; left out: the current GPU, else the CPU.
         say: told the base's name before it is loaded.
 
+    Returns:
+        What `varlora.load` returns: the model at the posterior mean, the posterior, and the rest as fields.
+
     Raises:
         DamagedFileError: a file is absent, altered, or of another base.
         VarloraError: there is no such repository, it is none of varlora's, or its base cannot be loaded.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora import Settings, train
+        >>> from varlora.demo.base import BUNDLED
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
+        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
+        >>> run_dir = train(settings, say=lambda words: None)
+        >>> folder = push_to_hub(
+        ...     run_dir, "me/mine", base_model="me/base", folder=f"{scratch.name}/pushed", say=lambda words: None
+        ... )
+        >>> model, posterior = from_pretrained(folder, model=base, say=lambda words: None)  # or "me/mine", of the hub
+        >>> posterior
+        Point(16,384 weights)
     """
     folder = _folder(name_or_path, revision)
     facts, settings = _checked(folder, str(name_or_path), model)

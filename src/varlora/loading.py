@@ -135,9 +135,25 @@ def load(
         device: where to load it to; left out: the current GPU, else the CPU.
         calibrated: whether to read what `calibrate` chose; it may be damaged, or about to be chosen anew.
 
+    Returns:
+        The model at the posterior mean, and the posterior; as fields also the tokenizer, the settings, and what was
+        calibrated.
+
     Raises:
         DamagedFileError: a file is absent, altered or of another model.
         VarloraError: the run is not finished, or its base cannot be loaded.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora import Settings, train
+        >>> from varlora.demo.base import BUNDLED
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
+        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
+        >>> run_dir = train(settings, say=lambda words: None)
+        >>> model, posterior = load(run_dir)
+        >>> posterior
+        Point(16,384 weights)
     """
     run_dir = Path(run_dir)
     settings = trained_settings(run_dir)

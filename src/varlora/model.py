@@ -80,6 +80,16 @@ class LoRA:
 
     That is float32, where the paper keeps 16 bit, because AdamW's small updates round to nothing in bfloat16. B starts
     at 0 and A as in PEFT, uniform at random (Kaiming), where the paper says Gaussian.
+
+    Raises:
+        ConfigError: settings are out of their range; all of them are told together.
+
+    Example:
+        >>> LoRA(rank=16, alpha=32)
+        LoRA(rank=16, alpha=32, dropout=0.1, targets=None, dtype='float32')
+
+    References:
+        Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
     """
 
     rank: int = 8

@@ -65,18 +65,20 @@ def encode(
         ids: the tokens of the whole prompt, if the caller has them already (`prompt_ids`).
 
     Raises:
-        VarloraError: `max_length` below 1, a tokenizer without chat template.
+        VarloraError: `max_length` below 1, a tokenizer without a chat template that works.
         TaskError: an empty prompt, answers that share a token.
     """
     if max_length is not None and max_length < 1:
-        raise VarloraError(f"Expected `max_length` to be a number of tokens >= 1, but got {max_length}.")
+        raise VarloraError(
+            f"Expected `max_length` to be a number of tokens >= 1, but got {max_length}. Raise it, or leave it out."
+        )
     ids = prompt_ids(tokenizer, [example.prompt], chat)[0] if ids is None else ids
     if not ids:
         raise TaskError(f"Expected the prompt of row `{example.id}` to hold a token, but it is empty.")
-    cut = max_length is not None and len(ids) > max_length
+    text, cut = example.prompt, max_length is not None and len(ids) > max_length
     if max_length is not None and cut:
-        ids = _shortened(tokenizer, example, max_length, chat)
-    tokens = answer_tokens(tokenizer, example.answers, chat, after_space=example.prompt[-1:].isspace())
+        text, ids = _shortened(tokenizer, example, max_length, chat)
+    tokens = answer_tokens(tokenizer, example.answers, chat, after_space=text[-1:].isspace())
     return Encoded(example.id, tuple(ids), tokens, example.label, cut)
 
 
@@ -84,15 +86,26 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat:
     """Return the token ids of each prompt, whatever its length.
 
     Raises:
-        VarloraError: `chat` with a tokenizer that has no chat template, or one that refuses a question alone.
+        VarloraError: `chat` with a tokenizer that has no chat template, or one that refuses a question alone, or fails.
     """
     texts = [_rendered(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     # A chat template writes the special tokens itself.
-    rows = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"] if texts else []
+    options = {"add_special_tokens": not chat, "return_special_tokens_mask": True, "verbose": False}
+    encoded: Any = tokenizer(texts, **options) if texts else {}
+    rows = encoded.get("input_ids", [])
+    if not chat:
+        # Some tokenizers end each text with EOS or [SEP], after which nothing would be said.
+        masks = encoded.get("special_tokens_mask") or [()] * len(rows)
+        rows = [_unclosed(row, added) for row, added in zip(rows, masks)]
     if not chat and tokenizer.eos_token_id != tokenizer.bos_token_id:
-        # Some tokenizers end each text with EOS, after which nothing would be said.
         rows = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
     return rows
+
+
+def _unclosed(row: list[int], added: Sequence[int]) -> list[int]:
+    """Return a text's tokens without the special ones that were put after it; of an empty text all stay."""
+    after = next((count for count, is_added in enumerate(reversed(added)) if not is_added), 0)
+    return row[: len(row) - after]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | None = None) -> str:
@@ -112,6 +125,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Non
             f"The chat template of `{tokenizer.name_or_path}` refuses a question without more: {error}. Leave `chat` "
             "out, or change the template."
         ) from error
+    except Exception as error:  # a template is a program, and fails like one
+        raise VarloraError(
+            f"The chat template of `{tokenizer.name_or_path}` fails ({type(error).__name__}: {error}). Leave `chat` "
+            "out, or change the template."
+        ) from error
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -123,27 +141,31 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return ASKS_FOR_TODAY.sub(written, str(tokenizer.get_chat_template()))
 
 
-def _shortened(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, chat: bool) -> list[int]:
+def _shortened(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, chat: bool
+) -> tuple[str, list[int]]:
+    """Return the longest prompt that fits, and its tokens."""
     words = [match.span() for match in re.finditer(r"\S+", example.context)]
 
-    def ids_of(count: int) -> list[int]:
-        """The tokens of the prompt with `count` words of its context."""
+    def prompt_of(count: int) -> tuple[str, list[int]]:
+        """The prompt with `count` words of its context, and its tokens."""
         context = ""
         if count and example.cut == "left":
             context = example.context[words[-count][0] :]
         elif count:
             context = example.context[: words[count - 1][1]]
-        return prompt_ids(tokenizer, [example.head + context + example.tail], chat)[0]
+        text = example.head + context + example.tail
+        return text, prompt_ids(tokenizer, [text], chat)[0]
 
-    best = ids_of(0)
-    if len(best) > max_length:
-        return best[-max_length:]
+    best = prompt_of(0)
+    if len(best[1]) > max_length:
+        return best[0], best[1][-max_length:]
     low, high = 0, len(words)  # `low` words fit; that `high` words fit is not known to be true
     while high - low > 1:
         middle = (low + high) // 2
-        ids = ids_of(middle)
-        if len(ids) <= max_length:
-            low, best = middle, ids
+        found = prompt_of(middle)
+        if len(found[1]) <= max_length:
+            low, best = middle, found
         else:
             high = middle
     return best

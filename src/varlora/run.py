@@ -40,7 +40,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-__all__ = ["alone", "check_place", "is_run", "origin", "prepare_run_dir"]
+__all__ = ["alone", "check_place", "is_first", "is_run", "origin", "prepare_run_dir"]
 
 PACKAGES = ("varlora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -91,6 +91,11 @@ def prepare_run_dir(path: Path, *, resume: bool = False, overwrite: bool = False
         _tidy(folder)
 
 
+def is_first() -> bool:
+    """Whether this process is the first, or the only one, of those that `torchrun` or another launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Keep other processes that train out of a run directory, which is made if it is not there.
@@ -103,7 +108,7 @@ def alone(path: Path) -> Iterator[None]:
         VarloraError: another process has it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
+    if fcntl is None or not is_first():
         yield
         return
     handle = os.open(path, os.O_RDONLY)

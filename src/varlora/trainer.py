@@ -34,7 +34,16 @@ from varlora.model import class_logits
 from varlora.optim.native import clip
 from varlora.optim.shards import ranks
 
-__all__ = ["MethodTrainer", "Watch", "class_loss", "left_to_parent", "of_first_rank", "short_walks", "stop_on_signals"]
+__all__ = [
+    "MethodTrainer",
+    "Watch",
+    "class_loss",
+    "left_to_parent",
+    "of_first_rank",
+    "short_walks",
+    "stop_on_signals",
+    "wait_for_ranks",
+]
 
 T = TypeVar("T")
 
@@ -305,6 +314,12 @@ def of_first_rank(find: Callable[[], T]) -> T:
     if ranks()[1] > 1:
         dist.broadcast_object_list(told)
     return cast(T, told[0])
+
+
+def wait_for_ranks() -> None:
+    """Go on where all ranks have come to here."""
+    if ranks()[1] > 1:
+        dist.barrier()
 
 
 def left_to_parent(number: int, frame: Any) -> None:

@@ -14,12 +14,13 @@ from varlora.config import TASK_FILE, Settings, settings_from, settings_of
 from varlora.diagnosis import signs
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.files import read_json, verify_manifest, write_bytes, write_json
-from varlora.fit import check_start, conclude, fit, start_of
+from varlora.fit import check_start, conclude, fit, meet, start_of
 from varlora.loading import (
     Progress,
     Say,
     check_same,
     checksum_of,
+    digest_of,
     encode_rows,
     load_base,
     no_progress,
@@ -30,12 +31,14 @@ from varlora.loading import (
 )
 from varlora.methods import Prepared
 from varlora.model import base_fingerprint
+from varlora.optim.shards import ranks
 from varlora.overhead import Overhead, measure_overhead
 from varlora.params import trainable
 from varlora.prompt import PROMPT_VERSION
-from varlora.run import alone, check_place, origin, prepare_run_dir
+from varlora.run import alone, check_place, is_first, origin, prepare_run_dir
 from varlora.sources import check_sources, identities, load_sources, trains_on
 from varlora.tasks import get_task, is_task_file
+from varlora.trainer import wait_for_ranks
 
 __all__ = [
     "check_run_dir",
@@ -58,7 +61,7 @@ def train(
     say: Say = print,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Train as `settings` say and write the run directory.
+    """Train as `settings` say and write the run directory; of several ranks the first one writes, and speaks.
 
     Args:
         settings: what to do; all of it is checked before the run directory is touched.
@@ -72,10 +75,22 @@ def train(
 
     Raises:
         VarloraError: a problem with settings, data, model or run directory; see `fit` for those of training itself.
+
+    Example:
+        >>> import tempfile
+        >>> from varlora.demo.base import BUNDLED
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
+        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
+        >>> run_dir = train(settings, say=lambda words: None)
+        >>> (run_dir / "adapter" / "posterior.safetensors").is_file()
+        True
     """
     settings = settings_from(dataclasses.asdict(settings))  # checked, also when made in Python
     run_dir = settings.folder
+    say = say if is_first() else _silent
     check_run_dir(settings, resume=resume, overwrite=overwrite)
+    meet(settings.training_arguments)  # before the first rank changes what the others check
     if resume and not run_dir.exists():
         say(f"There is no {run_dir} to go on with: the run starts at its beginning.")
     if resume and (run_dir / "adapter").is_dir():
@@ -101,17 +116,20 @@ def train(
     if not sources or trains_on(settings):
         check_start(model, method, encoded.rows, settings.batch_size, settings.training_arguments)
     with alone(run_dir):
-        prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
-        if (run_dir / "config.json").is_file():
-            check_same(run_dir, "base", checksums["base"], f"the base model {settings.model}")
-            check_same(run_dir, "rows", checksums["rows"], f"the training rows of {task.name}")
-        else:
-            config = {"settings": settings.to_dict(), "concluded_from": identities(settings)}
-            versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
-            counts = {"training_rows": len(encoded.rows), "held_out_rows": len(calibration), "cut": encoded.cut}
-            write_json(run_dir / "config.json", config | versions | checksums | counts | origin())
-        if is_task_file(settings.task) and not (run_dir / TASK_FILE).exists():
-            write_bytes(run_dir / TASK_FILE, Path(settings.task).read_bytes())
+        if ranks()[0] == 0:
+            prepare_run_dir(run_dir, resume=resume, overwrite=overwrite)
+            if (run_dir / "config.json").is_file():
+                check_same(run_dir, "base", checksums["base"], f"the base model {settings.model}")
+                check_same(run_dir, "rows", checksums["rows"], f"the training rows of {task.name}")
+            else:
+                config = {"settings": settings.to_dict(), "concluded_from": identities(settings)}
+                versions = {"task_version": task.version, "prompt_version": PROMPT_VERSION}
+                counts = {"training_rows": len(encoded.rows), "held_out_rows": len(calibration), "cut": encoded.cut}
+                data = {"data": digest_of([*examples, *held_out])}  # whatever the seed holds out
+                write_json(run_dir / "config.json", config | versions | checksums | data | counts | origin())
+            if is_task_file(settings.task) and not (run_dir / TASK_FILE).exists():
+                write_bytes(run_dir / TASK_FILE, Path(settings.task).read_bytes())
+        wait_for_ranks()
         common: dict[str, Any] = {
             "pad_token_id": pad_of(tokenizer),
             "batch_size": settings.batch_size,
@@ -142,8 +160,20 @@ def train(
         return run_dir
 
 
-def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
+def _silent(text: str) -> None:
+    """Say nothing: a `Say` for ranks but the first."""
+
+
+def check_run_dir(
+    settings: Settings, *, resume: bool = False, overwrite: bool = False, recipe: Path | None = None
+) -> None:
     """Refuse a run directory or finished runs that training would refuse, before the work of loading.
+
+    Args:
+        settings: of the run.
+        resume: as for `train`.
+        overwrite: as for `train`.
+        recipe: the file that the settings are from, which `overwrite` must not delete either.
 
     Raises:
         VarloraError: it exists without `resume` or `overwrite`, or has other settings than it was started with; see
@@ -154,7 +184,7 @@ def check_run_dir(settings: Settings, *, resume: bool = False, overwrite: bool =
     if not finished:
         check_sources(settings)
     check_place(run_dir, resume=resume, overwrite=overwrite)
-    own = {"task": settings.task if is_task_file(settings.task) else None} | {
+    own = {"task": settings.task if is_task_file(settings.task) else None, "recipe": recipe} | {
         name: getattr(settings, name) for name in ("data_dir", "model")
     }
     for name, path in own.items():
@@ -208,6 +238,9 @@ def validate(settings: Settings) -> list[str]:
     train_examples, calibration = training_rows(task, settings, found.append)
     evaluation = rows_of_split(task, task.evaluation, settings, found.append)
     say_unsliced(task, evaluation, found.append)
+    trained = {example.prompt for example in train_examples}
+    if copies := sum(example.prompt in trained for example in evaluation):
+        found.append(f"{copies} of {len(evaluation)} {task.evaluation} prompts are trained on, word for word.")
     found.append(
         f"{task.name}: {len(train_examples)} training, {len(calibration)} calibration and {len(evaluation)} "
         f"{task.evaluation} rows."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from varlora.errors import TaskError
@@ -31,6 +33,19 @@ def test_a_row_keeps_its_side_when_others_come_or_move():
     _, few = split_calibration(examples[:100], 0.3, 1)
     _, many = split_calibration(examples[::-1], 0.3, 1)
     assert {e.id for e in few} == {e.id for e in many} & {e.id for e in examples[:100]}
+
+
+def test_copies_of_a_prompt_stay_together_and_move_no_other_row():
+    once = [replace(row, group="") for row in rows(300)]
+    copies = [replace(row, id=f"{row.id} again", label=1 - row.label) for row in once[:100]]
+    train, calibration = split_calibration([*once, *copies], 0.3, 1)
+    assert not {row.prompt for row in train} & {row.prompt for row in calibration}
+    assert [row for row in calibration if row in once] == split_calibration(once, 0.3, 1)[1]
+    grouped = [replace(row, context="the same") for row in rows(300)]  # which is stronger
+    by_group = split_calibration(rows(300), 0.3, 1)
+    assert [[row.id for row in side] for side in split_calibration(grouped, 0.3, 1)] == [
+        [row.id for row in side] for side in by_group
+    ]
 
 
 def test_no_calibration_rows_asked_for():

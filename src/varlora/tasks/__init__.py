@@ -62,6 +62,12 @@ class Rows:
 def get_task(name: str | Path) -> Task:
     """Return a task by its name in `TASKS`, or the one that a task file (.yaml) describes.
 
+    Args:
+        name: a key of `TASKS`, or the path of a task file.
+
+    Returns:
+        The task: its files or dataset, its splits, and how a row becomes an example.
+
     Raises:
         ConfigError: no such task, or problems in the task file.
 
@@ -108,6 +114,12 @@ def load_rows(
 
     Raises:
         TaskError: no such split or file, a hub dataset that cannot be reached, or a malformed row.
+
+    Example:
+        >>> from varlora.demo.base import BUNDLED
+        >>> rows = load_rows(get_task(BUNDLED / "tasks" / "two_choices.yaml"), "dev")
+        >>> len(rows.examples), rows.examples[0].answers, rows.skipped
+        (600, ('A', 'B'), 0)
     """
     if split not in task.files:
         raise TaskError(f"Expected `split` of {task.name}, but got `{split}`. {did_you_mean(split, task.files)}")
@@ -196,7 +208,8 @@ def make_examples(
 def split_calibration(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Split training examples into (train, calibration), so that nothing needs selecting on the rows reported on.
 
-    A row's side depends on the seed and on its group alone: groups stay together, and adding rows moves no other row.
+    A row's side depends on the seed and on its group alone: groups stay together, and adding others moves none. A row
+    without a group has that of the first row with its prompt: copies of a prompt stay together.
 
     Args:
         examples: the examples of a train split.
@@ -207,15 +220,19 @@ def split_calibration(examples: Sequence[Example], fraction: float, seed: int) -
         TaskError: a fraction out of range, or one that leaves either side empty.
 
     Example:
-        >>> rows = [Example(str(i), "", "", "", ("A", "B"), 0) for i in range(100)]
+        >>> rows = [Example(str(i), f"Question {i}:", "", "", ("A", "B"), 0) for i in range(100)]
         >>> [len(side) for side in split_calibration(rows, 0.2, seed=1)]
         [82, 18]
     """
     if not 0 <= fraction < 1:
-        raise TaskError(f"Expected `fraction` to be the share of calibration rows in [0, 1), but got {fraction}.")
+        raise TaskError(
+            f"Expected `fraction` to be the share of calibration rows in [0, 1), but got {fraction}. Give e.g. 0.1."
+        )
+    first: dict[str, str] = {}
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        digest = hashlib.sha256(f"{seed}:{example.group or example.id}".encode()).digest()
+        group = example.group or first.setdefault(example.prompt, example.id)
+        digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
         sides[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(example)
     if not sides[0] or (fraction > 0 and not sides[1]):
         raise TaskError(

@@ -59,7 +59,7 @@ class Example:
     cut: Literal["left", "right"] = "left"
     """The end of `context` from which words are removed first."""
     group: str = ""
-    """Rows of one group stay on one side of a split; empty: the row is alone."""
+    """Rows of one group stay on one side of a split; empty: that of the first row with the same prompt."""
     slice: str = ""
     """The part of the data that a report shows it in; empty: none."""
 
