@@ -222,7 +222,7 @@ def test_the_scale_is_shown_and_a_sign_that_it_does_not_suit(tmp_path):
     run = write_run(tmp_path / "run", "boolq", "ivon", 1)
     lines = [
         {"loss": 1.0, "step": step, "sigma": 0.1, "sigma/layer_00": 0.1, "sigma/q_proj.lora_A": 0.1 * step}
-        | {"signal_above_noise": 0.2, "hessian_over_first": 1 + step / 10}
+        | {"signal_above_noise": 0.2, "hessian_over_first": 1 + step / 10, "held_back": 10 / step}
         | {"loss_at_mean": 0.4, "loss_under_noise": 0.4 + step / 100, "loss_of_chance": 0.7}
         for step in (10, 20)
     ]
@@ -230,6 +230,7 @@ def test_the_scale_is_shown_and_a_sign_that_it_does_not_suit(tmp_path):
     found = training([run])
     assert found.rise.y == pytest.approx((0.1, 0.2))
     assert found.hessian.y == pytest.approx((2, 3))
+    assert found.held.y == pytest.approx((1, 0.5))
     assert found.signal.y == pytest.approx((0.2, 0.2))
     assert found.matrices["q_proj.lora_A"].y == pytest.approx((1, 2))
     report = build_report([run], tmp_path / "report")
@@ -239,6 +240,7 @@ def test_the_scale_is_shown_and_a_sign_that_it_does_not_suit(tmp_path):
     text = report.files["report.html"].read_text()
     assert "Signs that a scale does not suit" in text
     assert "Noise takes back more than half" in text
+    assert "How far noise is held back" in text
     assert "σ by kind of matrix" in text
     assert "q_proj.lora_A" in text
 

@@ -77,6 +77,8 @@ class Training:
     """Loss under noise less that at the mean, of training rows, by step."""
     hessian: Curve | None = None
     """Mean Hessian over its first value, by step."""
+    held: Curve | None = None
+    """Share of σ that is drawn, where noise is held back, by step."""
     matrices: Mapping[str, Curve] = field(default_factory=dict)
     """Mean σ by step, for each kind of matrix."""
     end: Mapping[str, float] = field(default_factory=dict)
@@ -175,6 +177,7 @@ def training(runs: Sequence[Path]) -> Training | None:
         signal=_if_any(_mean_by_step(logs, "signal_above_noise")),
         rise=_if_any(_mean_by_step(logs, "rise")),
         hessian=_if_any(_mean_by_step(logs, "hessian_over_first")),
+        held=_if_any(_mean_by_step(logs, "held_back")),
         matrices={kind: curve for kind, curve in matrices.items() if curve.x},
         end=end,
     )

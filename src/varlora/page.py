@@ -249,6 +249,7 @@ def _training(by_task: Mapping[str, Mapping[str, Training]], styles: Mapping[str
             ("layers", "σ by layer, at the end", "layer", "σ", "y", True),
             ("signal", "Weights whose signal exceeds their noise", "step", "share", "", False),
             ("rise", "What noise costs", "step", "loss under noise − at the mean (nats)", "", False),
+            ("held", "How far noise is held back", "step", "share of σ that is drawn", "", False),
             ("hessian", "How far the Hessian has moved", "step", "mean Hessian / h₀", "", False),
         )
         figures = []
