@@ -333,10 +333,49 @@ def test_runs_that_build_on_runs_of_other_lengths_are_not_seeds_of_one_method(tm
         run = write_run(tmp_path / f"{seed}-{steps}", method="swag", seed=seed, model="tiny", steps=4)
         return configured(run, concluded_from=[source])
 
-    runs = [built(1, 6), built(2, 6), built(2, 30)]
+    runs = [built(1, 6), built(2, 6, model="moved"), built(2, 30)]
     assert {len(row.runs) for row in build_report(runs[:2], tmp_path / "out").rows} == {2}
     apart = build_report(runs[::2], tmp_path / "out").rows
     assert {row.differs for row in apart} == {"on.steps=6", "on.steps=30"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"settings": {"steps": 6}}])
+def test_ensembles_of_other_members_are_not_seeds_of_one_method(settings, tmp_path):
+    """With what config.json says of members now, and with what it said before."""
+
+    def of(seed: int, lr: float) -> Path:
+        members = [{"method": "adamw", "method_settings": {"lr": lr}, **settings} for _ in range(2)]
+        return configured(write_run(tmp_path / f"{seed}{lr}", method="ensemble", seed=seed), concluded_from=members)
+
+    assert {len(row.runs) for row in build_report([of(1, 0.1), of(2, 0.2)], tmp_path / "out").rows} == {1}
+    assert not build_report([of(3, 0.1), of(3, 0.2)], tmp_path / "out").skipped
+
+
+def test_a_base_that_was_moved_and_a_checksum_without_scales_are_one_base(tmp_path):
+    """Seeds stay together, with the change against the baseline; another base of the same name stands apart."""
+
+    def of(method: str, seed: int, model: str, base: str) -> Path:
+        run = write_run(tmp_path / f"{method}{seed}{base}", method=method, seed=seed, model=model)
+        return configured(run, base=base, data="abc")
+
+    runs = [of("adamw", 1, "/a/base", "f00d"), of("adamw", 2, "/b/base", "f00d-cafe"), of("ivon", 1, "/b/base", "f00d")]
+    report = build_report(runs, tmp_path / "out")
+    assert {(row.method, len(row.runs), row.differs) for row in report.rows} == {("adamw", 2, ""), ("ivon", 1, "")}
+    (line,) = [line for line in report.tables[0].blocks[0].lines if line.label == "IVON"]
+    assert line.cells["arc_easy"].change is not None
+    apart = build_report([runs[2], of("ivon", 2, "/b/base", "beef")], tmp_path / "out")
+    assert {row.differs for row in apart.rows if row.method == "ivon"} == {"base=f00d", "base=beef"}
+
+
+def test_calibrated_runs_that_were_evaluated_at_several_variances_are_told_apart(tmp_path):
+    """Their calibrated rows do not depend on it, but they are of runs of two lines."""
+    for seed, tau in ((1, 0.5), (2, 1.0)):
+        run = write_run(tmp_path / str(seed), seed=seed, tau=tau)
+        shutil.copy(run / "predictions.safetensors", run / "predictions-calibrated.safetensors")
+    report = build_report([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
+    assert [row.differs for row in report.rows if row.calibrated] == ["tau=0.5", "tau=1.0"]
+    alone = build_report([tmp_path / "1"], tmp_path / "out")
+    assert {(row.calibrated, row.differs) for row in alone.rows} == {(False, "tau=0.5"), (True, "")}
 
 
 def test_a_variance_or_drawing_that_is_not_the_usual_one_is_told(tmp_path):

@@ -369,6 +369,9 @@ def test_another_split_is_reported_where_the_plan_names_it(world, tmp_path):
     assert json.loads((run / "metrics.json").read_text())["split"] == "dev"
     with pytest.raises(ConfigError, match="nothing was trained or chosen on, but got `calibration`"):
         reproduce(plan_from(None, tmp_path / "runs", {**options, "split": "calibration"}), begun, silent)
+    (tmp_path / "plan.yaml").write_text(json.dumps({"tasks": {str(task): {"split": ["dev"]}}}))
+    with pytest.raises(ConfigError, match="nothing was trained or chosen on, but got `\\['dev'\\]`"):
+        reproduce(plan_from(tmp_path / "plan.yaml", tmp_path / "runs", options), begun, silent)
 
 
 def test_two_reproductions_do_not_share_a_folder(world, tmp_path):
@@ -388,6 +391,7 @@ def test_a_run_whose_predictions_are_damaged_is_marked_and_told(world, tmp_path)
     made = tables_of("table1", plan, Here(), say=silent)
     assert [Path(skip.run).name for skip in made.failed] == ["seed4"]
     assert "a label is not among" in (plan.out / "table1.md").read_text()
+    assert not tables_of("table1", plan, Here(), say=silent).failed
 
 
 def test_values_of_a_search_stay_within_the_folder_of_the_runs(world, tmp_path):

@@ -78,7 +78,7 @@ def test_what_a_kill_left_before_there_was_a_run_is_no_run_in_the_way(tmp_path):
 
 def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path, monkeypatch):
     with alone(tmp_path / "run"):
-        with pytest.raises(VarloraError, match=r"Another process is training in .*run"), alone(tmp_path / "run"):
+        with pytest.raises(VarloraError, match=r"Another process is at work in .*run"), alone(tmp_path / "run"):
             pytest.fail("there were two")
         monkeypatch.setenv("RANK", "1")
         with alone(tmp_path / "run"):  # of the same training

@@ -121,14 +121,14 @@ def test_a_change_is_over_the_seeds_that_both_have(others, shared):
     few = len(shared) < len(others)
     assert (
         said
-        == [f"+ SWA on BoolQ: the change is over the {len(shared)} of {len(others)} seeds that adamw has too."] * few
+        == [f"+ SWA on BoolQ: the change is over the {len(shared)} of {len(others)} seeds that AdamW has too."] * few
     )
 
 
 def test_without_a_shared_seed_there_is_no_change():
     table = table1(rows(*seeds(), evaluated(method="swa", seed=7)), **FAST)
     assert line(table, 0, "+ SWA").cells["boolq"].change is None
-    assert table.notes == ("+ SWA on BoolQ: no change, as it shares no seed with adamw.",)
+    assert table.notes == ("+ SWA on BoolQ: no change, as it shares no seed with AdamW.",)
 
 
 def test_one_seed_has_no_standard_error():
@@ -288,6 +288,8 @@ def test_the_mean_is_kept_where_one_seed_or_task_differs_or_the_method_stands_al
 def test_the_caption_says_what_the_intervals_of_one_seed_leave_out(count: int):
     runs = [evaluated("boolq", method, seed) for method in ("adamw", "ivon") for seed in range(count)]
     assert ("nothing of other seeds" in table1(rows(*runs), **FAST).caption) == (count == 1)
+    others = [evaluated("boolq", "ivon", seed, own=1.0) for seed in range(count - 1, count + 3)]
+    assert "nothing of other seeds" in table1(rows(*runs[:count], *others), **FAST).caption  # they share one
 
 
 def test_the_baseline_can_be_another_row_and_has_to_be_one():

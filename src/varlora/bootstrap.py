@@ -60,7 +60,7 @@ def paired_differences(
         V_s = \frac{1}{K (K - 1)} \sum_k (\Delta_k - \Delta)^2
 
     Δₖ is the difference of the metrics of seed k. If all seeds were evaluated on the same rows, then V_r is how much
-    the mean over seeds varies where N of the N rows are drawn anew, the same ones for each seed and both methods: a
+    the mean over seeds varies, times N / (N - 1), where N of the N rows are drawn anew, the same for all: a
     hard row is hard in every run, and the spread between seeds does not show it. Otherwise the spread between seeds has
     it all, and V_r is 0. Rows are taken for the same if they are as many and have equal labels. t is Student's
     quantile: the fewer the seeds, the less is known of their spread.

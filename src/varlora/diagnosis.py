@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from varlora.methods.ivon import STEADY
+
 if TYPE_CHECKING:
     from varlora.curves import Training
 
@@ -15,8 +17,6 @@ HELD_BACK = 0.5
 """Share of σ below which holding it back is worth a word."""
 LOUD, QUIET = 0.8, 0.03
 """Shares of weights whose signal exceeds their noise that are surprising."""
-STEADY = (0.8, 1.25)
-"""Between these the Hessian is where it was at first."""
 LEARNED = 0.95
 """Share of chance's loss that is hardly better than chance."""
 BY_HEART = 0.05

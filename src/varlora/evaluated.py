@@ -14,10 +14,11 @@ from torch import Tensor
 
 from varlora.errors import DamagedFileError, VarloraError
 from varlora.files import read_json
+from varlora.model import same_checksum
 from varlora.predictions import CALIBRATED, Predictions, load_predictions, same_rows
 from varlora.tasks import get_task
 
-__all__ = ["COUNTS", "EvaluatedRun", "Skipped", "read_run", "read_runs"]
+__all__ = ["COUNTS", "EvaluatedRun", "Skipped", "read_run", "read_runs", "same_base"]
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What would move a terminal's cursor, or turn the text that follows."""
@@ -81,6 +82,14 @@ class EvaluatedRun:
         """Whether the draws are draws: not the mean itself."""
         logits, mean = self.predictions.logits, self.predictions.logits_mean
         return not torch.equal(logits, mean.expand_as(logits))
+
+
+def same_base(one: EvaluatedRun, other: EvaluatedRun) -> bool:
+    """Whether two runs have one base, wherever it lay; where a checksum is not known, whether it lay in one place."""
+    bases = [str(run.config.get("base") or "") for run in (one, other)]
+    if not all(bases):
+        return bool(one.settings["model"] == other.settings["model"])
+    return same_checksum(*sorted(bases, key=len))
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,8 @@ def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     input_ids, attention_mask, label_tokens, answer_mask = (batch[key].to(device) for key in keys)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
     kind = inner.config.model_type
-    if not attention_mask.all() and (kind in SEES_PADDING or ("position_ids" not in takes and kind not in RELATIVE)):
+    mixes = kind in SEES_PADDING or ("position_ids" not in takes and kind not in RELATIVE)
+    if mixes and not attention_mask.all():  # which waits for the device
         raise VarloraError(
             "Expected a batch without padding, but got one with it, which would change the answers of "
             f"{type(inner).__name__}. Pass one row each (`batch_size`, `token_budget` 1), or use another architecture."

@@ -243,10 +243,10 @@ def check(plan: Plan) -> dict[Reported, str]:
             if METHODS[method].several_sources:
                 problems += _member_problems(plan, method)
     problems += [
-        f"Expected a split to report on that nothing was trained or chosen on, but got `{split}`. Leave `split` out "
+        f"Expected a split to report on, that nothing was trained or chosen on, but got `{split}`. Leave `split` out "
         "for each task's own."
-        for split in {plan.split, *(settings.get("split") for settings in plan.tasks.values())}
-        if split in ("train", "calibration")
+        for split in (plan.split, *(settings.get("split") for settings in plan.tasks.values()))
+        if split in ("train", "calibration") or not isinstance(split, str | None)
     ]
     if plan.out.exists() and not plan.out.is_dir():
         problems.append(f"Expected `--out` to be a folder, but {plan.out} is a file. Choose another name.")
@@ -276,7 +276,7 @@ def check(plan: Plan) -> dict[Reported, str]:
                 except VarloraError as error:
                     problems += [f"{get_task(task).name}, {method}: {problem}" for problem in _problems(error)]
         for runs in by_data.values():
-            problems += _row_problems(plan, task, runs, reported)
+            problems += _row_problems(plan, task, runs, [run for run in begun if run in runs], reported)
     if not problems:
         problems += _base_problems(begun)
     if problems:
@@ -300,25 +300,24 @@ def reported_rows(settings: Settings, task: str, split: str) -> Reported:
 def _base_problems(begun: Sequence[Settings]) -> Iterable[str]:
     """Yield whether runs that are there have another base than the plan's; one that was moved is the same."""
     found: dict[tuple[Any, ...], str] = {}
-    others: dict[Path, str] = {}
+    others: list[Settings] = []
     for settings in begun:
         stored = read_json(settings.folder / "config.json")
-        trained_on = stored["settings"]["model"]
-        if trained_on == settings.model or "base" not in stored:
+        if stored["settings"]["model"] == settings.model or "base" not in stored:
             continue
         key = (settings.model, settings.revision, settings.dtype, settings.quantization)
         try:
             if key not in found:
-                found[key] = base_fingerprint(load_base(settings)[0])
+                found[key] = base_fingerprint(load_base(settings, device="cpu")[0])
         except VarloraError as error:
             yield str(error)
             return
         if not same_checksum(stored["base"], found[key]):
-            others.setdefault(settings.folder, trained_on)
-    for folder, trained_on in itertools.islice(others.items(), 1):
+            others.append(settings)
+    if others:
         yield (
-            f"Expected the base that {folder} was trained on, {trained_on}, but {begun[0].model} is another one "
-            f"({len(others)} runs). Give another `--out`, or that model."
+            f"Expected the base that {others[0].folder} was trained on, but {others[0].model} is another one "
+            f"({len({run.folder for run in others})} runs). Give another `--out`, or the model that it was."
         )
 
 
@@ -342,8 +341,10 @@ def _problems(error: VarloraError) -> Sequence[str]:
     return error.problems if isinstance(error, ConfigError) else [str(error)]
 
 
-def _row_problems(plan: Plan, task: str, runs: Sequence[Settings], reported: dict[Reported, str]) -> Iterable[str]:
-    """Yield what is wrong with the rows that some runs need, and put their checksums into `reported`."""
+def _row_problems(
+    plan: Plan, task: str, runs: Sequence[Settings], begun: Sequence[Settings], reported: dict[Reported, str]
+) -> Iterable[str]:
+    """Yield what is wrong with the rows that some runs need, or have begun with; put checksums into `reported`."""
     settings = next((run for run in runs if not run.sources), runs[0])  # an ensemble holds no rows out: its members do
     name = get_task(task).name
     if plan.search and not settings.calibration_fraction:
@@ -353,12 +354,12 @@ def _row_problems(plan: Plan, task: str, runs: Sequence[Settings], reported: dic
     except VarloraError as error:
         yield f"{name}: {error}"
     else:
-        begun = {run.folder for run in runs if (run.folder / "config.json").is_file()}
-        others = sorted(folder for folder in begun if read_json(folder / "config.json").get("data", now) != now)
+        folders = {run.folder for run in begun}
+        others = sorted(folder for folder in folders if read_json(folder / "config.json").get("data", now) != now)
         if others:
             yield (
                 f"{name}: Expected the training rows, and their prompts, that {others[0]} was trained on, but they are "
-                f"others now ({len(others)} of {len(begun)} runs). Give another `--out`, or the rows as they were."
+                f"others now ({len(others)} of {len(folders)} runs). Give another `--out`, or the rows as they were."
             )
     splits = [(task, split_of(plan, task))]
     splits += [(plan.ood[task], get_task(plan.ood[task]).evaluation)] if task in plan.ood else []

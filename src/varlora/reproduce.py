@@ -189,6 +189,8 @@ def tables_of(
         if unread := [skip for skip in report.skipped if skip not in failed]:  # a damaged file: marked as a failure is
             failed += tuple(unread)
             lost = {skip.run for skip in unread}
+            for run in lost:  # so that the same command evaluates it again
+                (Path(run) / "metrics.json").unlink(missing_ok=True)
             report = build_report([run for run in ended.runs if str(run) not in lost], folder, failed=failed, **how)
         table = next(table for table in report.tables if table.name == what)
         written = [report.files["report.html"]]

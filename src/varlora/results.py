@@ -22,7 +22,7 @@ from torch import Tensor
 from varlora import metrics
 from varlora.drawing import Drawing
 from varlora.errors import VarloraError
-from varlora.evaluated import COUNTS, EvaluatedRun, Skipped
+from varlora.evaluated import COUNTS, EvaluatedRun, Skipped, same_base
 from varlora.files import read_json
 from varlora.methods import METHODS
 
@@ -148,7 +148,10 @@ def rows_of_runs(
     known = _known_facts(runs)
     groups, repeated = _groups(runs, known)
     texts = _differences(groups, known)
-    rows = [row for group, differs in zip(groups, texts) for row in _rows(group, differs, bins, rule)]
+    calibrated = _of_calibrated(groups, texts)
+    rows = [
+        row for group, *told in zip(groups, texts, calibrated) for row in _rows(group, told[0], told[1], bins, rule)
+    ]
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.label, row.differs), []).append(row)
@@ -221,27 +224,28 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _facts(run: EvaluatedRun) -> dict[str, dict[str, str]]:
-    """Return what config.json tells a run by beside its settings, but what an older version did not write."""
-    config = run.config
-    checksums = {name: str(config[name]).split("-") for name in ("base", "data") if config.get(name)}
-    found = {name: {name: "-".join(part[:12] for part in parts)} for name, parts in checksums.items()}
+    """Return what runs are told apart by beside their settings, as far as config.json has it: older ones have less."""
+    config, own = run.config, _flat(run.settings)
+    base, _, scales = str(config.get("base") or "").partition("-")
+    checksums = {"base": base, "scales": scales, "data": str(config.get("data") or "")}
+    found = {name: {name: checksum[:12]} for name, checksum in checksums.items() if checksum}
     if config.keys() >= {*COUNTS}:  # how many are held out depends on the seed, their sum on the data alone
         found["rows"] = {"training and held-out rows": str(sum(config[name] for name in COUNTS))}
     sources = config.get("concluded_from") or []
     if sources and all("settings" in source for source in sources):
-        own = _flat(run.settings)
         each = [
             {name: value for name, value in _source_settings(source).items() if own.get(name) != value}
             for source in sources
         ]
-        several = {"members' settings": json.dumps(each, sort_keys=True)}
+        several = {"members' runs": json.dumps(each, sort_keys=True)}
         found["sources"] = several if len(each) > 1 else {f"on.{name}": value for name, value in each[0].items()}
     return found
 
 
 def _source_settings(source: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings of a run that another builds on, and of what it builds on itself."""
-    found = _flat(source.get("settings", {}))
+    """Return the settings of a run that another builds on, and of what it builds on itself; not where things lay."""
+    settings = {name: value for name, value in source.get("settings", {}).items() if name not in ("model", "task")}
+    found = _flat({**settings, "method_settings": source["method_settings"]})
     for below in source.get("concluded_from") or []:
         found |= {f"on.{name}": value for name, value in _source_settings(below).items()}
     return found
@@ -265,7 +269,9 @@ def _traits(run: EvaluatedRun, known: Mapping[Kind, Collection[str]]) -> dict[st
     for name, facts in _facts(run).items():
         origin |= facts if name in known[_kind(run)] else {}
     evaluated = {key: run.meta[key] for key in EVALUATED if key in run.meta}
-    return {**_flat(run.settings), "task evaluated": run.meta["task"], **evaluated, **origin}
+    moved = {name for name, fact in (("model", "base"), ("task", "data")) if fact in known[_kind(run)]}
+    settings = {name: value for name, value in _flat(run.settings).items() if name not in moved}
+    return {**settings, "task evaluated": run.meta["task"], **evaluated, **origin}
 
 
 def _groups(
@@ -292,20 +298,29 @@ def _differences(groups: Sequence[Sequence[EvaluatedRun]], known: Mapping[Kind, 
 
     It is told from those of its task and method; by its split from those of its task, by its model from all.
     """
-    traits = [_traits(group[0], known) for group in groups]
+    firsts = [group[0] for group in groups]
+    traits = [_traits(run, known) | {"model": str(run.settings["model"])} for run in firsts]
     found = []
-    for mine, group in zip(traits, groups):
-        rivals = [(t, g[0]) for t, g in zip(traits, groups) if g[0].meta["task"] == group[0].meta["task"]]
-        same = [t for t, rival in rivals if rival.settings["method"] == group[0].settings["method"]]
+    for mine, run in zip(traits, firsts):
+        rivals = [(t, other) for t, other in zip(traits, firsts) if other.meta["task"] == run.meta["task"]]
+        same = [t for t, other in rivals if _kind(other) == _kind(run)]
         names = {"split"} if any(t["split"] != mine["split"] for t, _ in rivals) else set()
-        names |= {"model"} if any(t["model"] != mine["model"] for t in traits) else set()
-        names |= {n for t in same for n in {*t, *mine} if t.get(n) != mine.get(n)}
+        names |= {n for t in same for n in {*t, *mine} if t.get(n) != mine.get(n)} - {"model", "base"}
+        for other in firsts:
+            if not same_base(run, other):
+                names.add("model" if other.settings["model"] != run.settings["model"] else "base")
         names |= {n for n, usual in USUAL.items() if mine.get(n, usual) != usual}
         told = {
             name: _end_of_path(mine.get(name, "unset"), {t.get(name, "") for t in traits}) for name in sorted(names)
         }
         found.append(", ".join(f"{name.removeprefix('method_settings.')}={value}" for name, value in told.items()))
     return found
+
+
+def _of_calibrated(groups: Sequence[Sequence[EvaluatedRun]], texts: Sequence[str]) -> list[str]:
+    """Return what tells the groups' calibrated rows apart: τ does not, unless they are not told apart without it."""
+    told = [(_kind(group[0]), without_tau(text)) for group, text in zip(groups, texts)]
+    return [of[1] if told.count(of) == 1 else text for of, text in zip(told, texts)]
 
 
 def without_tau(differs: str) -> str:
@@ -323,7 +338,9 @@ def _end_of_path(value: str, values: Collection[str]) -> str:
     return next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), value)
 
 
-def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int, rule: metrics.Rule) -> Iterable[Row]:
+def _rows(
+    group: Sequence[EvaluatedRun], differs: str, differs_calibrated: str, bins: int, rule: metrics.Rule
+) -> Iterable[Row]:
     method = str(group[0].settings["method"])
     drawn = any(run.drawn for run in group)
     names = _slice_names(group)
@@ -353,7 +370,7 @@ def _rows(group: Sequence[EvaluatedRun], differs: str, bins: int, rule: metrics.
         yield Row(
             task=group[0].meta["task"],
             label=label,
-            differs=without_tau(differs) if runs is tuned else differs,
+            differs=differs_calibrated if runs is tuned else differs,
             draws=draws,
             stats={name: Stat(tuple(value[name] for value in values)) for name in values[0]},
             reliability=metrics.reliability(pooled, torch.cat(labels), bins, rule),

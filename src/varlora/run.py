@@ -98,7 +98,7 @@ def is_first() -> bool:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep other processes that train out of a run directory, which is made if it is not there.
+    """Keep other processes out of a run directory, or a folder of runs, which is made if it is not there.
 
     The lock is the kernel's, on the folder itself: it leaves no file and ends with its process, however that ends
     (after a SIGKILL, with the children that it forked). Of several ranks the first one has it. Where the system or the
@@ -117,7 +117,7 @@ def alone(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise VarloraError(
-                f"Another process is training in {path}. Wait for it or stop it, or give another run directory."
+                f"Another process is at work in {path}. Wait for it or stop it, or give another folder."
             ) from None
         except OSError:
             pass

@@ -98,9 +98,9 @@ class Cell:
     stderr: float | None = None
     """Standard error over seeds; None for one seed."""
     change: float | None = None
-    """Mean less the baseline's on the same task."""
+    """Mean less the baseline's on the same task, over the seeds that both have."""
     low: float | None = None
-    """Lower end of the change's interval; None where rows and seeds are not paired, or the metric has no bootstrap."""
+    """Lower end of the change's interval; None where rows are not paired, or one alone, or there is no bootstrap."""
     high: float | None = None
     """Upper end of the change's interval."""
     seeds: int = 0

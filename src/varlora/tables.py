@@ -19,7 +19,7 @@ import torch
 
 from varlora.bootstrap import Difference, paired_differences
 from varlora.errors import VarloraError
-from varlora.evaluated import EvaluatedRun, Skipped
+from varlora.evaluated import EvaluatedRun, Skipped, same_base
 from varlora.methods import METHODS
 from varlora.metrics import Rule
 from varlora.predictions import made_unlike, same_rows
@@ -110,8 +110,9 @@ def table1(
             pair = _on_shared_seeds(base, row) if row and base else None
             intervals = _intervals(*pair, replicates, seed) if pair else {}
             if row and base and (many := len(pair[0].runs) if pair else 0) < len(row.runs):
-                seeds = f"the change is over the {many} of {len(row.runs)} seeds that {baseline} has too"
-                seeds = seeds if many else f"no change, as it shares no seed with {baseline}"
+                name = _baseline_title(baseline)
+                seeds = f"the change is over the {many} of {len(row.runs)} seeds that {name} has too"
+                seeds = seeds if many else f"no change, as it shares no seed with {name}"
                 notes.append(f"{key.label(draws)} on {ResultTable.heading(task)}: {seeds}.")
             for name, found in of_metric.items():
                 found[task] = _cell(name, row, pair, intervals.get(name), reason)
@@ -231,10 +232,11 @@ def _failures(failed: Sequence[Skipped], several: Collection[str]) -> tuple[dict
 def _baseline(row: Row, rows: Sequence[Row], label: str) -> Row | None:
     """Return the row that the change of this one is against; None for itself, or if there is no one such row."""
 
-    def origin(one: Row) -> tuple[str, str, str]:
-        return one.task, str(one.runs[0].settings["model"]), one.runs[0].meta["split"]
+    def alike(one: Row) -> bool:
+        a, b = one.runs[0], row.runs[0]
+        return (one.label, one.task, a.meta["split"]) == (label, row.task, b.meta["split"]) and same_base(a, b)
 
-    found = [one for one in rows if one.label == label and origin(one) == origin(row)]
+    found = [one for one in rows if alike(one)]
     return found[0] if len(found) == 1 and row not in found else None
 
 
@@ -330,10 +332,9 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
     def listed(values: Iterable[Any]) -> str:
         return ", ".join(map(str, sorted(set(values))))
 
-    firsts = [row.runs[0] for row in rows]
-    method, mean, _ = baseline.partition("@mean")
     if not rows:
         return ""
+    firsts = [row.runs[0] for row in rows]
     averaged = len({row.task for row in rows}) > 1
     parts = [
         f"Model: {listed(Path(run.settings['model']).name for run in firsts)}; "
@@ -343,10 +344,10 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
     ]
     if any(row.label == baseline for row in rows):
         parts.append(
-            f"With a sign: the change against {_title(method)}{mean}. It is noise if its 95 % interval, by "
+            f"With a sign: the change against {_baseline_title(baseline)}. It is noise if its 95 % interval, by "
             f"Student's t over seeds and {replicates} bootstrap replicates over rows, contains 0"
             + ("; the average's interval follows from those of its tasks." if averaged else ".")
-            + _of_one_seed(min(len(row.runs) for row in rows))
+            + _of_one_seed(min((len(pair[0].runs) for pair in _pairs(rows, baseline)), default=2))
         )
     if any(row.tempered for row in rows):
         parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
@@ -356,6 +357,14 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
             "of draws that were chosen on held-out rows."
         )
     return " ".join(parts)
+
+
+def _pairs(rows: Sequence[Row], baseline: str) -> Iterable[tuple[Row, Row]]:
+    """Yield the rows whose changes are shown, each with the baseline's, on the seeds that both have."""
+    for row in rows:
+        base = _baseline(row, rows, baseline)
+        if base and (pair := _on_shared_seeds(base, row)):
+            yield pair
 
 
 def _of_one_seed(seeds: int) -> str:
@@ -603,6 +612,12 @@ def _builds_on(run: EvaluatedRun) -> str:
     if others:
         return " & ".join(map(_title, others)) + " + "
     return "+ " if _on_adamw(method) else ""
+
+
+def _baseline_title(label: str) -> str:
+    """Return what the baseline's row, such as `ivon@mean`, is called."""
+    method, mean, _ = label.partition("@mean")
+    return f"{_title(method)}{mean}"
 
 
 def _title(method: str) -> str:

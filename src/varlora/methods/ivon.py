@@ -319,18 +319,23 @@ class Ivon(Method):
         return math.ceil(1 / (3 * PROBE))
 
     def compared(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
+        """Say where noise takes too much of what was gained; else, as it is the first chance to, if h₀ did not last."""
+        said, moved = self._weighed(comparison, state), state.get("hessian_early", 1.0)
+        if said or STEADY[0] <= moved <= STEADY[1] or state.get("told"):
+            return said
+        state["told"] = True
+        return (
+            f"Within {EARLY} steps the Hessian has moved to {moved:.3g} times its first value, so that sigma is not "
+            "what it was set to: raise `hess_init`, and lower `ess` as much to keep it."
+        )
+
+    def _weighed(self, comparison: Comparison, state: dict[str, Any]) -> str | None:
         """Average the losses; say, and if asked to hold the noise back, where it takes too much of what was gained.
 
         Until the loss at the mean is below that of chance there is no gain, and noise would only hide where to go; and
         while the gain is small, a rise that is half of it hides as much. A rise counts as too much if it is so by a
-        standard error. An h₀ that did not last is told here, too, as this is the first chance to.
+        standard error.
         """
-        if not STEADY[0] <= state.get("hessian_early", 1.0) <= STEADY[1] and "told" not in state:
-            state["told"] = True  # in place of one comparison
-            return (
-                f"Within {EARLY} steps the Hessian has moved to {state['hessian_early']:.3g} times its first value, so "
-                "that sigma is not what it was set to: raise `hess_init`, and lower `ess` as much to keep it."
-            )
         if not comparison.chance:  # all rows have the same answer, so there is nothing to gain
             return None
         count = state["comparisons"] = state.get("comparisons", 0) + 1
