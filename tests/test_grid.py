@@ -320,7 +320,8 @@ def test_a_process_that_dies_while_it_has_nothing_to_do_is_replaced(tmp_path):
         processes.stop()
 
 
-def test_a_process_sees_its_own_gpu_from_its_first_import_on(monkeypatch):
+def test_a_process_sees_its_own_gpu_from_its_first_import_on_and_libraries_say_nothing(monkeypatch, capfd):
+    """bitsandbytes warns while it is imported, where it has no kernels for a CPU."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(grid, "_device", lambda slot: str(slot + 5))
     processes = Processes(2, threads=1)
@@ -329,4 +330,5 @@ def test_a_process_sees_its_own_gpu_from_its_first_import_on(monkeypatch):
     finally:
         processes.stop()
     assert seen == ["5", "6"]
+    assert "Failed to load" not in capfd.readouterr().err
     assert "CUDA_VISIBLE_DEVICES" not in os.environ

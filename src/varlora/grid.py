@@ -190,9 +190,9 @@ class Processes:
         pool = self.pools[slot]
         if pool is None:
             context = get_context("spawn")  # a fork of a process with threads, or with CUDA, may hang
-            pool = self.pools[slot] = ProcessPoolExecutor(1, context, _start_worker, (self.threads,))
+            pool = self.pools[slot] = ProcessPoolExecutor(1, context, quiet_libraries)  # before more is imported
             with _sees_only(_device(slot)):
-                pool.submit(int)  # starts the process, which looks for GPUs as soon as it imports
+                pool.submit(_start_worker, self.threads)  # starts the process, which looks for GPUs as it imports
         return pool
 
     def finished(self) -> tuple[object, Outcome | None]:
@@ -242,7 +242,6 @@ def _sees_only(device: str | None) -> Iterator[None]:
 
 
 def _start_worker(threads: int) -> None:
-    quiet_libraries()
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, left_to_parent)  # which asks for a checkpoint
     threading.Thread(target=_end_with_parent, daemon=True).start()
