@@ -112,14 +112,7 @@ def evaluate(
             of `taus` is out of its range; or the rows that were held out are other ones now.
 
     Example:
-        >>> import tempfile
-        >>> from varlora import Settings, train
-        >>> from varlora.demo.base import BUNDLED
-        >>> scratch = tempfile.TemporaryDirectory()
-        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
-        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
-        >>> run_dir = train(settings, say=lambda words: None)
-        >>> found = evaluate(run_dir, samples=0, say=lambda words: None)
+        >>> found = evaluate(run_dir, samples=0, say=lambda words: None)  # of a run that `train` made
         >>> 0 <= found["mean"]["ece"] <= 1
         True
     """

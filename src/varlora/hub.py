@@ -100,16 +100,8 @@ def push_to_hub(
             reached.
 
     Example:
-        >>> import tempfile
-        >>> from varlora import Settings, train
-        >>> from varlora.demo.base import BUNDLED
-        >>> scratch = tempfile.TemporaryDirectory()
-        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
-        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
-        >>> run_dir = train(settings, say=lambda words: None)
-        >>> folder = push_to_hub(
-        ...     run_dir, "me/mine", base_model="me/base", folder=f"{scratch.name}/pushed", say=lambda words: None
-        ... )  # without `folder` it is uploaded
+        >>> where = {"base_model": "me/base", "folder": scratch / "pushed"}  # without `folder` it is uploaded
+        >>> folder = push_to_hub(run_dir, "me/mine", **where, say=lambda words: None)  # a run that `train` made
         >>> sorted(path.name for path in Path(folder).glob("*.safetensors"))
         ['adapter_model.safetensors', 'posterior.safetensors']
     """
@@ -245,17 +237,10 @@ def from_pretrained(
         VarloraError: there is no such repository, it is none of varlora's, or its base cannot be loaded.
 
     Example:
-        >>> import tempfile
-        >>> from varlora import Settings, train
         >>> from varlora.demo.base import BUNDLED
-        >>> scratch = tempfile.TemporaryDirectory()
-        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
-        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
-        >>> run_dir = train(settings, say=lambda words: None)
-        >>> folder = push_to_hub(
-        ...     run_dir, "me/mine", base_model="me/base", folder=f"{scratch.name}/pushed", say=lambda words: None
-        ... )
-        >>> model, posterior = from_pretrained(folder, model=base, say=lambda words: None)  # or "me/mine", of the hub
+        >>> where = {"base_model": "me/base", "folder": scratch / "pushed-too"}
+        >>> folder = push_to_hub(run_dir, "me/mine", **where, say=lambda words: None)  # or "me/mine" itself, of the hub
+        >>> model, posterior = from_pretrained(folder, model=str(BUNDLED / "base"), say=lambda words: None)
         >>> posterior
         Point(16,384 weights)
     """

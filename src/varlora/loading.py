@@ -144,14 +144,7 @@ def load(
         VarloraError: the run is not finished, or its base cannot be loaded.
 
     Example:
-        >>> import tempfile
-        >>> from varlora import Settings, train
-        >>> from varlora.demo.base import BUNDLED
-        >>> scratch = tempfile.TemporaryDirectory()
-        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
-        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
-        >>> run_dir = train(settings, say=lambda words: None)
-        >>> model, posterior = load(run_dir)
+        >>> model, posterior = load(run_dir)  # a run that `train` made
         >>> posterior
         Point(16,384 weights)
     """

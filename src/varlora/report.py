@@ -120,15 +120,9 @@ def build_report(
             that are of no report.
 
     Example:
-        >>> import tempfile
-        >>> from varlora import Settings, evaluate, train
-        >>> from varlora.demo.base import BUNDLED
-        >>> scratch = tempfile.TemporaryDirectory()
-        >>> task, base = str(BUNDLED / "tasks" / "two_choices.yaml"), str(BUNDLED / "base")
-        >>> settings = Settings(task, base, "adamw", steps=1, run_dir=f"{scratch.name}/run")
-        >>> run_dir = train(settings, say=lambda words: None)
-        >>> _ = evaluate(run_dir, samples=0, say=lambda words: None)
-        >>> report = build_report([run_dir], Path(scratch.name) / "report")
+        >>> from varlora import evaluate
+        >>> _ = evaluate(run_dir, samples=0, say=lambda words: None)  # of a run that `train` made
+        >>> report = build_report([run_dir], scratch / "report")
         >>> [row.label for row in report.rows][0], report.files["report.html"].is_file()
         ('adamw', True)
 
