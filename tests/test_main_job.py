@@ -129,6 +129,18 @@ def test_at_the_mean_there_are_no_draws(run_dir):
     assert results["draws"] is None
 
 
+def test_other_prompts_than_were_trained_on_are_said(run_dir, tmp_path):
+    older = shutil.copytree(run_dir, tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    (older / "config.json").write_text(json.dumps({**config, "prompt_version": "1", "task_version": "0"}))
+    said: list[str] = []
+    evaluate(older, samples=0, say=said.append)
+    assert f"Prompts are of version 2 now, and were of 1 when {older} was trained." in said
+    assert any(words.endswith(f"and was of 0 when {older} was trained.") for words in said)
+    evaluate(run_dir, samples=0, say=said.append)
+    assert not any(str(run_dir) in words for words in said)
+
+
 def test_a_point_has_one_draw(base, tmp_path):
     folder = train(settings_from({**base, "method": "adamw", "run_dir": str(tmp_path / "run")}), say=silent)
     results = evaluate(folder, samples=4, say=silent)

@@ -44,7 +44,7 @@ from varlora.predictions import (
     made_unlike,
     save_predictions,
 )
-from varlora.prompt import Encoded
+from varlora.prompt import PROMPT_VERSION, Encoded
 from varlora.run import origin
 from varlora.tasks import Task, get_task, is_task_file
 from varlora.tasks.base import Example
@@ -122,8 +122,10 @@ def evaluate(
     split = split or task.evaluation
     if data_dir is not None:
         settings = dataclasses.replace(settings, data_dir=data_dir)
-    trained_with = read_json(run_dir / "config.json").get("task_version")
-    if trained_with != task.version:
+    config = read_json(run_dir / "config.json")
+    if (trained_with := config.get("prompt_version", PROMPT_VERSION)) != PROMPT_VERSION:
+        say(f"Prompts are of version {PROMPT_VERSION} now, and were of {trained_with} when {run_dir} was trained.")
+    if (trained_with := config.get("task_version")) != task.version:
         say(f"{task.name} is of version {task.version} now, and was of {trained_with} when {run_dir} was trained.")
     elif _task_file_changed(settings.task, run_dir / TASK_FILE):
         say(

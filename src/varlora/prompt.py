@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PROMPT_VERSION", "Encoded", "answer_tokens", "encode", "prompt_ids"]
 
-PROMPT_VERSION = "1"
-"""Raised whenever the tokens of a prompt or of its answers would change; stored with each run."""
+PROMPT_VERSION = "2"
+"""Raised whenever the tokens of a prompt or of its answers would change; stored with each run.
+
+2: no appended `[SEP]` at a prompt's end, and answers that fit a prompt as it was cut.
+"""
 TODAY = datetime(2024, 7, 26)
 """What chat templates are told is today: a run's prompts must not change over night. Llama 3's, where it knows none."""
 ASKS_FOR_TODAY = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
