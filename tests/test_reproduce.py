@@ -146,6 +146,23 @@ def test_what_a_method_and_its_base_both_try_has_folders_of_its_own(world, tmp_p
         assert Path(settings.sources[0]).parts[-2:] == (f"steps={one.base.own['steps']}", "seed3")
 
 
+def test_swag_may_train_from_the_beginning_with_as_many_steps_as_the_others(world, tmp_path):
+    methods = {"adamw": {}, "swa": {}, "swag": {"from_scratch": True, "every": 1}}
+    plan = plan_from(recipe(tmp_path, methods=methods), tmp_path / "runs", world)
+    made = {name: run_settings(plan, candidates_of(plan, *world["tasks"], name)[0], 3) for name in methods}
+    assert {name: settings.steps for name, settings in made.items()} == {"adamw": 6, "swa": 6, "swag": 6}
+    assert made["swag"].sources == ()
+    assert [Path(source).parts[-2] for source in made["swa"].sources] == ["swag"]
+    ended = reproduce(plan, Here(), silent)
+    assert (len(ended.runs), ended.failed) == (6, ())
+    for wrong, says in (
+        ({"swag": {"from_scratch": "yes"}}, "of swag to be true or false"),
+        ({"ivon": methods["swag"]}, ""),
+    ):
+        with pytest.raises(ConfigError, match=f"`.*from_scratch` {says}"):
+            check(plan_from(recipe(tmp_path, methods=wrong), tmp_path / "other", world))
+
+
 def test_a_candidate_that_fails_loses_though_it_was_evaluated_otherwise_before(world, tmp_path):
     options = {**world, "methods": ["ivon"], "seeds": [3]}
     search = recipe(tmp_path, search={"ivon": {"lr": [0.1, 0.5]}})
@@ -492,10 +509,10 @@ def test_a_full_disk_leaves_finished_runs_whole_and_the_grid_resumable(world, tm
     assert (ended.runs[0] / "predictions.safetensors").read_bytes() == before
 
 
-def test_from_the_command_line_on_the_demo(bundled, tmp_path, capsys):
+def test_from_the_command_line(world, tmp_path, capsys):
     """Two seeds, short, in two processes: all tables, in every form."""
-    task = bundled.parent / "tasks" / "two_choices.yaml"
-    common = ["--model", str(bundled), "--tasks", str(task), "--seeds", "0", "1", "--steps", "20", "--samples", "3"]
+    model, tasks = world["model"], world["tasks"]
+    common = ["--model", model, "--tasks", *tasks, "--seeds", "0", "1", "--steps", "6", "--samples", "3"]
     out = ["--out", str(tmp_path / "runs")]
     few = ["--methods", "adamw", "mc_dropout", "ivon", "--set", "methods.ivon.lr=0.5"]
     assert main(["reproduce", "table1", *common, *few, *out, "--workers", "2", "--compare", "paper"]) == 0
@@ -511,5 +528,5 @@ def test_from_the_command_line_on_the_demo(bundled, tmp_path, capsys):
     assert main(["reproduce", "overhead", *common, *out, "--rounds", "2", "--compare", "paper"]) == 0
     assert "316.3" in capsys.readouterr().out
     assert json.loads((tmp_path / "runs" / "overhead.json").read_text())["task"] == "two_choices"
-    assert main(["reproduce", "table1", "--model", str(bundled), "--tasks", "two_choices.yml", *out]) == 1
+    assert main(["reproduce", "table1", "--model", model, "--tasks", "two_choices.yml", *out]) == 1
     assert "two_choices.yml" in capsys.readouterr().err

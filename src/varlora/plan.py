@@ -53,6 +53,8 @@ PLANNED = {
     "sources": "methods build on each other",
 }
 """Settings of a run that a plan decides, and how."""
+BY_ITSELF = "from_scratch"
+"""What a plan says of a method that could train on from another's run, and is to train from the beginning."""
 RUN = {field.name for field in dataclasses.fields(Settings)}
 """Settings of a run; among a method's they are meant for its runs."""
 
@@ -68,7 +70,8 @@ class Plan:
     tasks: Mapping[str, Any]
     """Tasks by name or task file, each with the settings that differ there; those of methods stand under `methods`."""
     methods: Mapping[str, Any]
-    """Methods, each with the settings that differ from its defaults, and settings of its runs."""
+    """Methods, each with the settings that differ from its defaults, and settings of its runs; of `swa` and `swag` also
+    `from_scratch`, whether they train from the beginning and not on from AdamW's run."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run of each method for each."""
     common: Mapping[str, Any] = field(default_factory=dict)
@@ -248,6 +251,12 @@ def check(plan: Plan) -> dict[Reported, str]:
         for split in (plan.split, *(settings.get("split") for settings in plan.tasks.values()))
         if split in ("train", "calibration") or not isinstance(split, str | None)
     ]
+    problems += [
+        f"Expected `{BY_ITSELF}` of {method} to be true or false, but got {settings[BY_ITSELF]!r}."
+        for of in (plan.methods, *(settings.get("methods", {}) for settings in plan.tasks.values()))
+        for method, settings in of.items()
+        if not isinstance(settings.get(BY_ITSELF, False), bool)
+    ]
     if plan.out.exists() and not plan.out.is_dir():
         problems.append(f"Expected `--out` to be a folder, but {plan.out} is a file. Choose another name.")
     names: dict[str, str] = {}
@@ -384,9 +393,11 @@ def split_of(plan: Plan, task: str) -> str:
     return str(plan.tasks[task].get("split") or plan.split or get_task(task).evaluation)
 
 
-def _base(plan: Plan, method: str) -> str | None:
-    """Return the method that another one builds on, if any."""
+def _base(plan: Plan, task: str, method: str) -> str | None:
+    """Return the method that another one builds on, if any; what could train on trains by itself if that is asked."""
     takes = METHODS[method].concludes_from + METHODS[method].continues_from
+    if METHODS[method].continues_from and _own(plan, task, method).get(BY_ITSELF):
+        return None
     if takes == ANY:
         return str(plan.methods.get(method, {}).get("of", METHODS[method].of))
     return next((name for name in takes if name in ("adamw", *plan.methods)), None)
@@ -396,7 +407,7 @@ def candidates_of(plan: Plan, task: str, method: str) -> list[Candidate]:
     """Return what the search tries for a method: all combinations of its values, on each candidate of its base."""
     space = plan.search.get(method, {})
     own = [dict(zip(space, values)) for values in itertools.product(*space.values())]
-    base = _base(plan, method)
+    base = _base(plan, task, method)
     if base is None:
         return [Candidate(task, method, tried, tried, None) for tried in own]
     return [
@@ -441,6 +452,8 @@ def run_settings(plan: Plan, candidate: Candidate, seed: int) -> Settings:
     method = candidate.method
     here = {name: value for name, value in plan.tasks[candidate.task].items() if name not in ("methods", "split")}
     own = {**_own(plan, candidate.task, method), **candidate.own}
+    if METHODS[method].continues_from:
+        own.pop(BY_ITSELF, None)
     ours = {field.name for field in dataclasses.fields(METHODS[method])}
     run = {name: own.pop(name) for name in [*own] if name in RUN and name not in ours}
     folder = plan.out / get_task(candidate.task).name / method / candidate.variant / f"seed{seed}"
