@@ -49,6 +49,17 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_rows(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same folder with the first rows of its data alone, for tests that need no more: SST-2 takes long to read."""
+    from helpers import first_rows
+
+    folder = tmp_path_factory.mktemp("shared")
+    first_rows(shared, folder / "data", 100)
+    (folder / "models").symlink_to(shared / "models")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def other_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A process with two devices, `everywhere.other_device.Elsewhere`."""
     from everywhere import other_device

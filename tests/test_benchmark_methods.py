@@ -28,8 +28,8 @@ def benchmark(monkeypatch):
         del sys.modules[name]
 
 
-def test_every_method_has_all_its_costs_or_says_why_not(benchmark, shared, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("VARLORA_SHARED", str(shared))
+def test_every_method_has_all_its_costs_or_says_why_not(benchmark, few_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VARLORA_SHARED", str(few_rows))
     out = tmp_path / "found.json"
     benchmark.main([*TINY.split(), "--out", str(out)])
     written = json.loads(out.read_text())

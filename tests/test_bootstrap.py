@@ -278,3 +278,17 @@ def test_rows_that_are_no_probabilities_are_refused():
     a, b = methods(0, [5], True)
     with pytest.raises(MetricError, match="logits"):
         paired_differences(a, [(7 * b[0][0], b[0][1])], generator=generator(0))
+
+
+@pytest.mark.parametrize("rule", ["right", "left"])
+def test_the_rule_of_the_bins_is_that_of_the_difference_and_of_its_width(rule):
+    """Many rows have a confidence on the border of two bins."""
+    a, b = methods(0, [40], True)
+    of_rule, of_other = (
+        paired_differences(a, b, bins=3, rule=one, replicates=50, generator=generator(1))["ece"]
+        for one in (rule, "left" if rule == "right" else "right")
+    )
+    mean = evaluate(*b[0], 3, rule)["ece"] - evaluate(*a[0], 3, rule)["ece"]
+    assert of_rule.mean == pytest.approx(mean, abs=1e-11)
+    assert of_rule.mean != of_other.mean
+    assert of_rule.high - of_rule.low != pytest.approx(of_other.high - of_other.low, rel=1e-3)

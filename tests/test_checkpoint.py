@@ -19,6 +19,7 @@ from varlora.checkpoint import (
     load_adapter,
     load_posterior,
     load_state,
+    restore,
     save_adapter,
     save_state,
     step_of,
@@ -26,7 +27,7 @@ from varlora.checkpoint import (
 from varlora.data import collate
 from varlora.demo.run import one_thread
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.files import save_tensors, write_manifest, write_text
+from varlora.files import load_tensors, save_tensors, write_manifest, write_text
 from varlora.model import class_logits
 from varlora.params import trainable
 from varlora.posterior import DiagonalGaussian, Dropout, Mixture, Point, Pruned
@@ -132,11 +133,51 @@ def test_damaged_file_is_refused_by_name(model, saved, name, damage):
         load_posterior(model, saved)
 
 
+def test_a_frozen_model_has_no_adapter_to_compare_with(saved):
+    """As peft loads one that is not to be trained on."""
+    model = helpers.tiny_model().requires_grad_(False)
+    with pytest.raises(VarloraError, match=r"all of the model is frozen\. Load it by .*is_trainable=True"):
+        load_posterior(model, saved)
+
+
+def test_a_posterior_of_a_spread_model_lies_where_its_parameters_do():
+    """A mask or a member's mean too, whose names begin otherwise; what is of no parameter, with the first."""
+    parameters = {"a.weight": torch.ones(1), "b.a.weight": torch.ones(1, device="meta")}
+    found = {key: checkpoint._device_of(key, parameters).type for key in ("mean.a.weight", "0.std.b.a.weight", "tau")}
+    assert found == {"mean.a.weight": "cpu", "0.std.b.a.weight": "meta", "tau": "cpu"}
+
+
 def test_adapter_cut_short_is_refused_by_name(model, saved):
     content = (saved / "adapter_model.safetensors").read_bytes()
     (saved / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(DamagedFileError, match=r"adapter_model.safetensors.*cut short"):
         load_adapter(model, saved)
+
+
+def test_an_adapter_of_which_one_tensor_does_not_fit_leaves_the_model(saved):
+    """The others have been loaded by then."""
+    model = helpers.tiny_model()
+    before = helpers.bits(model)
+    tensors, meta = load_tensors(saved / "adapter_model.safetensors")
+    name = max(tensors)
+    save_tensors(saved / "adapter_model.safetensors", {**tensors, name: tensors[name][:1].clone()}, meta)
+    with pytest.raises(DamagedFileError, match="is not of this model"):
+        load_adapter(model, saved)
+    assert helpers.same(helpers.bits(model), before)
+
+
+def test_a_full_gpu_is_not_taken_for_damage(model, saved, monkeypatch):
+    """Who is told so looks for the fault in the file."""
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before = helpers.bits(model)
+    for name, load in (("set_peft_model_state_dict", load_adapter), ("posterior_from_tensors", load_posterior)):
+        monkeypatch.setattr(checkpoint, name, no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            load(model, saved)
+    assert helpers.same(helpers.bits(model), before)
 
 
 def test_posterior_of_an_unknown_kind_is_refused_by_name(model, saved):
@@ -279,6 +320,19 @@ def test_random_state_goes_on_where_it_was(tmp_path):
     assert random.random() == expected[1]
 
 
+def test_all_that_draws_and_the_losses_since_the_last_line_go_on_where_they_were(tmp_path):
+    trainer = CheckpointTrainer.__new__(CheckpointTrainer)
+    trainer.args = SimpleNamespace(process_index=0)
+    trainer._tr_loss, trainer._globalstep_last_logged = torch.tensor(0.5), 3
+    trainer._save_rng_state(str(tmp_path))
+    drawn = [(random.random(), np.random.rand(), torch.rand(3).tolist())]  # noqa: NPY002
+    trainer._tr_loss, trainer._globalstep_last_logged = torch.tensor(0.0), 0
+    trainer._load_rng_state(str(tmp_path))
+    drawn += [(random.random(), np.random.rand(), torch.rand(3).tolist())]  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert (trainer._tr_loss, trainer._globalstep_last_logged) == (0.5, 3)
+
+
 @pytest.mark.parametrize(("now", "told"), [(1, ["There were 2 GPUs before the stop and are 1 now"]), (2, []), (3, [])])
 def test_random_states_of_gpus_go_on_as_far_as_there_are_any(now, told, tmp_path, monkeypatch):
     """A run may be moved to a machine with fewer; the generators are the CPU's here."""
@@ -412,6 +466,38 @@ def test_a_checkpoint_of_another_version_of_transformers_is_not_taken_for_damage
     write_manifest(newest)
     with pytest.raises(VarloraError, match=r"it has `new_in_6` as well\. Go on with the version of transformers"):
         latest_checkpoint(tmp_path, print)
+
+
+def test_a_run_that_was_cut_off_after_its_last_step_gets_all_back(tmp_path):
+    """Adapter, optimizer and what the method has collected, from which its posterior is made."""
+
+    def start():
+        model = helpers.tiny_model()
+        return model, torch.optim.AdamW(trainable(model).values(), lr=0.1)
+
+    (model, optimizer), (other, again), collected = start(), start(), {}
+    for p in trainable(model).values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    save_state(tmp_path, "optimizer", optimizer.state_dict())
+    save_state(tmp_path, "method", {"count": 3, "mean": torch.ones(2)})
+    restore(other, again, collected, tmp_path)
+    assert helpers.same(helpers.bits(other), helpers.bits(model))
+    assert equal(again.state_dict(), optimizer.state_dict())
+    assert equal(collected, {"count": 3, "mean": torch.ones(2)})
+
+
+def test_the_scale_of_float16_losses_goes_on_where_it_was(tmp_path):
+    scales = []
+    for scale in (8.0, 2.0):
+        trainer = CheckpointTrainer.__new__(CheckpointTrainer)
+        trainer.args = SimpleNamespace(should_save=True)
+        trainer.accelerator = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        trainer._load_scaler(str(tmp_path))  # where there is one
+        trainer._save_scaler(str(tmp_path))
+        scales.append(trainer.accelerator.scaler.get_scale())
+    assert scales == [8.0, 8.0]
 
 
 def test_rotation_keeps_complete_checkpoints(tmp_path):

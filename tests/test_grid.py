@@ -21,9 +21,10 @@ import torch
 
 from varlora import grid
 from varlora.config import settings_from
+from varlora.demo.run import one_thread
 from varlora.errors import Interrupted, VarloraError
-from varlora.files import save_tensors
-from varlora.grid import Cell, Outcome, Processes, RayTasks, run_cells
+from varlora.files import save_tensors, write_json
+from varlora.grid import Cell, Outcome, Processes, RayTasks, run_cell, run_cells
 
 STEPS = 200  # long enough to be killed in
 
@@ -116,6 +117,46 @@ def test_what_is_done_is_not_repeated(tmp_path):
         assert cell(tmp_path, "done", samples=10).missing()
 
 
+def test_predictions_of_rows_that_have_changed_are_made_again(tmp_path):
+    """Of each task by its own checksum; predictions of an older version have none, and are taken for good."""
+    (tmp_path / "done" / "adapter").mkdir(parents=True)
+    (tmp_path / "done" / "metrics.json").touch()
+    made = {"samples": "10", "tau": "1.0", "seed": "0", "split": "dev"}
+    rows = {"boolq": "own", "openbookqa": "other"}
+    wanted = Cell(cell(tmp_path, "done").settings, {"samples": 10, "ood": ["openbookqa"]}, rows)
+
+    def predicted(**data: str) -> None:
+        for end, task in (("", "boolq"), ("-ood-openbookqa", "openbookqa")):
+            meta = {**made, "task": task, **({"data": data[task]} if task in data else {})}
+            save_tensors(tmp_path / "done" / f"predictions{end}.safetensors", {"x": torch.zeros(1)}, meta)
+
+    for data, missing in (
+        ({}, False),
+        (rows, False),
+        ({**rows, "boolq": "changed"}, True),
+        ({**rows, "openbookqa": "changed"}, True),
+    ):
+        predicted(**data)
+        assert wanted.missing() == missing
+    predicted(**rows)
+    (tmp_path / "done" / "metrics.json").unlink()
+    assert wanted.missing()
+
+
+def test_a_run_is_evaluated_with_the_data_and_the_base_where_they_are_now(settings, tmp_path, monkeypatch):
+    """Both may have been moved since it was trained."""
+    asked = []
+    monkeypatch.setattr(grid, "train", lambda wanted, **_: wanted.folder)
+    monkeypatch.setattr(grid, "evaluate", lambda run_dir, **how: asked.append((how["data_dir"], how["model"])))
+    then = settings_from({**settings, "run_dir": str(tmp_path / "run")}).to_dict()
+    write_json(tmp_path / "run" / "config.json", {"settings": {**then, "model": "where it was"}})
+    now = {**then, "data_dir": str(tmp_path)}
+    assert not run_cell(now, {"samples": 2}).failed
+    write_json(tmp_path / "run" / "config.json", {"settings": then})
+    assert not run_cell(now, {"samples": 2}).failed
+    assert asked == [(str(tmp_path), settings["model"]), (str(tmp_path), None)]
+
+
 @pytest.fixture(scope="module")
 def settings(bundled) -> dict:
     return {
@@ -137,7 +178,8 @@ def trained(settings: dict, run_dir: Path, **changes) -> Cell:
 def alone(settings, tmp_path_factory) -> bytes:
     """The adapter of a run that was left alone."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    (outcome,) = run_cells([trained(settings, run_dir)], lambda: Processes(threads=1))
+    with one_thread():
+        outcome = run_cell(trained(settings, run_dir).settings, {})
     assert not outcome.failed
     return adapter(run_dir)
 
@@ -160,22 +202,11 @@ def kill_after_a_checkpoint(run_dir: Path, pids, number: int = signal.SIGKILL) -
     return thread
 
 
-def test_a_killed_process_is_replaced_and_its_run_goes_on(settings, alone, tmp_path):
-    """And a failing one is reported beside; the finished one is whole."""
-    run_dir = tmp_path / "run"
-    killer = kill_after_a_checkpoint(run_dir, lambda: [process.pid for process in active_children()])
-    bad = trained(settings, tmp_path / "bad", model=str(tmp_path / "absent"))
-    cells = [trained(settings, run_dir), bad]
-    found = {Path(one.run_dir).name: one.failed for one in run_cells(cells, partial(Processes, 1, 1))}
-    killer.join()
-    assert found["run"] == ""
-    assert "absent" in found["bad"]
-    assert adapter(run_dir) == alone
-    assert "Traceback" in (tmp_path / "bad.log").read_text()
+def test_a_process_that_dies_is_replaced_and_leaves_its_neighbour_alone(settings, alone, tmp_path):
+    """Two at a time: the one that is killed goes on in a new process, the other in the one that it has.
 
-
-def test_a_process_that_dies_leaves_its_neighbour_alone(settings, alone, tmp_path):
-    """Two at a time: the one that is killed goes on in a new process, the other in the one that it has."""
+    And a failing one is reported beside; the finished ones are whole.
+    """
     names, killed, left = ("one", "other"), [], []
 
     def one_of_them() -> list[int]:
@@ -185,16 +216,20 @@ def test_a_process_that_dies_leaves_its_neighbour_alone(settings, alone, tmp_pat
         return killed
 
     killer = kill_after_a_checkpoint(tmp_path / "one", one_of_them)
-    cells = [trained(settings, tmp_path / name) for name in names]
-    alive = []
+    bad = trained(settings, tmp_path / "bad", model=str(tmp_path / "absent"))
+    cells = [*(trained(settings, tmp_path / name) for name in names), bad]
+    found, alive = {}, []
     for outcome in run_cells(cells, partial(Processes, 2, 1)):
-        assert not outcome.failed
+        found[Path(outcome.run_dir).name] = outcome.failed
         alive += [process.pid for process in active_children()]
     killer.join()
     assert len(left) == 1
     assert left[0] in alive
     assert killed[0] not in alive
+    assert [found[name] for name in names] == ["", ""]
     assert [adapter(tmp_path / name) for name in names] == [alone] * 2
+    assert "absent" in found["bad"]
+    assert "Traceback" in (tmp_path / "bad.log").read_text()
 
 
 @pytest.mark.slow

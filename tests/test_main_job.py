@@ -21,9 +21,10 @@ from varlora.config import Settings, settings_from, settings_of
 from varlora.drawing import PLAIN
 from varlora.errors import ConfigError, DamagedFileError, TaskError, VarloraError
 from varlora.evaluation import answer_rows, evaluate
-from varlora.loading import load, rows_of_split
+from varlora.files import write_json
+from varlora.loading import digest_of, load, revision_of, rows_of_split
 from varlora.predictions import load_predictions
-from varlora.tasks import get_task, load_rows
+from varlora.tasks import Example, get_task, load_rows
 from varlora.training import check_run_dir, train, validate
 
 ASSETS = Path(__file__).parent / "assets"
@@ -489,3 +490,26 @@ def test_a_slice_that_no_row_has_is_said(base, bundled, tmp_path):
     (tmp_path / "task.yaml").write_text(text)
     settings = settings_from({**base, "task": str(tmp_path / "task.yaml"), "data_dir": str(bundled.parent / "tasks")})
     assert any("No row of four_choices has the field `fcat`" in line for line in validate(settings))
+
+
+def test_a_run_is_not_resumed_on_another_base(run_dir, base, tmp_path):
+    """Whose adapter would fit, and be of neither."""
+    config = json.loads((run_dir / "config.json").read_text())
+    changed = settings_from({**base, "run_dir": str(tmp_path / "run")})
+    stored = {**config, "settings": changed.to_dict(), "base": "0" * 64}
+    write_json(tmp_path / "run" / "config.json", stored)
+    with pytest.raises(DamagedFileError, match=r"the base model .* to be what .* was trained with"):
+        train(changed, resume=True, say=silent)
+
+
+def test_a_base_in_another_place_has_its_own_revision(base):
+    settings = dataclasses.replace(settings_from(base), revision="v1")
+    assert [revision_of(settings, model) for model in (None, base["model"], "a/copy")] == ["v1", "v1", None]
+
+
+def test_rows_are_known_by_all_that_they_say_in_whatever_order():
+    rows = [Example(str(i), "", "a question", "", ("yes", "no"), 0) for i in range(2)]
+    changes = ({"id": "x"}, {"context": "another"}, {"answers": ("no", "yes")}, {"label": 1})
+    others = [[dataclasses.replace(rows[0], **change), rows[1]] for change in changes]
+    assert digest_of(rows[::-1]) == digest_of(rows)
+    assert len({digest_of(found) for found in (rows, rows[:1], *others)}) == 6

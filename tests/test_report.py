@@ -333,10 +333,16 @@ def test_runs_that_build_on_runs_of_other_lengths_are_not_seeds_of_one_method(tm
         run = write_run(tmp_path / f"{seed}-{steps}", method="swag", seed=seed, model="tiny", steps=4)
         return configured(run, concluded_from=[source])
 
-    runs = [built(1, 6), built(2, 6, model="moved"), built(2, 30)]
+    runs = [built(1, 6), built(2, 6, model="moved", task="moved.yaml"), built(2, 30)]
     assert {len(row.runs) for row in build_report(runs[:2], tmp_path / "out").rows} == {2}
     apart = build_report(runs[::2], tmp_path / "out").rows
     assert {row.differs for row in apart} == {"on.steps=6", "on.steps=30"}
+    for run in runs[::2]:
+        (source,) = json.loads((run / "config.json").read_text())["concluded_from"]
+        swag = {"method": "swag", "method_settings": {}, "settings": {}, "concluded_from": [source]}
+        configured(run, concluded_from=[swag])
+    below = build_report(runs[::2], tmp_path / "out").rows
+    assert {row.differs for row in below} == {"on.on.steps=6", "on.on.steps=30"}
 
 
 @pytest.mark.parametrize("settings", [{}, {"settings": {"steps": 6}}])
@@ -356,7 +362,8 @@ def test_a_base_that_was_moved_and_a_checksum_without_scales_are_one_base(tmp_pa
 
     def of(method: str, seed: int, model: str, base: str) -> Path:
         run = write_run(tmp_path / f"{method}{seed}{base}", method=method, seed=seed, model=model)
-        return configured(run, base=base, data="abc")
+        settings = json.loads((run / "config.json").read_text())["settings"]
+        return configured(run, base=base, data="abc", settings={**settings, "task": f"{model}/arc.yaml"})
 
     runs = [of("adamw", 1, "/a/base", "f00d"), of("adamw", 2, "/b/base", "f00d-cafe"), of("ivon", 1, "/b/base", "f00d")]
     report = build_report(runs, tmp_path / "out")
@@ -365,6 +372,8 @@ def test_a_base_that_was_moved_and_a_checksum_without_scales_are_one_base(tmp_pa
     assert line.cells["arc_easy"].change is not None
     apart = build_report([runs[2], of("ivon", 2, "/b/base", "beef")], tmp_path / "out")
     assert {row.differs for row in apart.rows if row.method == "ivon"} == {"base=f00d", "base=beef"}
+    scaled = [of("adamw", seed, "/a/base", f"f00d-{scales}") for seed, scales in ((3, "cafe"), (4, "beef"))]
+    assert [len(row.runs) for row in build_report(scaled, tmp_path / "out").rows] == [1, 1]
 
 
 def test_calibrated_runs_that_were_evaluated_at_several_variances_are_told_apart(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -18,9 +19,9 @@ from varlora.evaluation import calibrate, evaluate
 from varlora.files import load_tensors, save_tensors
 from varlora.grid import Cell, Outcome, run_cell
 from varlora.methods import METHODS
-from varlora.plan import candidates_of, check, plan_from, run_settings
+from varlora.plan import candidates_of, check, plan_from, reported_rows, run_settings
 from varlora.predictions import save_predictions
-from varlora.reproduce import reproduce, tables_of
+from varlora.reproduce import _cells, reproduce, tables_of
 from varlora.run import alone
 from varlora.table import TASKS as TITLES
 
@@ -379,6 +380,8 @@ def test_another_split_is_reported_where_the_plan_names_it(world, tmp_path):
     reproduce(plan_from(None, tmp_path / "runs", {**options, "split": "test"}), Here(), silent)
     found = json.loads((run / "metrics.json").read_text())
     assert (found["split"], found["rows"]) == ("test", 5)
+    other = str(Path(world["tasks"][0]).with_name("true_or_false.yaml"))  # which has no such split
+    check(plan_from(recipe(tmp_path, ood={str(task): other}), tmp_path / "runs", {**options, "split": "test"}))
     of_task = recipe(tmp_path, tasks={str(task): {"split": "dev"}})
     begun = Here()
     reproduce(plan_from(of_task, tmp_path / "runs", {**options, "split": "test"}), begun, silent)
@@ -530,3 +533,33 @@ def test_from_the_command_line(world, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "overhead.json").read_text())["task"] == "two_choices"
     assert main(["reproduce", "table1", "--model", model, "--tasks", "two_choices.yml", *out]) == 1
     assert "two_choices.yml" in capsys.readouterr().err
+
+
+def test_runs_that_read_other_rows_are_looked_at_apart(world, tmp_path):
+    """A method of a plan may have a data folder of its own, or keep other rows."""
+    (task,) = world["tasks"]
+    plan = plan_from(None, tmp_path / "runs", {**world, "methods": ["adamw"]})
+    settings = run_settings(plan, candidates_of(plan, task, "adamw")[0], 3)
+    known = reported_rows(settings, task, "dev")
+    for change in ({"row_filter": True}, {"skip_bad_rows": True}, {"data_dir": "elsewhere"}):
+        assert reported_rows(dataclasses.replace(settings, **change), task, "dev") != known
+    assert reported_rows(settings, task, "test") != known
+
+
+def test_the_rows_of_another_task_are_known_by_their_checksum_too(world, tmp_path):
+    """So that they are predicted again when they have changed."""
+    (task,) = world["tasks"]
+    other = str(Path(task).with_name("true_or_false.yaml"))
+    plan = plan_from(recipe(tmp_path, ood={task: other}), tmp_path / "runs", {**world, "methods": ["adamw"]})
+    (cell,) = _cells(plan, candidates_of(plan, task, "adamw"), [3], check(plan))
+    assert list(cell.rows) == ["two_choices", "true_or_false"]
+    assert len(set(cell.rows.values())) == 2
+
+
+def test_only_ivon_is_predicted_at_other_variances(world, tmp_path):
+    (task,) = world["tasks"]
+    plan = plan_from(recipe(tmp_path, taus=[0.5]), tmp_path / "runs", {**world, "methods": ["adamw", "ivon"]})
+    found = [one for method in plan.methods for one in candidates_of(plan, task, method)]
+    adamw, ivon = _cells(plan, found, [3], check(plan))
+    assert "taus" not in adamw.evaluation
+    assert ivon.evaluation["taus"] == [0.5]

@@ -16,12 +16,13 @@ from varlora.config import load_settings, settings_from, settings_of
 from varlora.demo.run import one_thread
 from varlora.errors import ConfigError, DamagedFileError, VarloraError
 from varlora.evaluation import evaluate
+from varlora.files import file_digest
 from varlora.loading import load
 from varlora.methods import METHODS
 from varlora.posterior import Mixture, Tempered
 from varlora.predictions import load_predictions
 from varlora.report import build_report
-from varlora.sources import recipe_from
+from varlora.sources import WHAT, check_sources, identities, load_sources, recipe_from, recipe_on
 from varlora.temperature import fit_temperature
 from varlora.training import train
 
@@ -266,6 +267,18 @@ def test_a_source_of_other_rows(task, runs, tmp_path):
         rows.write_text(before)
 
 
+@pytest.mark.parametrize(("key", "what"), [*WHAT.items()])
+def test_a_source_of_another_base_or_other_rows_by_its_checksums(key, what, runs):
+    (settings,) = load_settings(recipe_from([runs(), runs("ivon")], "ensemble"))
+    config = json.loads((runs() / "config.json").read_text())
+    checksums = {name: config[name] for name in WHAT}
+    with pytest.raises(DamagedFileError, match=f"Expected {what} to be what {runs()} was trained with"):
+        load_sources(None, settings, {**checksums, key: "0" * 64})
+    (apart,) = load_settings(recipe_from([runs(), runs(seed=1)], "ensemble"))  # of which nothing is held out
+    with pytest.raises(DamagedFileError, match=f"Expected {WHAT['base']} to be"):
+        load_sources(None, apart, {**checksums, "base": "0" * 64})
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "text"),
     [
@@ -315,6 +328,49 @@ def test_the_same_run_twice(runs, tmp_path, request):
     source = runs()
     request.getfixturevalue("nothing_loads")
     assert "one is named twice" in refusal("ensemble", [source, source / ".." / source.name], tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{"max_length": 9}, {"dtype": "bfloat16"}, {"lora": {"rank": 2}}, {"chat": True}])
+def test_members_that_were_trained_otherwise_are_refused(change, runs, tmp_path):
+    other = Path(shutil.copytree(runs(), tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    for name, value in change.items():
+        config["settings"][name] = {**config["settings"][name], **value} if isinstance(value, dict) else value
+    (other / "config.json").write_text(json.dumps(config))
+    (settings,) = load_settings(recipe_from([runs(), other], "ensemble"), {"run_dir": str(tmp_path / "run")})
+    with pytest.raises(VarloraError, match=rf"{other} was trained with, but `{min(change)}` is"):
+        check_sources(settings)
+
+
+@pytest.mark.parametrize(("change", "held_out"), [({}, 0.4), ({"seed": 1}, 0), ({"calibration_fraction": 0.2}, 0)])
+def test_members_that_held_out_other_rows_leave_none_held_out(change, held_out, base):
+    """What one held out, another was trained on."""
+    made = [settings_from({**base, "run_dir": f"runs/{at}", **values}) for at, values in enumerate(({}, change))]
+    assert recipe_on(made, "ensemble")["calibration_fraction"] == held_out
+
+
+def test_an_ensemble_has_as_many_members_as_it_is_of(base):
+    made = [settings_from({**base, "run_dir": f"runs/{seed}", "seed": seed}) for seed in range(3)]
+    assert recipe_on(made, "ensemble")["method_settings"]["size"] == 3
+
+
+def test_what_a_source_was_concluded_from_is_remembered(runs, tmp_path):
+    """By which runs on ensembles of other members are told apart, after those are gone."""
+    source = Path(shutil.copytree(runs(), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    below = [{"method": "adamw", "method_settings": {"lr": 0.5}}]
+    (source / "config.json").write_text(json.dumps({**config, "concluded_from": below}))
+    (settings,) = load_settings(recipe_from([source], "temperature"))
+    (found,) = identities(settings)
+    assert (found["run"], found["method"], found["seed"], found["concluded_from"]) == (str(source), "adamw", 0, below)
+    assert found["method_settings"]["lr"] == 1e-3
+    assert found["settings"]["steps"] == 6
+    assert found["adapter"] == file_digest(source / "adapter" / "manifest.json")
+
+
+@pytest.mark.parametrize(("steps", "more"), [(6, 3), (5, 3), (1, 1)])
+def test_half_as_many_steps_again_are_rounded_up(steps, more, base):
+    assert recipe_on([settings_from({**base, "steps": steps, "run_dir": "runs/one"})], "swa")["steps"] == more
 
 
 @pytest.mark.parametrize("assignment", ["steps=7", "method.lr=0.7", "calibration_fraction=0.2", "lora.rank=2"])

@@ -16,6 +16,7 @@ from varlora.bootstrap import paired_differences
 from varlora.errors import VarloraError
 from varlora.evaluated import Skipped, read_runs
 from varlora.methods import METHODS
+from varlora.metrics import evaluate
 from varlora.predictions import load_predictions, save_predictions
 from varlora.results import rows_of_runs
 from varlora.table import ALL, AVERAGE, BEYOND_METRICS, PAPER_METRICS, Cell, Metric
@@ -123,6 +124,45 @@ def test_a_change_is_over_the_seeds_that_both_have(others, shared):
         said
         == [f"+ SWA on BoolQ: the change is over the {len(shared)} of {len(others)} seeds that AdamW has too."] * few
     )
+
+
+@pytest.mark.parametrize("of", ["base", "split"])
+def test_a_baseline_on_another_base_or_split_is_none(of):
+    def elsewhere(run, name):
+        if of == "base":
+            return dataclasses.replace(run, config={**run.config, "base": name})
+        predictions = dataclasses.replace(run.predictions, meta={**run.predictions.meta, "split": name})
+        return dataclasses.replace(run, predictions=predictions)
+
+    runs = [elsewhere(run, "dev") for run in seeds()] + [elsewhere(run, "test") for run in seeds(method="swa")]
+    found = table1(rows(*runs), **FAST).blocks[0].lines
+    assert [cell.change for line in found for cell in line.cells.values()] == [None, None]
+
+
+@pytest.mark.parametrize(("bins", "rule"), [(2, "right"), (2, "left"), (1, "right")])
+def test_the_bins_are_those_of_numbers_intervals_and_table_2(bins, rule, tmp_path):
+    """Half of the rows have a confidence of 0.5, on the border of two of two bins."""
+
+    def bordering(run, sure):
+        mean = torch.tensor([[0.0, 0.0, -math.inf, -math.inf], [sure, 0.0, -math.inf, -math.inf]]).repeat(60, 1)
+        found = dataclasses.replace(
+            run.predictions, logits=mean.repeat(10, 1, 1), logits_mean=mean, labels=torch.tensor([0, 1]).repeat(60)
+        )
+        return dataclasses.replace(run, predictions=found)
+
+    of = {"adamw": 2.0, "ivon": -3.0}
+    a, b = (bordering(written(evaluated(method=name, folder=tmp_path)), sure) for name, sure in of.items())
+    found, _, _ = rows_of_runs([a, b], bins, rule)
+    ece = [evaluate(run.predictions.probs, run.predictions.labels, bins, rule)["ece"] for run in (a, b)]
+    assert [row.stats["ece"].mean for row in found] == pytest.approx(ece)
+    assert {(row.reliability.bins["bins"], row.reliability.bins["rule"]) for row in found} == {(bins, rule)}
+    (cell,) = (line.cells["boolq"] for line in table1(found, **FAST).blocks[1].lines if line.cells["boolq"].change)
+    generator = torch.Generator().manual_seed(0)
+    pair = ([(run.predictions.probs, run.predictions.labels)] for run in (a, b))
+    expected = paired_differences(*pair, bins=bins, rule=rule, replicates=50, generator=generator)["ece"]
+    assert (cell.low, cell.high) == pytest.approx((expected.low, expected.high))
+    (line,) = table2([a], method="adamw", bins=bins, rule=rule).blocks[1].lines
+    assert line.cells["boolq"].mean == pytest.approx(ece[0])
 
 
 def test_without_a_shared_seed_there_is_no_change():
