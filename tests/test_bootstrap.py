@@ -156,7 +156,7 @@ def test_pure_chance_in_every_cell_is_counted_twice_with_the_same_rows(same_rows
     """Where neither a seed nor a row has an effect, as the docstring says."""
     source, k, n = generator(11), 40, 50
     found = []
-    for _ in range(30):
+    for _ in range(20):
         right = torch.rand(2, k, n, generator=source) < 0.5
         a, b = answers(right[0]), answers(right[1])
         if not same_rows:  # one label tells the seeds' rows apart
@@ -172,14 +172,14 @@ def test_the_interval_covers_a_known_difference(k, spread):
 
     What is counted twice makes it somewhat too wide.
     """
-    source, n, sets = generator(7), 200, 200
+    source, n, sets = generator(7), 100, 150
     covered = 0
     for _ in range(sets):
         hard = torch.rand(2, 1, n, generator=source).expand(2, k, n)
         hard = torch.where(torch.rand(2, k, n, generator=source) < 0.9, hard, torch.rand(2, k, n, generator=source))
         seed = spread * (2 * torch.rand(2, k, 1, generator=source) - 1)
         right = hard < torch.tensor([0.55, 0.65])[:, None, None] + seed
-        found = paired_differences(answers(right[0]), answers(right[1]), replicates=100, generator=source)["accuracy"]
+        found = paired_differences(answers(right[0]), answers(right[1]), replicates=60, generator=source)["accuracy"]
         covered += found.low <= 0.1 <= found.high
     assert covered / sets >= 0.92
 
@@ -187,7 +187,7 @@ def test_the_interval_covers_a_known_difference(k, spread):
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_seeds_that_differ_by_chance_alone_seldom_count_as_a_difference(k):
     """Of methods that are the same, whose seeds differ, one comparison in twenty is to be called better or worse."""
-    source, sets = generator(13), 200
+    source, sets = generator(13), 150
     wrong = 0
     for _ in range(sets):
         rows = torch.rand(2, k, 100, generator=source) < 0.6 + 0.1 * torch.randn(2, k, 1, generator=source)

@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -29,6 +31,8 @@ from varlora.errors import DamagedFileError, VarloraError
 from varlora.evaluated import Skipped, read_run, read_runs
 from varlora.files import load_tensors, save_tensors
 from varlora.report import build_report, to_table
+from varlora.results import Row, rows_of_runs
+from varlora.tables import table1
 from varlora.typeset import to_markdown
 
 
@@ -83,6 +87,13 @@ def write_run(
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def told(run_dirs: Sequence[Path]) -> SimpleNamespace:
+    """What a report tells of runs, without the pictures, which take the time."""
+    runs, skipped = read_runs(run_dirs)
+    rows, repeated, notes = rows_of_runs(runs)
+    return SimpleNamespace(rows=rows, skipped=[*skipped, *repeated], notes=tuple(notes))
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +199,12 @@ def test_without_draws_a_posterior_has_its_mean_and_a_point_its_name(tmp_path):
     adamw = write_run(tmp_path / "adamw", method="adamw", samples=0)
     (adamw / "adapter").mkdir()
     (adamw / "adapter" / "posterior_config.json").write_text('{"kind": "point"}')
-    report = build_report([ivon, adamw], tmp_path / "out")
+    report = told([ivon, adamw])
     assert [row.label for row in report.rows] == ["adamw", "ivon@mean"]
 
 
 def test_one_draw_is_not_the_mean(tmp_path):
-    report = build_report([write_run(tmp_path / "run", samples=1)], tmp_path / "out")
+    report = told([write_run(tmp_path / "run", samples=1)])
     assert [(row.label, row.draws) for row in report.rows] == [("ivon@mean", 0), ("ivon x1", 1)]
 
 
@@ -220,7 +231,7 @@ def test_settings_tell_groups_apart_and_are_shown(tmp_path):
 @pytest.mark.parametrize("change", [{"tau": 0.5}, {"samples": 5}, {"model": "other"}, {"evaluated": "openbookqa"}])
 def test_what_was_evaluated_tells_groups_apart(tmp_path, change):
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, **change)]
-    report = build_report(runs, tmp_path / "out")
+    report = told(runs)
     assert [len(row.runs) for row in report.rows] == [1, 1, 1, 1]
     if "evaluated" in change:
         assert [row.task for row in report.rows] == ["arc_easy", "arc_easy", "openbookqa", "openbookqa"]
@@ -230,7 +241,7 @@ def test_what_was_evaluated_tells_groups_apart(tmp_path, change):
 
 def test_another_model_is_named_across_methods(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="adamw", model="other")]
-    assert [row.differs for row in build_report(runs, tmp_path / "out").rows] == [
+    assert [row.differs for row in told(runs).rows] == [
         "model=other",
         "model=tiny",
         "model=tiny",
@@ -239,7 +250,7 @@ def test_another_model_is_named_across_methods(tmp_path):
 
 def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_skipped(tmp_path):
     first, again = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    report = build_report([first, first, tmp_path / "x" / ".." / "a", again], tmp_path / "out")
+    report = told([first, first, tmp_path / "x" / ".." / "a", again])
     assert [len(row.runs) for row in report.rows] == [1, 1]
     assert [skip.run for skip in report.skipped] == [str(again)]
     assert "same seed 21" in report.skipped[0].reason
@@ -261,7 +272,7 @@ def test_unknown_labels_are_left_out_and_noted(tmp_path):
 
 def test_seeds_evaluated_on_different_rows_are_noted(tmp_path):
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2, n=50)]
-    report = build_report(runs, tmp_path / "out")
+    report = told(runs)
     assert report.rows[0].size == "50-60"
     assert report.notes == ("arc_easy, ivon: the seeds were evaluated on different rows.",)
 
@@ -272,7 +283,7 @@ def test_seeds_of_which_one_stored_no_prompts_have_the_same_rows(tmp_path):
     tensors, meta = load_tensors(runs[1] / "predictions.safetensors")
     prompts = [f"Question {i}?" for i in range(60)]
     save_tensors(runs[1] / "predictions.safetensors", tensors, {**meta, "prompts": json.dumps(prompts)})
-    assert build_report(runs, tmp_path / "out").notes == ()
+    assert told(runs).notes == ()
 
 
 def test_of_paths_that_differ_only_the_end_is_shown_that_tells_them_apart(tmp_path):
@@ -302,13 +313,17 @@ def test_pictures_of_somebody_elses_are_not_replaced(runs, tmp_path):
     assert (tmp_path / "slices.png").read_text() == "mine"
 
 
+def rows_of(*runs: Path) -> list[Row]:
+    return told(runs).rows
+
+
 def test_runs_on_other_weights_are_not_seeds_of_one_method(tmp_path):
     runs = [write_run(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
-    together = build_report(runs, tmp_path / "out").rows
+    together = rows_of(*runs)
     for number, run in enumerate(runs):
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps({**config, "base": f"checksum {number}"}))
-    assert len(build_report(runs, tmp_path / "out").rows) == 2 * len(together)
+    assert len(rows_of(*runs)) == 2 * len(together)
 
 
 def configured(run: Path, **changes: object) -> Path:
@@ -321,10 +336,10 @@ def test_runs_on_other_training_rows_are_not_seeds_of_one_method(tmp_path):
     """As far as both know them, whatever a run of another method knows."""
     runs = [configured(write_run(tmp_path / str(seed), seed=seed), data="abc" * seed) for seed in (1, 2)]
     older = write_run(tmp_path / "adamw", method="adamw")
-    lines = {row.differs for row in build_report([*runs, older], tmp_path / "out").rows if row.method == "ivon"}
+    lines = {row.differs for row in rows_of(*runs, older) if row.method == "ivon"}
     assert lines == {"data=abc", "data=abcabc"}
     configured(runs[1], data=None)
-    assert {row.differs for row in build_report([*runs, older], tmp_path / "out").rows} == {""}
+    assert {row.differs for row in rows_of(*runs, older)} == {""}
 
 
 def test_runs_that_build_on_runs_of_other_lengths_are_not_seeds_of_one_method(tmp_path):
@@ -334,14 +349,14 @@ def test_runs_that_build_on_runs_of_other_lengths_are_not_seeds_of_one_method(tm
         return configured(run, concluded_from=[source])
 
     runs = [built(1, 6), built(2, 6, model="moved", task="moved.yaml"), built(2, 30)]
-    assert {len(row.runs) for row in build_report(runs[:2], tmp_path / "out").rows} == {2}
-    apart = build_report(runs[::2], tmp_path / "out").rows
+    assert {len(row.runs) for row in rows_of(*runs[:2])} == {2}
+    apart = rows_of(*runs[::2])
     assert {row.differs for row in apart} == {"on.steps=6", "on.steps=30"}
     for run in runs[::2]:
         (source,) = json.loads((run / "config.json").read_text())["concluded_from"]
         swag = {"method": "swag", "method_settings": {}, "settings": {}, "concluded_from": [source]}
         configured(run, concluded_from=[swag])
-    below = build_report(runs[::2], tmp_path / "out").rows
+    below = rows_of(*runs[::2])
     assert {row.differs for row in below} == {"on.on.steps=6", "on.on.steps=30"}
 
 
@@ -353,8 +368,8 @@ def test_ensembles_of_other_members_are_not_seeds_of_one_method(settings, tmp_pa
         members = [{"method": "adamw", "method_settings": {"lr": lr}, **settings} for _ in range(2)]
         return configured(write_run(tmp_path / f"{seed}{lr}", method="ensemble", seed=seed), concluded_from=members)
 
-    assert {len(row.runs) for row in build_report([of(1, 0.1), of(2, 0.2)], tmp_path / "out").rows} == {1}
-    assert not build_report([of(3, 0.1), of(3, 0.2)], tmp_path / "out").skipped
+    assert {len(row.runs) for row in rows_of(of(1, 0.1), of(2, 0.2))} == {1}
+    assert not rows_of_runs(read_runs([of(3, 0.1), of(3, 0.2)])[0])[1]
 
 
 def test_a_base_that_was_moved_and_a_checksum_without_scales_are_one_base(tmp_path):
@@ -366,14 +381,14 @@ def test_a_base_that_was_moved_and_a_checksum_without_scales_are_one_base(tmp_pa
         return configured(run, base=base, data="abc", settings={**settings, "task": f"{model}/arc.yaml"})
 
     runs = [of("adamw", 1, "/a/base", "f00d"), of("adamw", 2, "/b/base", "f00d-cafe"), of("ivon", 1, "/b/base", "f00d")]
-    report = build_report(runs, tmp_path / "out")
-    assert {(row.method, len(row.runs), row.differs) for row in report.rows} == {("adamw", 2, ""), ("ivon", 1, "")}
-    (line,) = [line for line in report.tables[0].blocks[0].lines if line.label == "IVON"]
+    rows = rows_of(*runs)
+    assert {(row.method, len(row.runs), row.differs) for row in rows} == {("adamw", 2, ""), ("ivon", 1, "")}
+    (line,) = [line for line in table1(rows, replicates=2).blocks[0].lines if line.label == "IVON"]
     assert line.cells["arc_easy"].change is not None
-    apart = build_report([runs[2], of("ivon", 2, "/b/base", "beef")], tmp_path / "out")
-    assert {row.differs for row in apart.rows if row.method == "ivon"} == {"base=f00d", "base=beef"}
+    apart = rows_of(runs[2], of("ivon", 2, "/b/base", "beef"))
+    assert {row.differs for row in apart if row.method == "ivon"} == {"base=f00d", "base=beef"}
     scaled = [of("adamw", seed, "/a/base", f"f00d-{scales}") for seed, scales in ((3, "cafe"), (4, "beef"))]
-    assert [len(row.runs) for row in build_report(scaled, tmp_path / "out").rows] == [1, 1]
+    assert [len(row.runs) for row in rows_of(*scaled)] == [1, 1]
 
 
 def test_calibrated_runs_that_were_evaluated_at_several_variances_are_told_apart(tmp_path):
@@ -381,25 +396,25 @@ def test_calibrated_runs_that_were_evaluated_at_several_variances_are_told_apart
     for seed, tau in ((1, 0.5), (2, 1.0)):
         run = write_run(tmp_path / str(seed), seed=seed, tau=tau)
         shutil.copy(run / "predictions.safetensors", run / "predictions-calibrated.safetensors")
-    report = build_report([tmp_path / "1", tmp_path / "2"], tmp_path / "out")
-    assert [row.differs for row in report.rows if row.calibrated] == ["tau=0.5", "tau=1.0"]
-    alone = build_report([tmp_path / "1"], tmp_path / "out")
-    assert {(row.calibrated, row.differs) for row in alone.rows} == {(False, "tau=0.5"), (True, "")}
+    rows = rows_of(tmp_path / "1", tmp_path / "2")
+    assert [row.differs for row in rows if row.calibrated] == ["tau=0.5", "tau=1.0"]
+    alone = rows_of(tmp_path / "1")
+    assert {(row.calibrated, row.differs) for row in alone} == {(False, "tau=0.5"), (True, "")}
 
 
 def test_a_variance_or_drawing_that_is_not_the_usual_one_is_told(tmp_path):
     usual, other = write_run(tmp_path / "a"), write_run(tmp_path / "b", task="obqa", tau=0.25)
     tensors, meta = load_tensors(other / "predictions.safetensors")
     save_tensors(other / "predictions.safetensors", tensors, {**meta, "last_layers": "1"})
-    report = build_report([usual, other], tmp_path / "out")
-    assert {(row.task, row.differs) for row in report.rows} == {("arc_easy", ""), ("obqa", "last_layers=1, tau=0.25")}
-    assert not any(line.cells["Average"].mean for block in report.tables[0].blocks for line in block.lines)
+    rows = rows_of(usual, other)
+    assert {(row.task, row.differs) for row in rows} == {("arc_easy", ""), ("obqa", "last_layers=1, tau=0.25")}
+    assert not any(line.cells["Average"].mean for block in table1(rows, replicates=2).blocks for line in block.lines)
 
 
 def test_no_line_is_of_two_models(tmp_path):
     runs = [write_run(tmp_path / name, task=name, model=f"/models/{name}") for name in ("boolq", "obqa")]
-    report = build_report(runs, tmp_path / "out")
-    assert {row.differs for row in report.rows} == {"model=boolq", "model=obqa"}
+    rows = rows_of(*runs)
+    assert {row.differs for row in rows} == {"model=boolq", "model=obqa"}
 
 
 @pytest.mark.parametrize("where", ["task", "config"])
@@ -420,7 +435,7 @@ def test_rows_that_have_other_labels_are_different(tmp_path):
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)]
     tensors, meta = load_tensors(runs[1] / "predictions.safetensors")
     save_tensors(runs[1] / "predictions.safetensors", {**tensors, "labels": (tensors["labels"] + 1) % 3}, meta)
-    assert "the seeds were evaluated on different rows" in build_report(runs, tmp_path / "out").notes[0]
+    assert "the seeds were evaluated on different rows" in told(runs).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -464,15 +479,14 @@ def test_runs_of_other_data_are_lines_of_their_own(tmp_path):
     of(few, 100, 10)
     of(many, 1000, 90)
     of(seed, 1000, 110, seed=99)
-    report = build_report([few, many, seed], tmp_path / "out")
-    lines = {row.differs: len(row.runs) for row in report.rows}
+    lines = {row.differs: len(row.runs) for row in rows_of(few, many, seed)}
     assert lines == {"training and held-out rows=100": 1, "training and held-out rows=1000": 2}
     older = json.loads((seed / "config.json").read_text())
     del older["held_out_rows"]
     (seed / "config.json").write_text(json.dumps(older))
-    assert {row.differs for row in build_report([many, seed], tmp_path / "out").rows} == {""}
+    assert {row.differs for row in rows_of(many, seed)} == {""}
     of(few, 1000, 90)
-    (skip,) = build_report([few, many], tmp_path / "out").skipped
+    _, (skip,), _ = rows_of_runs(read_runs([few, many])[0])
     assert "as many rows, though other ones" in skip.reason
 
 
@@ -482,7 +496,7 @@ def test_a_seed_without_a_temperature_is_noted(tmp_path):
     fitted = {"temperature": "2.0", "temperature_mean": "1.5"}
     save_tensors(runs[0] / "predictions.safetensors", tensors, {**meta, **fitted})
     shutil.copy(runs[0] / "predictions.safetensors", runs[0] / "predictions-calibrated.safetensors")
-    temperature, calibrated = build_report(runs, tmp_path / "out").notes
+    temperature, calibrated = told(runs).notes
     assert f"not shown with a temperature, as {runs[1]} was not evaluated with one" in temperature
     assert "not shown with a calibrated posterior" in calibrated
 
