@@ -45,6 +45,7 @@ ORDER = (
 )
 """The paper's methods in its order, with the others before IVON."""
 TEMPERED, CALIBRATED = "Tempered", "Calibrated"
+OF_ONE_SEED = " Of one seed, it says how far other rows would move the change, and nothing of other seeds."
 SETTINGS = ("steps", "batch_size", "accumulation", "calibration_fraction", "lora", "model", "dtype", "quantization")
 """Settings of a run, beside the method's own, that Table 3 shows."""
 
@@ -101,7 +102,7 @@ def table1(
     tasks = _in_order({row.task for row in rows} | {task for task, _ in failures})
 
     cells: dict[str, list[Line]] = {metric.name: [] for metric in metrics}
-    notes = [*unplaced]
+    notes, paired = [*unplaced], set[int]()  # seeds of the changes
     for key in sorted(shown):
         of_metric: dict[str, dict[str, Cell]] = {metric.name: {} for metric in metrics}
         for task in tasks:
@@ -109,7 +110,9 @@ def table1(
             base = _baseline(row, rows, baseline) if row else None
             pair = _on_shared_seeds(base, row) if row and base else None
             intervals = _intervals(*pair, replicates, seed) if pair else {}
-            if row and base and (many := len(pair[0].runs) if pair else 0) < len(row.runs):
+            many = len(pair[0].runs) if pair else 0
+            paired.add(many)
+            if row and base and many < len(row.runs):
                 name = _baseline_title(baseline)
                 seeds = f"the change is over the {many} of {len(row.runs)} seeds that {name} has too"
                 seeds = seeds if many else f"no change, as it shares no seed with {name}"
@@ -125,7 +128,7 @@ def table1(
     return ResultTable(
         name="table1",
         title="Accuracy and calibration by method and task",
-        caption=_caption(rows, baseline, replicates),
+        caption=_caption(rows, baseline, replicates, of_one_seed=1 in paired),
         head="Method",
         columns=(*tasks, AVERAGE) if len(tasks) > 1 else tasks,
         blocks=tuple(Block(metric.title, tuple(cells[metric.name]), metric) for metric in metrics),
@@ -328,7 +331,7 @@ def _evaluated(rows: Mapping[str, Row], task: str) -> Any:
     return predictions.prompts or task, predictions.ids, tuple(predictions.labels.tolist())
 
 
-def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
+def _caption(rows: Sequence[Row], baseline: str, replicates: int, of_one_seed: bool) -> str:
     def listed(values: Iterable[Any]) -> str:
         return ", ".join(map(str, sorted(set(values))))
 
@@ -347,7 +350,7 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
             f"With a sign: the change against {_baseline_title(baseline)}. It is noise if its 95 % interval, by "
             f"Student's t over seeds and {replicates} bootstrap replicates over rows, contains 0"
             + ("; the average's interval follows from those of its tasks." if averaged else ".")
-            + _of_one_seed(min((len(pair[0].runs) for pair in _pairs(rows, baseline)), default=2))
+            + (OF_ONE_SEED if of_one_seed else "")
         )
     if any(row.tempered for row in rows):
         parts.append("+T: with the logits divided by a temperature that is fitted on held-out rows.")
@@ -357,19 +360,6 @@ def _caption(rows: Sequence[Row], baseline: str, replicates: int) -> str:
             "of draws that were chosen on held-out rows."
         )
     return " ".join(parts)
-
-
-def _pairs(rows: Sequence[Row], baseline: str) -> Iterable[tuple[Row, Row]]:
-    """Yield the rows whose changes are shown, each with the baseline's, on the seeds that both have."""
-    for row in rows:
-        base = _baseline(row, rows, baseline)
-        if base and (pair := _on_shared_seeds(base, row)):
-            yield pair
-
-
-def _of_one_seed(seeds: int) -> str:
-    said = " Of one seed, it says how far other rows would move the change, and nothing of other seeds."
-    return said if seeds == 1 else ""
 
 
 def _over_seeds(rows: Sequence[Row]) -> str:
