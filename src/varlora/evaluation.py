@@ -144,29 +144,29 @@ def evaluate(
     for factor in (tau, *taus):
         loaded.posterior.scale(factor)  # which raises for one out of range, before anything is replaced
 
-    read: dict[tuple[int, str], tuple[list[Example], EncodedSet]] = {}
+    read: dict[tuple[int, str], tuple[list[Example], EncodedSet, str]] = {}
 
-    def rows_of(task: Task, split: str) -> tuple[list[Example], EncodedSet]:
-        """Return a split's rows, which are read and encoded once, however often they are predicted."""
+    def rows_of(task: Task, split: str) -> tuple[list[Example], EncodedSet, str]:
+        """Return a split's rows and their checksum; they are read and encoded once, however often predicted."""
         if (id(task), split) not in read:
             examples = rows_of_split(task, split, settings, say)
             say_unsliced(task, examples, say)
             encoded = encode_rows(loaded.model, loaded.tokenizer, examples, settings, say)
             if split == "calibration":  # other data may hold out rows that were trained on
                 check_same(run_dir, "held_out", checksum_of(encoded.rows), f"the held-out rows of {task.name}")
-            read[id(task), split] = examples, encoded
+            read[id(task), split] = examples, encoded, digest_of(examples)
         return read[id(task), split]
 
     def predicted(
         split: str, task: Task = task, tau: float = tau, loaded: Loaded = loaded, **draws: Any
     ) -> Predictions:
         """Predict a split."""
-        examples, encoded = rows_of(task, split)
+        examples, encoded, digest = rows_of(task, split)
         with (progress or no_progress)(len(encoded.rows)) as advance:
             draws = {"samples": samples, "tau": tau, "seed": seed, "token_budget": token_budget, "how": how, **draws}
             found = _predict(loaded, encoded.rows, **draws, progress=advance)
         origin_of_rows = {"task": task.name, "split": split, "task_version": task.version, "cut": str(encoded.cut)}
-        origin_of_rows["data"] = digest_of(examples)
+        origin_of_rows["data"] = digest
         slices = tuple(example.slice for example in examples)
         return dataclasses.replace(
             found,
