@@ -280,11 +280,11 @@ def _score(plan: Plan, candidate: Candidate, failed: Collection[str]) -> float:
     found = []
     for seed in plan.seeds[: plan.search_seeds]:
         folder = run_settings(plan, candidate, seed).folder
+        if str(folder) in failed:  # what is there is older
+            return math.inf
         try:
             results = read_json(folder / "metrics-calibration.json")
         except DamagedFileError:
-            return math.inf
-        if str(folder) in failed:  # what is there is older
             return math.inf
         found.append(float((results["draws"] or results["mean"])["nll"]))
     return math.fsum(found) / len(found)
