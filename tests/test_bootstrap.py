@@ -182,6 +182,7 @@ def test_the_interval_covers_a_known_difference(k, spread):
         found = paired_differences(answers(right[0]), answers(right[1]), replicates=60, generator=source)["accuracy"]
         covered += found.low <= 0.1 <= found.high
     assert covered / sets >= 0.92
+    assert k > 1 or covered / sets <= 0.99  # of one seed nothing is counted twice
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
