@@ -16,11 +16,21 @@ from varlora import IVON, scale
 WEIGHTS = 4000
 
 
-def wandered(make: Callable[[nn.Parameter], torch.optim.Optimizer], steps: int) -> float:
-    """Root mean square of how far weights move whose gradients are noise, with a linearly falling learning rate."""
+def falling(optimizer: torch.optim.Optimizer, steps: int, decay: float) -> torch.optim.lr_scheduler.LRScheduler:
+    """torch's own schedules: constant, then linearly down to zero."""
+    last = round(decay * steps)
+    down = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, last)
+    if last == steps:
+        return down
+    flat = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [flat, down], [steps - last])
+
+
+def wandered(make: Callable[[nn.Parameter], torch.optim.Optimizer], steps: int, decay: float = 1.0) -> float:
+    """Root mean square of how far weights move whose gradients are noise, with a learning rate that falls at the end."""
     weight, source = nn.Parameter(torch.zeros(WEIGHTS)), torch.Generator().manual_seed(0)
     optimizer = make(weight)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = falling(optimizer, steps, decay)
     for _ in range(steps):
         if isinstance(optimizer, IVON):
             optimizer.train()
@@ -36,9 +46,22 @@ def ivon(step: float, beta1: float = 0.9) -> Callable[[nn.Parameter], torch.opti
     )
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
-def test_weights_that_follow_noise_wander_as_far_as_foreseen(beta1: float) -> None:
-    assert wandered(ivon(1e-4, beta1), 300) == pytest.approx(1e-4 * scale.walk(300, beta1), rel=0.07)
+@pytest.mark.parametrize(("beta1", "decay"), [(0.0, 1.0), (0.5, 0.5), (0.9, 1.0), (0.9, scale.DECAY)])
+def test_weights_that_follow_noise_wander_as_far_as_foreseen(beta1: float, decay: float) -> None:
+    foreseen = 1e-4 * scale.walk(300, beta1, decay)
+    assert wandered(ivon(1e-4, beta1), 300, decay) == pytest.approx(foreseen, rel=0.07)
+
+
+@pytest.mark.parametrize("decay", [0.05, scale.DECAY, 1.0])
+def test_the_learning_rate_stays_and_then_falls_to_zero_in_a_line(decay: float) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer, seen = torch.optim.SGD([weight], lr=1.0), []
+    schedule = falling(optimizer, 200, decay)
+    for _ in range(200):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert [scale.fall(step / 200, decay) for step in range(200)] == pytest.approx(seen)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 4000), (3.3, 4000), (33.0, 4000), (1000.0, 400_000)])
@@ -47,16 +70,17 @@ def test_weights_that_wander_change_predictions_by_their_share_of_an_epoch(epoch
         return 40 * sigma**2
 
     sigma, _ = scale.largest_sigma(kl, scale.bound([4, 2], epochs), start=0.01)
-    wandered = scale.step_size(sigma, epochs, steps, 0.9) * scale.walk(steps, 0.9)
+    wandered = scale.step_size(sigma, epochs, steps, 0.9, 0.3) * scale.walk(steps, 0.9, 0.3)
     answers = (math.log(4) + math.log(2)) / 2
     assert kl(wandered) == pytest.approx(scale.WANDER * answers / epochs)
 
 
-def test_in_few_steps_a_weight_that_goes_straight_comes_further_than_sigma() -> None:
+@pytest.mark.parametrize("decay", [scale.DECAY, 1.0])
+def test_in_few_steps_a_weight_that_goes_straight_comes_further_than_sigma(decay: float) -> None:
     steps, sigma = 50, 0.05
     weight = nn.Parameter(torch.zeros(WEIGHTS))
-    optimizer = ivon(scale.step_size(sigma, epochs=40.0, steps=steps, beta1=0.9))(weight)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    optimizer = ivon(scale.step_size(sigma, epochs=40.0, steps=steps, beta1=0.9, decay=decay))(weight)
+    schedule = falling(optimizer, steps, decay)
     for _ in range(steps):
         optimizer.train()
         weight.grad = torch.ones(WEIGHTS)
@@ -122,8 +146,8 @@ def test_the_bound_grows_to_half_of_what_there_is_to_know() -> None:
     for epochs in (1.0, 3.3, 190.0):
         assert scale.bound([4, 2], epochs) == scale.BOUND * (math.log(4) + math.log(2)) / 2 * math.sqrt(epochs)
         wandered = 0.03 * math.sqrt(scale.WANDER / (scale.BOUND * epochs**1.5))
-        step = max(wandered / scale.walk(400, 0.9), scale.STRAIGHT * 0.03 / 200)
-        assert scale.step_size(0.03, epochs, 400, 0.9) == step
+        step = max(wandered / scale.walk(400, 0.9, 1.0), scale.STRAIGHT * 0.03 / 200.5)
+        assert scale.step_size(0.03, epochs, 400, 0.9, 1.0) == pytest.approx(step)
     for epochs in (194.0, 1e6):
         assert scale.bound([2, 2], epochs) == math.log(2) / 2
 
@@ -206,8 +230,9 @@ def test_trials_that_are_nearly_one_do_not_look_flat(seed: int) -> None:
 
 @pytest.mark.parametrize("beta1", [0.9, 0.99])
 def test_nothing_wanders_further_than_it_could_go_straight(beta1: float) -> None:
-    assert scale.walk(2, beta1) == 1.5
-    assert scale.walk(3, beta1) == 2.0
+    assert scale.walk(2, beta1, 1.0) == 1.5
+    assert scale.walk(3, beta1, 1.0) == pytest.approx(2.0)
+    assert scale.walk(3, beta1, 0.3) == 3.0
 
 
 def test_where_draws_overflow_it_is_smaller_and_where_nothing_changes_larger() -> None:

@@ -57,6 +57,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "paper": {"methods": {"ivon": PAPER}},
     "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}}},
     "longer": {"methods": {"ivon": {}}, "longer": 1.5},
+    "falling": {"methods": {"ivon": {"lr_decay": 1.0}}},
     "recheck": {"methods": {"ivon": {"recheck": 0.25}}},
     "one-sigma": {"methods": {"ivon": {"sigma_by_layer": {}}}},
     "no-warmup": {"methods": {"ivon": {"noise_warmup": 0.0, "cooling": True}}},

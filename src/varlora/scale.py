@@ -15,6 +15,10 @@ that size is to change the predictions by w ln C / E: rows that come E times pus
 push towards by chance is learned by heart. But a weight that always goes the same way has to come further than σ, or
 noise hides all that it learns, as it would in few steps of large batches.
 
+**The learning rate stays**, and falls to zero over the last part of training only. For the same walk, steps of one size
+go furthest straight on, and steps that are small while the noise is at its full size learn little about it. The fall at
+the end lets the mean settle.
+
 **Where no noise meets the bound**, as on a base that answers much the same whatever its adapter is, noise takes a small
 share of the most that it can change, and the steps go with the σ at which it changes that (`reach`).
 
@@ -43,6 +47,7 @@ __all__ = [
     "BOUND",
     "Trial",
     "bound",
+    "fall",
     "first_hessian",
     "growth",
     "kl_under_noise",
@@ -63,6 +68,8 @@ WANDER = 0.12
 """w: share of ln C that the predictions may change by as weights wander, in one epoch; at E epochs, one E-th of it."""
 STRAIGHT = 1.5
 """How far a weight comes at the least that always goes the same way, over σ."""
+DECAY = 0.3
+"""Share of training, at its end, over which the learning rate falls to zero."""
 FLOOR = 0.1
 """The least share of σ that is drawn: at the first steps."""
 GROWTH, LEAST_GROWTH = 3.5, 0.25
@@ -234,27 +241,40 @@ def layer_share(gradient: float, whole: float) -> float:
     return 2 ** (round(STEPS_APART * math.log2(share)) / STEPS_APART)
 
 
-def walk(steps: int, beta1: float) -> float:
-    """Return how far a weight wanders whose gradient is noise, in units of αξ at the first step.
+def fall(part: float, decay: float) -> float:
+    """Return the share of the learning rate when a part of training is done.
 
-    Its momentum is an average of white noise with decay β₁, whose signs k steps apart correlate by 2/π arcsin(β₁ᵏ); the
-    learning rate falls linearly to zero.
+    Args:
+        part: of training, 0 to 1.
+        decay: share of training, at its end, over which the learning rate falls to zero.
 
     Example:
-        >>> round(walk(300, 0.9)), round(walk(300, 0.0))
-        (37, 10)
+        >>> [round(fall(part, decay=0.5), 3) for part in (0.0, 0.5, 0.75, 1.0)]
+        [1.0, 1.0, 0.5, 0.0]
+    """
+    return min((1 - part) / decay, 1.0)
+
+
+def walk(steps: int, beta1: float, decay: float) -> float:
+    """Return how far a weight wanders whose gradient is noise, in units of αξ at the first step.
+
+    Its momentum is an average of white noise with decay β₁, whose signs k steps apart correlate by 2/π arcsin(β₁ᵏ).
+
+    Example:
+        >>> round(walk(300, 0.9, decay=1.0)), round(walk(300, 0.0, decay=1.0)), round(walk(300, 0.9, decay=0.3))
+        (37, 10, 57)
     """
     lags = torch.arange(1, 10_000, dtype=torch.float64)
     together = 1 + 2 * (2 / math.pi * (beta1**lags).asin()).sum().item()
-    wandered = math.sqrt(together * sum((1 - step / steps) ** 2 for step in range(steps)))
-    return min(wandered, (steps + 1) / 2)  # which is the straight path
+    shares = [fall(step / steps, decay) for step in range(steps)]
+    return min(math.sqrt(together * sum(share**2 for share in shares)), sum(shares))  # which is the straight path
 
 
-def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
+def step_size(sigma: float, epochs: float, steps: int, beta1: float, decay: float) -> float:
     """Return αξ, by which a weight moves at the first step at the most.
 
     With it weights whose gradient is noise wander as far as noise that changes the predictions by w ln C / E, and a
-    weight that goes straight comes 1.5 σ at the least; the learning rate falls linearly to zero.
+    weight that goes straight comes 1.5 σ at the least.
 
     Args:
         sigma: of noise that changes the predictions by the `bound`, as one that is given is taken to do, or by all
@@ -262,15 +282,17 @@ def step_size(sigma: float, epochs: float, steps: int, beta1: float) -> float:
         epochs: E, of training.
         steps: of training.
         beta1: decay of the gradient's average.
+        decay: share of training, at its end, over which the learning rate falls to zero.
 
     Example:
-        >>> round(step_size(0.03, epochs=1.0, steps=400, beta1=0.9), 5)
+        >>> round(step_size(0.03, epochs=1.0, steps=400, beta1=0.9, decay=1.0), 5)
         0.0013
-        >>> round(step_size(0.06, epochs=16.0, steps=400, beta1=0.9), 5)  # by the straight path
+        >>> round(step_size(0.06, epochs=16.0, steps=400, beta1=0.9, decay=1.0), 5)  # by the straight path
         0.00045
     """
     wandered = sigma * math.sqrt(WANDER / min(BOUND * epochs**1.5, MOST_BORNE * epochs))
-    return max(wandered / walk(steps, beta1), STRAIGHT * sigma / (steps / 2))
+    straight = sum(fall(step / steps, decay) for step in range(steps))
+    return max(wandered / walk(steps, beta1, decay), STRAIGHT * sigma / straight)
 
 
 def like_adamw(lr: float, beta1: float) -> float:
@@ -283,7 +305,7 @@ def like_adamw(lr: float, beta1: float) -> float:
         >>> round(like_adamw(1e-4, 0.9), 6)
         2.7e-05
     """
-    return lr * walk(1000, 0.0) / walk(1000, beta1)
+    return lr * walk(1000, 0.0, decay=1.0) / walk(1000, beta1, decay=1.0)
 
 
 def growth(epochs: float) -> float:

@@ -58,7 +58,7 @@ def test_it_finds_what_is_left_to_it() -> None:
     sigma = 1 / math.sqrt(settings["ess"] * settings["hess_init"])
     assert sigma == pytest.approx(seen["sigma"])
     assert seen["reach"] == sigma
-    assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(sigma, 25, 400, 0.9))
+    assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(sigma, 25, 400, 0.9, scale.DECAY))
     assert settings["noise_warmup"] == scale.growth(25)
     assert settings["cooling"] is True
 
@@ -205,12 +205,39 @@ def test_what_is_given_is_kept() -> None:
     assert 1 / math.sqrt(settings["ess"] * 3e-3) == pytest.approx(seen["sigma"])
     settings, seen = found(Ivon(ess=1e6, hess_init=1e-3))
     assert seen["sigma"] == pytest.approx(0.0316, rel=1e-2)
-    assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(0.0316, 25, 400, 0.9), rel=1e-2)
+    assert settings["lr"] * 1e-3 == pytest.approx(scale.step_size(0.0316, 25, 400, 0.9, scale.DECAY), rel=1e-2)
 
 
 def test_a_learning_rate_may_be_said_in_adamws_terms() -> None:
     settings, _ = found(Ivon(lr_like_adamw=1e-3))
     assert settings["lr"] * 1e-3 == pytest.approx(scale.like_adamw(1e-3, 0.9))
+    assert "lr_decay" not in settings  # it falls as AdamW's
+
+
+def rates(method: Ivon, steps: int = 10) -> list[float] | None:
+    """Learning rates of a training over the first, or none where the Trainer has the schedule."""
+    optimizer = method.optimizer(trainable(helpers.tiny_model()), 64, 4, 0)
+    schedule, seen = method.schedule(optimizer, steps), []
+    if schedule is None:
+        return None
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+    return [rate / seen[0] for rate in seen]
+
+
+def test_a_learning_rate_that_is_found_stays_until_the_last_part_of_training() -> None:
+    settings, _ = found(Ivon())
+    expected = [1.0] * 8 + [2 / 3, 1 / 3]
+    assert rates(Ivon(**settings)) == pytest.approx(expected)  # once found, and as `tune` writes it
+    assert rates(Ivon()) == pytest.approx(expected)
+    assert rates(Ivon(**PAPER)) is rates(Ivon(lr_like_adamw=1e-3)) is None
+    assert rates(Ivon(**PAPER, lr_decay=1.0)) == pytest.approx([1 - step / 10 for step in range(10)])
+    slower, shorter = found(Ivon(lr_decay=1.0))[0], found(Ivon(lr_decay=0.1))[0]
+    assert slower["lr"] > settings["lr"] > shorter["lr"]  # for as long a walk
+    assert slower["lr_decay"] == 1.0
 
 
 def test_lambda_may_be_a_multiple_of_the_root_of_the_rows() -> None:
@@ -326,6 +353,8 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"clip_radius": math.inf}, "cannot be foreseen"),
         ({"mc_samples": 2}, "`accumulation`"),
         ({"noise_warmup": 1.5}, "a share of training"),
+        ({"lr_decay": 0.0}, "a share of training"),
+        ({"lr_decay": 1.5}, "a share of training"),
         ({"recheck": 1.0}, "a share of training"),
     ],
 )
@@ -348,7 +377,7 @@ def test_a_base_that_answers_much_the_same_gets_little_noise_and_long_steps() ->
     assert prepared is not None
     seen = prepared.found
     assert seen["reach"] > 2 * seen["sigma"]
-    assert prepared.settings["lr"] * 1e-3 == pytest.approx(scale.step_size(seen["reach"], 25, 400, 0.9))
+    assert prepared.settings["lr"] * 1e-3 == pytest.approx(scale.step_size(seen["reach"], 25, 400, 0.9, scale.DECAY))
     assert len(helpers.about(said, "answers much the same whatever its adapter is")) == 1
 
 

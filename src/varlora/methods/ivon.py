@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from varlora import scale
 from varlora.errors import VarloraError
@@ -91,6 +92,9 @@ class Ivon(Method):
     """Learning rate α at the first step; a weight moves by at most `lr * clip_radius` a step."""
     lr_like_adamw: float | None = None
     """In place of `lr`: the AdamW learning rate with which weights that follow noise move as far."""
+    lr_decay: float | Auto = "auto"
+    """Share of training, at its end, over which the learning rate falls to 0, linearly; before it is constant. auto:
+    0.3 where `lr` is found, else as `training_arguments` say (by default 1: it falls from the start)."""
     ess: float | Auto = "auto"
     """Effective sample size λ; the number of training rows approximates Bayes' posterior, more is colder."""
     hess_init: float | Auto = "auto"
@@ -141,6 +145,11 @@ class Ivon(Method):
                 f"Expected `noise_warmup` to be a share of training within 0 and 1, but got {self.noise_warmup}. "
                 "Leave it out to have it chosen."
             )
+        if self.lr_decay != "auto" and not 0 < self.lr_decay <= 1:
+            found.append(
+                f"Expected `lr_decay` to be a share of training above 0 and up to 1, but got {self.lr_decay}. "
+                "Leave it out to have it chosen."
+            )
         if not 0 <= self.recheck < 1:
             found.append(
                 f"Expected `recheck` to be a share of training, 0 to below 1, but got {self.recheck}. "
@@ -178,6 +187,7 @@ class Ivon(Method):
         cooling = growth > 0 if self.cooling == "auto" else self.cooling
         found: dict[str, Any] = {"epochs": start.epochs}
         delta, cost = 0.0 if self.weight_decay == "auto" else self.weight_decay, 0.0
+        decay = self._own_decay or 1.0
         by_layer = self._given_by_layer()
         if {"ess", "hess_init"} <= given.keys():
             sigma = reach = 1 / math.sqrt(given["ess"] * (given["hess_init"] + delta))
@@ -217,7 +227,7 @@ class Ivon(Method):
             step = (
                 scale.like_adamw(self.lr_like_adamw, self.beta1)
                 if self.lr_like_adamw is not None
-                else scale.step_size(reach, start.epochs, start.steps, self.beta1)
+                else scale.step_size(reach, start.epochs, start.steps, self.beta1, decay)
             )
             given["lr"] = step / self.clip_radius / self._rescaled(given["hess_init"], delta)
         step = given["lr"] * self.clip_radius * self._rescaled(given["hess_init"], delta)
@@ -230,7 +240,16 @@ class Ivon(Method):
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
         rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
+        if self._own_decay is not None:
+            rest["lr_decay"] = self._own_decay
         return Prepared({**given, **rest, "sigma_by_layer": by_layer}, found, cost)
+
+    @property
+    def _own_decay(self) -> float | None:
+        """Share of training over which the learning rate falls, where that is not left to the Trainer."""
+        if self.lr_decay != "auto":
+            return self.lr_decay
+        return scale.DECAY if self.lr == "auto" and self.lr_like_adamw is None else None
 
     def _rescaled(self, hess_init: float, delta: float) -> float:
         """Return what `rescale_lr` has the optimizer multiply a learning rate by."""
@@ -264,6 +283,11 @@ class Ivon(Method):
             for (_, share), named in lots.items()
         ]
         return IVON(groups, batch_size=batch_size, seed=seed, **settings)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR | None:
+        """Constant, and at the end linearly down to 0, where the learning rate is found; else the Trainer's."""
+        decay = self._own_decay
+        return None if decay is None else LambdaLR(optimizer, lambda step: scale.fall(step / total_steps, decay))
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
