@@ -155,7 +155,18 @@ def test_the_defaults_are_the_papers():
     ],
 )
 def test_training_arguments_that_are_right_are_taken(arguments):
-    assert settings_from({**BASE, "training_arguments": arguments}).training_arguments == arguments
+    method = {"name": "adamw", "lr": 1e-4}
+    assert settings_from({**BASE, "method": method, "training_arguments": arguments}).training_arguments == arguments
+
+
+def test_the_trainers_schedule_is_for_learning_rates_that_are_given():
+    values = {**BASE, "training_arguments": {"lr_scheduler_type": "cosine"}}
+    (problem,) = problems_of({"training_arguments": values["training_arguments"]})
+    assert "has its own schedule. Leave it out, or give `method.lr`" in problem
+    for method in ({"lr": 0.1}, {"lr_like_adamw": 1e-4}):
+        assert settings_from({**values, "method": method}).training_arguments == values["training_arguments"]
+    assert problems_of({**values, "method": {"name": "blob"}})[0].endswith("own schedule. Leave it out.")
+    assert settings_from(values, stored=True).training_arguments == values["training_arguments"]  # of a run of before
 
 
 def test_what_is_refused_now_is_read_from_a_run_of_before():
@@ -256,15 +267,21 @@ def test_all_problems_are_reported_at_once():
         ({"dtype": "float64"}, "`dtype` to be one of float32, bfloat16, float16, but got 'float64'"),
         ({"quantization": "2bit"}, "`quantization` to be one of 8bit, 4bit or nothing"),
         ({"training_arguments": {"logging_steps": math.inf}}, "`training_arguments.logging_steps` cannot be inf: "),
-        ({"training_arguments": {"warmup_steps": math.inf, "bf16": False}}, "`training_arguments.warmup_steps` cannot"),
+        (
+            {"method": "adamw", "training_arguments": {"warmup_steps": math.inf, "bf16": False}},
+            "`training_arguments.warmup_steps` cannot",
+        ),
         (
             {"training_arguments": {"accelerator_config": "abc"}},
             "`training_arguments.accelerator_config` cannot be 'abc'",
         ),
         ({"training_arguments": 5}, "`training_arguments` to be a mapping, but got 5"),
         ({"training_arguments": {"logging_steps": "zero"}}, "`training_arguments.logging_steps` to be a number"),
-        ({"training_arguments": {"lr_scheduler_type": "foo"}}, "foo is not a valid SchedulerType"),
-        ({"training_arguments": {"lr_scheduler_type": "cosine_with_min_lr"}}, "One of min_lr or min_lr_rate"),
+        ({"method": "adamw", "training_arguments": {"lr_scheduler_type": "foo"}}, "foo is not a valid SchedulerType"),
+        (
+            {"method": "adamw", "training_arguments": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            "One of min_lr or min_lr_rate",
+        ),
         ({"training_arguments": {"dataloader_num_workers": -1}}, "num_workers"),
         ({"training_arguments": {"save_only_model": True}}, "leaves no checkpoint to go on from"),
         ({"training_arguments": {"eval_strategy": "steps"}}, "nothing is evaluated while training"),

@@ -27,7 +27,7 @@ def falling(optimizer: torch.optim.Optimizer, steps: int, decay: float) -> torch
 
 
 def wandered(make: Callable[[nn.Parameter], torch.optim.Optimizer], steps: int, decay: float = 1.0) -> float:
-    """Root mean square of how far weights move whose gradients are noise, with a learning rate that falls at the end."""
+    """Root mean square of how far weights move whose gradients are noise, as the learning rate falls at the end."""
     weight, source = nn.Parameter(torch.zeros(WEIGHTS)), torch.Generator().manual_seed(0)
     optimizer = make(weight)
     schedule = falling(optimizer, steps, decay)

@@ -298,7 +298,7 @@ def settings_from(values: Mapping[str, Any], problems: Sequence[str] = (), *, st
             found.append(f"Expected `lora` to be a mapping, but got {lora!r}. Write e.g. `lora: {{rank: 8}}`.")
     _check(known, found, stored)
     if "method" in known and (method := _try(lambda: METHODS[name](**known["method_settings"]), found, "`method`: ")):
-        arguments = known["training_arguments"]
+        arguments = {} if stored else known["training_arguments"]  # which were right for the version that trained
         found += _try(lambda: check_method(method, _plan(known), arguments), found, "`method`: ") or []
     if found:
         raise ConfigError(found)

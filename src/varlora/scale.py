@@ -252,7 +252,7 @@ def fall(part: float, decay: float) -> float:
         >>> [round(fall(part, decay=0.5), 3) for part in (0.0, 0.5, 0.75, 1.0)]
         [1.0, 1.0, 0.5, 0.0]
     """
-    return min((1 - part) / decay, 1.0)
+    return min(max((1 - part) / decay, 0.0), 1.0)
 
 
 def walk(steps: int, beta1: float, decay: float) -> float:

@@ -286,8 +286,8 @@ class Ivon(Method):
 
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR | None:
         """Constant, and at the end linearly down to 0, where the learning rate is found; else the Trainer's."""
-        decay = self._own_decay
-        return None if decay is None else LambdaLR(optimizer, lambda step: scale.fall(step / total_steps, decay))
+        decay, steps = self._own_decay, max(total_steps, 1)
+        return None if decay is None else LambdaLR(optimizer, lambda step: scale.fall(step / steps, decay))
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
