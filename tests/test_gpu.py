@@ -34,11 +34,15 @@ def test_every_method_trains_resumes_and_predicts(row, tmp_path):
     torch.testing.assert_close(helpers.run_predict(model, loaded).probs, one.probs)
 
 
+def gaussian(model):
+    mean = copied(model)
+    return DiagonalGaussian(mean, {name: torch.full_like(value, 0.1) for name, value in mean.items()})
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stacked_draws_are_the_loops_and_find_their_room(dtype):
     model = helpers.tiny_model(dtype=dtype, adapter=dtype, device="cuda")
-    mean = copied(model)
-    posterior = DiagonalGaussian(mean, {name: torch.full_like(value, 0.1) for name, value in mean.items()})
+    posterior = gaussian(model)
     batch = collate(helpers.make_rows(5), 0)
 
     def drawn(how):
@@ -54,8 +58,7 @@ def test_stacked_draws_are_the_loops_and_find_their_room(dtype):
 
 def test_stacked_draws_go_on_where_the_gpus_memory_runs_out():
     model = helpers.tiny_model(device="cuda")
-    mean = copied(model)
-    posterior = DiagonalGaussian(mean, {name: torch.full_like(value, 0.1) for name, value in mean.items()})
+    posterior = gaussian(model)
     batch, most = collate(helpers.make_rows(5), 0), []
 
     def forward(model, batch):
@@ -68,3 +71,19 @@ def test_stacked_draws_go_on_where_the_gpus_memory_runs_out():
     with torch.no_grad():
         assert stack.logits(model, batch, forward).shape[0] == 12
     assert most == [12, 6, 3, 3, 3, 3]
+
+
+def test_where_the_gpus_memory_runs_out_for_one_draw_half_as_many_rows_go_on():
+    model = helpers.tiny_model(device="cuda")
+    posterior, seen = gaussian(model), []
+    expected = helpers.run_predict(model, posterior, samples=12)
+
+    def check(layer, args):
+        seen.append(len(args[0]))
+        if seen[-1] > 2:
+            torch.empty(2**50, device="cuda")  # more than there is
+
+    model.get_submodule("base_model.model.model.layers.1").input_layernorm.register_forward_pre_hook(check)
+    found = helpers.run_predict(model, posterior, samples=12)
+    torch.testing.assert_close(found.probs, expected.probs, rtol=1e-4, atol=1e-4)
+    assert seen[:3] == [7, 4, 2]

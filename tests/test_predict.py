@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import helpers
@@ -77,6 +78,72 @@ def test_draws_are_fixed_models_whatever_the_batches(model, posterior, budget):
             alone = run(model, Point(helpers.bits(model)), token_budget=1)
         close(found.logits[draw], alone.logits_mean)
     assert (found.logits[0] - found.logits[1])[found.logits[0].isfinite()].abs().max() > 0.1
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@contextmanager
+def little_memory(model, tokens, error=FULL):
+    """Within the context, the last block has no memory for more tokens; yield the tokens of each pass that failed."""
+    failed = []
+
+    def check(layer, args):
+        rows, width, _ = args[0].shape
+        if rows * width > tokens:
+            failed.append(rows * width)
+            raise error
+
+    (last,) = (part for name, part in model.named_modules() if name.endswith("layers.1.input_layernorm"))
+    hook = last.register_forward_pre_hook(check)
+    try:
+        yield failed
+    finally:
+        hook.remove()
+
+
+ALIKE = [replace(row, input_ids=tuple(range(5, 17)) + row.input_ids) for row in ROWS]
+
+
+@pytest.mark.parametrize("how", [{}, {"stacked": False}, {"last_layers": 1}, {"tolerance": 0.2}], ids=str)
+@pytest.mark.parametrize("rows", [ROWS, ALIKE], ids=["rows", "rows that begin alike"])
+def test_where_memory_runs_out_for_one_draw_half_as_many_rows_go_on(model, posterior, rows, how):
+    """With the same probabilities, and what there is room for is found out once."""
+    predictor, whole = (Predictor(model, posterior, samples=8, how=Drawing(**how)) for _ in range(2))
+    expected, done = whole.predictions(rows, pad_token_id=0), []
+    with little_memory(model, 2 * max(len(row.input_ids) for row in rows)) as failed:
+        found = predictor.predictions(rows, pad_token_id=0, progress=done.append)
+        assert failed
+        failed.clear()
+        again = predictor.logits_of(rows, pad_token_id=0)
+        assert not failed
+    close(found.probs, expected.probs)
+    close(found.logits, expected.logits)
+    close(found.logits_mean, expected.logits_mean)
+    close(again, expected.logits)
+    assert sum(done) == N
+
+
+def test_later_batches_are_no_larger_than_there_was_room_for(model, posterior):
+    longest, budget = max(len(row.input_ids) for row in ROWS), 50
+    with little_memory(model, 2 * longest) as failed:
+        found = run(model, posterior, token_budget=budget, how=Drawing(stacked=False))
+    assert failed == [5 * longest, 3 * longest]
+    assert budget // longest == 5 < N
+    close(found.logits, run(model, posterior).logits)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("error", [FULL, RuntimeError("can't allocate memory")], ids=["on a GPU", "on a CPU"])
+def test_where_not_even_one_row_has_room_the_error_is_told(model, posterior, error, stacked):
+    how, longest = Drawing(stacked=stacked), max(len(row.input_ids) for row in ROWS)
+    with little_memory(model, 0, error) as failed, pytest.raises(type(error), match="memory"):
+        run(model, posterior, how=how)
+    if not stacked:
+        assert failed == [count * longest for count in (11, 6, 3, 2, 1)]
+    with little_memory(model, 0, RuntimeError("something else")) as failed, pytest.raises(RuntimeError, match="else"):
+        run(model, posterior, how=how)
+    assert failed == [N * longest]
 
 
 def test_results_follow_the_rows(model, posterior):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import helpers
@@ -358,9 +361,10 @@ def test_every_posterior_goes_on_from_what_rows_begin_with(model, kind):
     check_same(model, POSTERIORS[kind](model), batch=BEGUN)
 
 
+@pytest.mark.parametrize("adapter", ["float32", None], ids=["adapter in full", "adapter in half"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_goes_on_from_what_rows_begin_with(dtype):
-    model = helpers.tiny_model(dtype=dtype, adapter=dtype)
+def test_half_precision_goes_on_from_what_rows_begin_with(dtype, adapter):
+    model = helpers.tiny_model(dtype=dtype, adapter=adapter or dtype)
     check_same(model, gaussian(model), tolerance=0.03 if dtype == "bfloat16" else 4e-3, batch=BEGUN)
 
 
@@ -460,10 +464,38 @@ def test_layers_to_transform_leave_the_blocks_below_alone():
             blocks.RESUMABLE = known
 
 
+@pytest.mark.parametrize("adapter", ["float32", None], ids=["adapter in full", "adapter in half"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype):
-    model = helpers.tiny_model(dtype=dtype, adapter=dtype)
+def test_half_precision(dtype, adapter):
+    model = helpers.tiny_model(dtype=dtype, adapter=adapter or dtype)
     check_same(model, gaussian(model), tolerance=0.03 if dtype == "bfloat16" else 4e-3)
+
+
+QUERY = {"target_modules": ["q_proj", "v_proj"]}
+ADAPTERS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "rslora": (True, {**QUERY, "use_rslora": True}),
+    "biases of B": (True, {**QUERY, "lora_bias": True}),
+    "biases of the base": (False, {**QUERY, "bias": "lora_only"}),
+    "a layer in full": (True, {**QUERY, "modules_to_save": ["lm_head"]}),
+    "a norm in full": (False, {**QUERY, "modules_to_save": ["norm"]}),
+    "the output layer": (True, {"target_modules": ["q_proj", "lm_head"]}),
+    "a pattern of names": (True, {"target_modules": r".*\.layers\.[12]\.self_attn\.[qv]_proj"}),
+    "several ranks": (True, {**QUERY, "rank_pattern": {r"layers\.1\.\w+\.q_proj": 5}, "alpha_pattern": {"v_proj": 3}}),
+    "some tokens": (False, {**QUERY, "trainable_token_indices": [5, 6, 7]}),
+    "a parameter": (False, {"target_modules": [], "target_parameters": ["q_proj.weight"]}),
+    "layers used again": (True, {**QUERY, "layer_replication": [[0, 2], [1, 2]]}),
+}
+"""Settings of LoRA, and whether such draws are stacked."""
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_every_setting_of_lora_gives_the_loops_logits(case):
+    stackable, settings = ADAPTERS[case]
+    base = of_architecture("qwen2").unload()  # whose queries and values have biases
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, **settings)).eval()
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    check_same(model, posterior, tolerance=2e-4, batch=BEGUN)
+    assert stacks(model, posterior)._stackable == stackable
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
@@ -649,6 +681,121 @@ def test_where_memory_runs_out_half_as_many_draws_go_on(model, error):
         runs.clear()
         drawn.logits(model, BATCH, forward)
         assert runs == [1] * S  # what was learned is kept
+
+
+@contextmanager
+def little_memory(model: nn.Module, tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """Within the context, the last block has no memory for more tokens; yield rows and tokens of each pass in turn."""
+    seen: list[tuple[int, int]] = []
+
+    def check(layer: nn.Module, args: tuple[Tensor]) -> None:
+        rows, width, _ = args[0].shape
+        seen.append((rows, width))
+        assert len(seen) < 100  # it ends
+        if rows * width > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.get_submodule(block_path(model))[-1].input_layernorm.register_forward_pre_hook(check)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def test_where_memory_runs_out_for_what_rows_begin_with_half_as_many_draws_make_it(model):
+    two, rest = after(*ROWS[:2]), max(len(row.input_ids) for row in ROWS[:2])
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=10**6))
+    with torch.no_grad(), little_memory(model, 3 * len(START)) as seen:
+        found = drawn.logits(model, two, class_logits)
+    torch.testing.assert_close(found, looped(model, drawn, two), rtol=2e-5, atol=2e-5)
+    assert seen == [(n, len(START)) for n in (6, 3, 3)] + [(2 * n, rest) for n in (2, 2, 2)]
+
+
+def test_one_draw_that_has_no_room_after_what_rows_begin_with_is_tried_once(model):
+    """However many draws that may be made of at once."""
+    batch = after(*helpers.make_rows(20))
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=S * len(START)))
+    with torch.no_grad(), little_memory(model, S * len(START)) as seen, pytest.raises(torch.OutOfMemoryError):
+        drawn.logits(model, batch, class_logits)
+    assert [rows for rows, _ in seen] == [S, 20]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_where_memory_runs_out_for_what_follows_half_as_many_draws_go_on(model, kept, monkeypatch):
+    """And what the failed pass went on from is freed before more is made."""
+    if not kept:
+        monkeypatch.setattr(prefix, "KEPT_BYTES", 0)
+    made: list[Any] = []
+
+    def begun(*args: Any) -> Any:
+        assert kept or not any(cache() for cache in made)
+        cache = prefix.begun(*args)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(stack, "begun", begun)
+    (rows, width), first = BATCH["input_ids"].shape, len(START)
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=10**6))
+    with torch.no_grad(), little_memory(model, 2 * rows * width) as seen:
+        found = [drawn.logits(model, BEGUN, class_logits) for _ in range(2)]
+    expected = looped(model, drawn, BEGUN)
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=2e-5, atol=2e-5)
+    if kept:
+        assert seen == [(S, first)] + [(n * rows, width) for n in (6, 3, 1, 1, 1, 1, 1, 1)] + S * [(rows, width)]
+    else:
+        assert seen == [(n * r, w) for n in (6, 3, *[1] * 2 * S) for r, w in ((1, first), (rows, width))]
+    assert len(made) == (1 if kept else len(seen) // 2)
+
+
+def test_where_memory_runs_out_at_the_last_layers_half_as_many_draws_go_on(model):
+    """What lies below is not run again."""
+    below: list[int] = []
+    hook = model.get_submodule(block_path(model))[0].mlp.register_forward_hook(lambda *of: below.append(len(of[2])))
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(last_layers=1, tokens=10**6))
+    (rows, width) = BATCH["input_ids"].shape
+    try:
+        with torch.no_grad(), little_memory(model, 3 * rows * width) as seen:
+            found = [drawn.logits(model, BATCH, class_logits) for _ in range(2)]
+    finally:
+        hook.remove()
+    for one in found:
+        torch.testing.assert_close(one, looped(model, drawn, BATCH), rtol=2e-5, atol=2e-5)
+    assert seen == [(n * rows, width) for n in (6, 3, 3, 3, 3)]
+    assert below == [rows, rows]
+
+
+def test_a_cpus_pass_has_1024_tokens_a_thread(model, monkeypatch):
+    rows = helpers.make_rows(40)
+    batch, drawn = collate(rows, 0), gaussian(model).drawn(S, seeded())
+    width = batch["input_ids"].shape[1]
+    assert 2 * 40 * width <= 1024 < 3 * 40 * width
+    assert shapes_of(model, drawn, batch) == [(2 * 40, width)] * 3
+    assert 5 * 40 * width <= 2048 < 6 * 40 * width
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert shapes_of(model, gaussian(model).drawn(S, seeded()), batch) == [(5 * 40, width), (40, width)]
+
+
+def test_a_gpus_passes_are_as_large_as_the_first_shows_that_there_is_room_for(model, monkeypatch):
+    """Of 7/10 of the memory that is free, or that torch holds and does not use, a token taking what it took first."""
+    rows, width = BATCH["input_ids"].shape
+    device, room, measured = torch.device("cuda"), stack.Stack._room, stack.Stack._measured
+    monkeypatch.setattr(stack.Stack, "_room", lambda self, of: room(self, device))
+    monkeypatch.setattr(stack.Stack, "_measured", lambda self, tokens, of: measured(self, tokens, device))
+    took, peak = 10 * rows * width, [10**6]
+    memory = {
+        "reset_peak_memory_stats": lambda of: peak.__setitem__(0, 5000),
+        "memory_allocated": lambda of: 5000,
+        "max_memory_allocated": lambda of: peak[0] + took,
+        "memory_reserved": lambda of: 5000 + took,
+        "mem_get_info": lambda of: (4 * took, 10**9),
+    }
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    drawn = gaussian(model).drawn(S, seeded())
+    assert 3 <= 0.7 * (4 + 1) < 4
+    assert shapes_of(model, drawn, BATCH) == [(n * rows, width) for n in (1, 3, 2)]
+    assert shapes_of(model, drawn, BATCH) == [(n * rows, width) for n in (3, 3)]  # measured once
 
 
 def test_where_not_even_one_draw_has_room_the_error_is_told(model):

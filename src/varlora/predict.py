@@ -5,6 +5,7 @@ The draws are made once, so draw s is the same model for every row. Probabilitie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +22,7 @@ from varlora.posterior.base import check_draws
 from varlora.predictions import Predictions
 from varlora.prefix import Beginning, begun, continued
 from varlora.prompt import Encoded
-from varlora.stack import can_stack
+from varlora.stack import can_stack, out_of_memory
 
 __all__ = ["Predictor", "predict"]
 
@@ -59,6 +60,7 @@ class Predictor:
         self._generator = torch.Generator(next(iter(trainable(model).values())).device).manual_seed(seed)
         self._divides = how.stacked and not holds(self.posterior, Mixture)  # whose means are several models
         self._beginning = Beginning(draws=1)
+        self._room = math.inf  # tokens that a batch may have, once memory has run out
         self.draws: Drawn | None = None
         """The draws, if they differ from the mean."""
         if samples and self.posterior.kind != Point.kind:
@@ -128,17 +130,33 @@ class Predictor:
         token_budget: int,
         progress: Callable[[int], None] | None,
     ) -> Tensor:
-        """Return what `forward` gives for batches of the rows, (S, N, C), -inf where a row has fewer answers."""
+        """Return what `forward` gives for batches of the rows, (S, N, C), -inf where a row has fewer answers.
+
+        Where memory runs out for a batch, half as many rows go on.
+        """
         if not rows:
             raise VarloraError("Expected `rows` to hold rows to predict, but got none.")
         classes = max(len(row.label_tokens) for row in rows)
+        lengths = [len(row.input_ids) for row in rows]
+        batches = token_batches(lengths, token_budget)[::-1]  # the next one is the last
         found: Tensor | None = None
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            for batch_rows in token_batches([len(row.input_ids) for row in rows], token_budget):
-                batch = collate([rows[i] for i in batch_rows], pad_token_id)
-                logits = forward(batch)  # (S, B, C)
+            while batches:
+                batch_rows = batches.pop()
+                longest, half = lengths[batch_rows[0]], (len(batch_rows) + 1) // 2
+                if len(batch_rows) > 1 and len(batch_rows) * longest > self._room:
+                    batches += [batch_rows[half:], batch_rows[:half]]
+                    continue
+                try:
+                    logits = forward(collate([rows[i] for i in batch_rows], pad_token_id))  # (S, B, C)
+                except Exception as error:
+                    if len(batch_rows) == 1 or not out_of_memory(error):
+                        raise
+                    self._room = half * longest
+                    batches.append(batch_rows)
+                    continue  # the frames that held the tensors are gone with the error
                 if found is None:
                     found = torch.full((len(logits), len(rows), classes), -torch.inf, dtype=torch.float32)
                 found[:, batch_rows, : logits.shape[2]] = logits
@@ -189,7 +207,8 @@ def predict(
         samples: draws S; 0: only the mean.
         tau: factor of the posterior variance.
         seed: seed of the draws.
-        token_budget: tokens a batch, padding included; rows of similar length go together.
+        token_budget: tokens a batch, padding included; rows of similar length go together. Where memory runs out, half
+            as many from then on.
         how: how the draws are made and run.
         progress: called with the number of rows done after each batch.
 
@@ -199,6 +218,7 @@ def predict(
     Raises:
         VarloraError: there are no rows, or `samples`, `tau` or `token_budget` is out of its range; or nothing in the
             model is trainable, or its adapter is merged.
+        torch.OutOfMemoryError, RuntimeError or MemoryError: memory runs out for one draw of a single row.
     """
     predictor = Predictor(model, posterior, samples, tau, seed, how)
     return predictor.predictions(rows, pad_token_id=pad_token_id, token_budget=token_budget, progress=progress)

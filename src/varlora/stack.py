@@ -185,13 +185,17 @@ class Stack:
             own, before = rows * size_of(batch)[1], 0 if prefix is None else prefix.shape[1]
             tokens = own if self._beginning.keeps else own + before  # of a draw's pass
             while start < stop:
-                count = min(stop - start, self._room(device) // tokens or 1)
-                at_once = min(self.distinct, self._room(device) // before or 1) if before else 1
+                room, cache = self._room(device), None  # what the pass before this one went on from is freed
+                count = min(stop - start, room // tokens or 1)
+                draws, each = count, tokens  # of the pass that runs
                 weights = {name: value[start : start + count] for name, value in self.weights.items()}
                 try:
                     if prefix is not None:
                         make = partial(self._begun, model, blocks, prefix)
-                        cache = self._beginning.cache(start, start + count, make, at_once)
+                        if self._beginning.keeps:
+                            draws, each = min(self.distinct, room // before or 1), before
+                        cache = self._beginning.cache(start, start + count, make, at_once=draws)
+                        draws, each = count, tokens
                     with ExitStack() as within:
                         within.enter_context(self._measured(own * count, device))
                         if prefix is not None:
@@ -204,9 +208,9 @@ class Stack:
                         within.enter_context(stacked(layers, weights, rows, batch))
                         found = forward(model, repeated(batch, count))
                 except Exception as error:
-                    if max(count, at_once) == 1 or not out_of_memory(error):
+                    if draws == 1 or not out_of_memory(error):
                         raise
-                    self._tokens = max(tokens * count, before * at_once) // 2
+                    self._tokens = draws * each // 2
                 else:
                     logits.append(found.view(count, rows, -1))
                     start += count
