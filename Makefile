@@ -72,7 +72,7 @@ benchmarks: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/optimizer.py --device cuda --rounds 300 --out benchmarks/results/optimizer_gpu.json
 	$(BIN)/python benchmarks/gpu/llama2_7b_shape.py
-	$(BIN)/python benchmarks/inference.py --device cuda --llama2-7b --out benchmarks/results/inference_gpu.json
+	$(BIN)/python benchmarks/inference.py --device cuda --llama2-7b --budget-minutes 8 --out benchmarks/results/inference_gpu.json
 
 # Goes on where it was stopped; `pretraining/pretrain.py` without options replaces the committed base.
 pretrain: $(VENV)/.installed

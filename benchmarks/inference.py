@@ -9,6 +9,7 @@ cheaper ways cost in NLL is in draws.py.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --device cuda --llama2-7b --out benchmarks/results/inference_gpu.json
+    python benchmarks/inference.py --llama2-7b --tiny --bases --out tiny.json
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from _common import (
     spread,
     write_result,
 )
+from llama2_7b_shape import _save_random, shape
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import disable_progress_bar
@@ -122,12 +123,12 @@ def random_posterior(model: nn.Module, seed: int) -> DiagonalGaussian:
 
 
 @torch.no_grad()
-def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.device) -> dict[str, Any]:
-    """Time all ways of drawing on one base."""
+def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Time all ways of drawing on one base; yield what is found after each number of draws and rows."""
     model, _ = load_model(base, **settings)
     config: Any = model.config
     posterior = random_posterior(model, args.seed)
-    quarter = max(1, config.num_hidden_layers // 4)
+    quarter = max(1, config.num_hidden_layers // 4)  # of six layers one
     found: dict[str, Any] = {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
@@ -153,7 +154,7 @@ def speed_of(base: str, settings: dict[str, Any], args: Any, device: torch.devic
                 name: InTurn(way, alike if name == "alike" else apart) for name, way in asked.items()
             }
             found["cells"].append(cell_of(ways, draws, rows, found["rate"], args, device))
-    return found
+            yield found
 
 
 def cell_of(
@@ -228,7 +229,7 @@ WAYS = ("loop", "mixed", "stack", "alike", "quarter")
 def speed_table(name: str, found: dict[str, Any]) -> Titled:
     """Return one base's table."""
     table = []
-    for cell in found["cells"]:
+    for cell in sorted(found["cells"], key=lambda cell: (cell["draws"], cell["batch"])):
         ways = cell["ways"]
         table.append(
             [str(cell["draws"]), str(cell["batch"])]
@@ -268,32 +269,51 @@ def bases_of(args: Any) -> list[str]:
     return [str(ROOT / "src/varlora/demo/bundled/base"), str(shared_folder() / "models" / "tinyllama-3m")]
 
 
+def measured(args: Any, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and speed of each base, after each number of draws and rows."""
+    settings: dict[str, Any] = {"device": args.device, "lora": LoRA()}
+    if args.llama2_7b:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            _save_random(shape(args.tiny), Path(folder), device)
+            for found in speed_of(folder, {**settings, "dtype": "bfloat16"}, args, device):
+                yield "Llama-2-7B's shape", found
+    for base in bases_of(args):
+        for found in speed_of(base, settings, args, device):
+            yield Path(base).name, found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    made = draws_parser(__doc__, "inference", [1, 8, 64])
-    made.add_argument("--llama2-7b", action="store_true", help="the shape of Llama-2-7B with random weights, bfloat16")
-    made.add_argument("--draws", nargs="+", type=count, default=[1, 4, 10, 32], help="S (default: 1 4 10 32)")
-    args = made.parse_args(argv)
+    args, started = arguments(argv), time.monotonic()
     set_up(args)
     disable_progress_bar()
     device = torch.device(args.device)
-    bases = bases_of(args)
-    speed = {}
-    with tempfile.TemporaryDirectory() if args.llama2_7b else nullcontext() as folder:
-        if folder is not None:
-            from llama2_7b_shape import _save_random, shape
-
-            _save_random(shape(tiny=False), Path(folder), device)
-            bases = [*bases, folder]
-        for base in bases:
-            settings: dict[str, Any] = {"device": args.device, "lora": LoRA()}
-            name = Path(base).name if base != folder else "Llama-2-7B's shape"
-            if base == folder:
-                settings["dtype"] = "bfloat16"
-            speed[name] = speed_of(base, settings, args, device)
-            print_table(*speed_table(name, speed[name]))
-    write_result(args.out, "inference", args, device, speed=speed)
+    speed: dict[str, Any] = {}
+    for base, found in measured(args, device):
+        speed[base] = found
+        write_result(args.out, "inference", args, device, speed=speed)  # what comes next may not end
+        if args.budget_minutes is not None and time.monotonic() - started >= 60 * args.budget_minutes:
+            print(f"{args.budget_minutes:g} minutes are spent")
+            break
+    for name, found in speed.items():
+        print_table(*speed_table(name, found))
     if args.document:
         write_text(DOCUMENT, documented(DOCUMENT.read_text(encoding="utf-8"), read_json(args.out)))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what the benchmark is told."""
+    made = draws_parser(__doc__, "inference", [1, 8, 64])
+    made.add_argument("--llama2-7b", action="store_true", help="first the shape of Llama-2-7B, random and bfloat16")
+    made.add_argument("--tiny", action="store_true", help="two layers of width 64 for that, to see that all works")
+    made.add_argument("--folder", type=Path, help="where its weights are for a while (default: the system's)")
+    made.add_argument("--draws", nargs="+", type=count, default=[10, 1, 4, 32], help="S (default: 10 1 4 32)")
+    made.add_argument("--budget-minutes", type=float, help="no S and B but the first is begun after these minutes")
+    args = made.parse_args(argv)
+    if args.tiny and args.out == made.get_default("out"):
+        made.error("--tiny measures nothing worth keeping: pass --out, so that the result file is not overwritten")
+    if args.llama2_7b and not args.tiny and args.device == "cpu":
+        made.error("the true shape takes hours on a CPU: run it on a GPU, or pass --tiny")
+    return args
 
 
 if __name__ == "__main__":

@@ -345,6 +345,41 @@ def test_the_inference_benchmark_measures_speed_and_limits(load, out, bundled):
     assert page.endswith("after\n")
 
 
+SHAPE = "--llama2-7b --device cpu --rows 1 2 --rounds 1 --bases"
+
+
+def test_the_inference_benchmark_begins_with_ten_draws_of_one_row_at_the_shape_of_llama2_7b(load, out, bundled, capsys):
+    inference = load("inference")
+    inference.main([*SHAPE.split(), str(bundled), "--tiny", "--out", str(out), "--budget-minutes", "0"])
+    ((name, found),) = json.loads(out.read_text())["speed"].items()
+    assert (name, found["layers"], found["hidden"]) == ("Llama-2-7B's shape", 2, 64)
+    (cell,) = found["cells"]
+    assert (cell["draws"], cell["batch"]) == (10, 1)
+    assert {*inference.WAYS, "one pass"} == cell["ways"].keys()
+    assert cell["ways"]["stack"]["operations"] < cell["ways"]["loop"]["operations"]
+    assert "0 minutes are spent" in capsys.readouterr().out
+    for arguments, why in ((["--tiny"], "pass --out"), (["--out", str(out)], "hours on a CPU")):
+        with pytest.raises(SystemExit):
+            inference.main([*SHAPE.split(), *arguments])
+        assert why in capsys.readouterr().err
+
+
+def test_the_inference_benchmark_keeps_what_it_had_measured_when_it_is_stopped(load, out, monkeypatch):
+    inference, begun = load("inference"), []
+
+    def stopped(ways, draws, rows, *_):
+        begun.append((draws, rows))
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return {"draws": draws, "batch": rows}
+
+    monkeypatch.setattr(inference, "cell_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        inference.main([*SHAPE.split(), "--tiny", "--draws", "2", "1", "--out", str(out)])
+    (found,) = json.loads(out.read_text())["speed"].values()
+    assert [(cell["draws"], cell["batch"]) for cell in found["cells"]] == begun[:2] == [(2, 1), (2, 2)]
+
+
 def test_the_benchmark_of_beginnings_runs_what_is_kept_no_second_time(load, out, bundled):
     beginnings = load("beginnings")
     beginnings.main([*["--rows", "1", "2", "--rounds", "2"], "--bases", str(bundled), "--out", str(out)])

@@ -18,6 +18,7 @@ import helpers
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import varlora
 from varlora.cli import main
@@ -434,6 +435,26 @@ def test_a_posterior_of_another_model(varlora_, trained, shared):
     assert str(trained) in message
 
 
+@pytest.fixture(scope="module")
+def other_weights(bundled, tmp_path_factory) -> Path:
+    """A base like the one that was trained on, but for its weights."""
+    folder = shutil.copytree(bundled, tmp_path_factory.mktemp("other") / "base")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.5 * value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["serve", "export"])
+def test_another_base_is_neither_served_nor_exported(varlora_, trained, other_weights, verb, tmp_path, monkeypatch):
+    monkeypatch.setattr("varlora.serve.process.Server.run", lambda self, **settings: pytest.fail("it is served"))
+    more = {"serve": ["--port", "0"], "export": ["--to", tmp_path / "out"]}[verb]
+    for model, reason in ((helpers.base_folder(), "to be of this model"), (other_weights, "its checksum differs")):
+        message = error_of(varlora_(verb, trained, "--model", model, *more))
+        assert reason in message
+        assert str(trained) in message
+        assert not any(tmp_path.iterdir())
+
+
 def test_a_posterior_cut_short(varlora_, run):
     file = run / "adapter" / "posterior.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -748,6 +769,13 @@ def test_export_and_push_write_what_they_say(varlora_, run, model, tmp_path):
     result = varlora_("push", run, "me/mine", "--base-model", "me/base", "--folder", tmp_path / "pushed")
     assert result.out.splitlines()[-1] == f"Written: {tmp_path / 'pushed'}"
     assert isinstance(varlora.from_pretrained(tmp_path / "pushed", model=model).posterior, varlora.DiagonalGaussian)
+
+
+def test_an_answer_that_is_given_twice_is_not_exported(varlora_, trained, tmp_path):
+    message = error_of(varlora_("export", trained, "--to", tmp_path / "out", "--answers", "a", "b", "a"))
+    assert "answers that begin with different tokens" in message
+    assert "'a' -> 'a'" in message
+    assert not any(tmp_path.iterdir())
 
 
 def test_version(varlora_):

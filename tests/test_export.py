@@ -132,16 +132,20 @@ def rows_of(trained: Loaded) -> tuple[list[Any], list[Any]]:
     return examples, encode_rows(trained.model, trained.tokenizer, examples, trained.settings, silent).rows
 
 
-def served(bundled: Path, folder: Path, manifest: dict[str, Any], trained: Loaded) -> Tensor:
-    """Average the probabilities of an export's adapters, loaded by PEFT alone, as the manifest says."""
+def in_plain_peft(bundled: Path, adapter: Path, trained: Loaded) -> Tensor:
+    """Return the class logits of an adapter, loaded by PEFT alone."""
     _, encoded = rows_of(trained)
-    batch = collate(encoded, trained.tokenizer.pad_token_id)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bundled), adapter).eval()
+    with torch.no_grad():
+        return class_logits(model, collate(encoded, trained.tokenizer.pad_token_id))
+
+
+def served(bundled: Path, folder: Path, manifest: dict[str, Any], trained: Loaded) -> Tensor:
+    """Average the probabilities of an export's adapters as the manifest says."""
     probs, weights = [], []
     for draw in manifest["draws"]:
-        base = AutoModelForCausalLM.from_pretrained(bundled)
-        model = PeftModel.from_pretrained(base, folder / draw["name"]).eval()
-        with torch.no_grad():
-            probs.append((class_logits(model, batch).double() / draw["temperature"]).softmax(-1))
+        logits = in_plain_peft(bundled, folder / draw["name"], trained)
+        probs.append((logits.double() / draw["temperature"]).softmax(-1))
         weights.append(draw["weight"])
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     return (torch.stack(probs) * shares[:, None, None]).sum(0)
@@ -179,6 +183,28 @@ def test_adapters_in_plain_peft_give_the_probabilities_of_the_draws(
         torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
     else:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_each_adapter_in_plain_peft_is_the_mean_or_a_draw_by_itself(
+    bundled: Path, trained: Loaded, tmp_path: Path, kind: str
+) -> None:
+    """An average would hide draws that are exchanged, or a `mean/` that is none."""
+    posterior, out = ALL[kind](trained), tmp_path / "out"
+    manifest = export(run_with(trained, posterior, tmp_path / "run"), out, samples=3, seed=3, say=silent)
+    batch = collate(rows_of(trained)[1], trained.tokenizer.pad_token_id)
+    of_weights = posterior.weights if kind == "linearised" else posterior
+    loop = of_weights.drawn(3, torch.Generator().manual_seed(3), Drawing(stacked=False))
+    with torch.no_grad():
+        draws = loop.logits(trained.model, batch, class_logits)
+        with posterior.at_mean(trained.model):
+            mean = class_logits(trained.model, batch)
+    torch.testing.assert_close(in_plain_peft(bundled, out / "mean", trained), mean, rtol=0, atol=1e-4)
+    once = [one for i, one in enumerate(draws) if not any(torch.equal(one, other) for other in draws[:i])]
+    assert [draw["weight"] for draw in manifest["draws"]] == [sum(torch.equal(a, b) for b in draws) for a in once]
+    for draw, logits in zip(manifest["draws"], once):
+        found = in_plain_peft(bundled, out / draw["name"], trained) / draw["temperature"]
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -566,6 +592,28 @@ def test_by_text_and_by_chat_too_and_with_temperatures(
         path, body = fake.requests[-1]
         assert path == ("/v1/chat/completions" if chat else "/v1/completions")
         assert (body["temperature"], body["top_p"], body["repetition_penalty"], body["max_tokens"]) == (1, 1, 1, 1)
+
+
+def test_two_hundred_answers_are_exported_and_asked_for(
+    exported: tuple[Path, Path], fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, out, everything = exported[0], tmp_path / "out", len(fake.tokenizer)
+    vocabulary = fake.tokenizer.batch_decode([[id] for id in range(everything)])
+    answers = [text for text in vocabulary if text.isalpha()][:200]
+    assert len(answers) == 200
+    export(run_dir, out, samples=3, answers=answers, say=silent)
+    prompt = "Which one is it? "
+    (expected,) = answer_rows(
+        load(run_dir), [Example("0", prompt, "", "", tuple(answers), None)], samples=3, say=silent
+    )
+    with serving(fake) as url:
+        done = run_client(out, "--prompt", prompt, "--answers", *answers, "--url", f"{url}/v1")
+        assert json.loads(done.stdout)["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+        monkeypatch.setattr(fake, "knows_ids", False)  # and so the likeliest tokens are asked for
+        done = run_client(out, "--prompt", prompt, "--url", f"{url}/v1")
+        assert "Raise --logprobs (it is 20)" in json.loads(done.stdout)["error"]
+        done = run_client(out, "--prompt", prompt, "--url", f"{url}/v1", "--logprobs", everything)
+        assert json.loads(done.stdout)["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
 
 
 def test_what_the_client_cannot_do_it_says(

@@ -25,7 +25,7 @@ from varlora.predictions import load_predictions, save_predictions
 from varlora.serve import Limits, app, make_service
 from varlora.serve.abstain import of_held_out
 from varlora.serve.asking import Ask, Asker
-from varlora.tasks import get_task
+from varlora.tasks import Example, get_task
 
 ASK = {"question": "What is the tool of Narfan?", "answers": ["ladder", "basket", "candle", "mirror"]}
 
@@ -113,6 +113,23 @@ def test_tau_is_that_of_answer_rows(service, tau):
     reply = service.ask(rows=rows, tau=tau).json
     assert reply["tau"] == tau
     same_numbers(reply["results"], expected(rows, tau=tau))
+
+
+def test_as_many_answers_as_the_limit_says_are_taken():
+    run, most = loaded("true_or_false"), 300
+    vocabulary = run.tokenizer.batch_decode([[id] for id in range(3, len(run.tokenizer))])
+    words = [text for text in vocabulary if text.isprintable() and text == text.strip() and "\ufffd" not in text]
+    other_scripts = [chr(first) for first in range(0xC0, 0x800, 0x40)]  # each begins with another byte
+    answers = tuple([*other_scripts, *words][:most])
+    asked = {"many": ("Which one is it? ", answers), "few": ("Is snow cold? Answer:", ("yes", "no"))}
+    examples = [Example(id, question, "", "", given, None) for id, (question, given) in asked.items()]
+    questions = [{"id": id, "question": question, "answers": given} for id, (question, given) in asked.items()]
+    with live(trained("true_or_false"), run, limits=Limits(max_answers=most)) as service:
+        reply = service.ask(questions=questions)
+        assert reply.status == 200
+        same_numbers(reply.json["results"], list(answer_rows(run, examples, say=silent)))
+        reply = service.ask(question="Which? ", answers=[*answers, "one more"])
+        assert (reply.status, reply.json["error"]["message"]) == (422, "Expected 2 to 300 answers, but got 301.")
 
 
 def test_settings_of_the_service(service):
@@ -247,6 +264,15 @@ def test_of_several_rows_the_wrong_ones_fail_alone(service):
     assert wrong["id"] == "1"
     assert wrong["error"]["code"] == "wrong_row"
     same_numbers([first, last], expected(rows[:2]))
+
+
+def test_a_row_beyond_the_context_fails_alone(service):
+    rows = task_rows()
+    reply = service.ask(rows=[rows[0], {**rows[1], "question": "word " * 600}, rows[2]])
+    assert reply.status == 200
+    first, long, last = reply.json["results"]
+    assert (long["id"], long["error"]["code"]) == (rows[1]["id"], "too_long")
+    same_numbers([first, last], expected([rows[0], rows[2]]))
 
 
 BAD = "\ud800"  # a lone surrogate, which JSON can say and UTF-8 cannot
