@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,8 @@ BASE = "AdamW foreach"
 # Hessian, writes p. IVON's step: reads gradient, mean, momentum and Hessian, writes the last three and p. The noise is
 # made in registers both times.
 TRAFFIC = {"AdamW": {"step": 7}, "IVON": {"sample": 3, "step": 8}}
+# Whose times these are compared with: of AdamW's forms, the one that moves no more.
+MEASURED = {"AdamW": "AdamW fused", "IVON": "IVON"}
 NOTES = [
     "AdamW's foreach and plain forms allocate temporaries as large as the parameters, so their time depends on malloc: "
     "glibc may map every temporary anew (page faults) or reuse it, by its thresholds and by what the process freed "
@@ -41,6 +44,8 @@ NOTES = [
     "and IVON's draw, which writes parameters unread, move more than that.",
     "normal_ draws on one thread, whatever torch's number of threads. IVON makes its noise twice, in the draw and in "
     "the step, on all of them: a counter-based generator (Philox) in the kernels of native.c.",
+    "noise_seconds is what that noise takes once, alone, with the 4 bytes a number of writing it down. Beside the "
+    "traffic it is most of what a draw and a step have to do: measured_over_traffic is to be read with it.",
     "IVON torch is IVON without these kernels, as where there was no C compiler or no Triton: the same noise and "
     "arithmetic, operation by operation.",
     "On a GPU, a graph is the same replayed as a CUDA graph: what the device takes, without the host's launches, of "
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "copy 64 MB": [("run", lambda: target.copy_(source))],
         "add_ to 64 MB": [("run", lambda: target.add_(1))],
         "normal_": [("run", lambda: noise.normal_())],
+        "IVON's noise": [("run", _noise(shapes, device, args.seed))],
     }
     seconds, faults = interleave(
         optimizers | limits, device, args.rounds, warmup=args.warmup, flush=lambda: block.add_(1), seed=args.seed
@@ -74,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     bandwidths = {n: 2 * source.nbytes / statistics.median(v["total"]) for n, v in seconds.items() if "64 MB" in n}
     bandwidth = max(bandwidths.values())
     moved = {name: {part: 4 * n * numel for part, n in parts.items()} for name, parts in TRAFFIC.items()}
+    at_limit = {name: {part: n / bandwidth for part, n in parts.items()} for name, parts in moved.items()}
     found: dict[str, Any] = {
         "parameters": {"tensors": len(shapes), "numel": numel, "bytes": 4 * numel},
         "seconds": {name: {part: spread(values) for part, values in parts.items()} for name, parts in seconds.items()},
@@ -87,10 +94,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "limits": {
             "bytes_per_second": bandwidths,
             "bytes_moved": moved,
-            "traffic_seconds": {
-                name: {part: n / bandwidth for part, n in parts.items()} for name, parts in moved.items()
+            "traffic_seconds": at_limit,
+            "measured_over_traffic": {
+                name: {part: statistics.median(seconds[MEASURED[name]][part]) / n for part, n in parts.items()}
+                for name, parts in at_limit.items()
             },
             "normal_seconds": spread(seconds["normal_"]["total"]),
+            "noise_seconds": spread(seconds["IVON's noise"]["total"]),
         },
         "notes": NOTES,
     }
@@ -109,6 +119,20 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--rank", type=count, default=8, help="rank of the adapter (default: %(default)s)")
     made.add_argument("--flush-mb", type=count, default=64, help="MB written before each part (default: %(default)s)")
     return made
+
+
+def _noise(shapes: list[tuple[int, int]], device: torch.device, seed: int) -> Callable[[], None]:
+    """Return what makes the noise of an IVON optimizer once, for all parameters, and writes it down."""
+    ours = IVON([nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes], seed=seed, **RECIPE)  # type: ignore[arg-type]
+    ours.train()
+    keys = itertools.count()
+
+    def make() -> None:
+        key = next(keys)  # what is there already would not be made again
+        for bucket in ours._buckets:
+            bucket.noise_of(key)
+
+    return make
 
 
 def _optimizers(shapes: list[tuple[int, int]], device: torch.device, seed: int) -> dict[str, list[Part]]:
@@ -217,13 +241,20 @@ def _print(found: dict[str, Any], seconds: Samples, optimizers: dict[str, list[P
     print_table("Sample and step", columns, rows)
     limits = found["limits"]
     rows = [
-        [f"{name}: {part}", f"{limits['bytes_moved'][name][part] / 1e6:.1f}", f"{1000 * spent:.2f}"]
+        [
+            f"{MEASURED[name]}: {part}",
+            f"{limits['bytes_moved'][name][part] / 1e6:.1f}",
+            f"{1000 * spent:.2f}",
+            f"{1000 * found['seconds'][MEASURED[name]][part]['median']:.2f}",
+            f"{limits['measured_over_traffic'][name][part]:.2f}",
+            f"{1000 * limits['noise_seconds']['median']:.2f}" if name == "IVON" else "",
+        ]
         for name, parts in limits["traffic_seconds"].items()
         for part, spent in parts.items()
     ]
     bandwidth = max(limits["bytes_per_second"].values())
     title = f"Limit by memory traffic at {bandwidth / 1e9:.1f} GB/s (read and write)"
-    print_table(title, ["", "MB moved", "ms"], rows)
+    print_table(title, ["", "MB moved", "ms", "measured", "measured / limit", "its noise alone"], rows)
     drawn = 1000 * limits["normal_seconds"]["median"]
     print(f"Limit by drawing: normal_ on one thread takes {drawn:.2f} ms; {torch.get_num_threads()} threads share it.")
 

@@ -85,7 +85,14 @@ def test_the_optimizer_benchmark_measures_time_allocation_and_limits(load, out, 
         "AdamW": {"step": 28 * 512},
         "IVON": {"sample": 12 * 512, "step": 32 * 512},
     }
-    assert "IVON: sample" in capsys.readouterr().out
+    for name, parts in written["limits"]["traffic_seconds"].items():
+        measured = written["seconds"][{"AdamW": "AdamW fused"}.get(name, name)]
+        over = {part: measured[part]["median"] / limit for part, limit in parts.items()}
+        assert written["limits"]["measured_over_traffic"][name] == pytest.approx(over)
+    assert written["limits"]["noise_seconds"]["min"] > 0
+    printed = capsys.readouterr().out
+    assert "IVON: sample" in printed
+    assert "measured / limit" in printed
 
 
 def test_the_default_shapes_are_those_of_llama2_7b(load):

@@ -32,6 +32,14 @@ def _arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(bucket, "kernels_for", lambda device: "triton")
     elif native.library() is None:
         pytest.skip("the kernels were not built: there was no C compiler")
+    kind = {"kernels": "native", "triton": "triton", "torch": None}[request.param]
+    assert bucket.kernels_for(torch.device("cpu")) == kind
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the parameters of a test lie that also runs on a GPU."""
+    return "cpu"
 
 
 @pytest.fixture

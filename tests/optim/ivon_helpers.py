@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varlora.optim import bucket
 from varlora.optim.bucket import TRAIN
 from varlora.optim.ivon import IVON
 from varlora.optim.noise import fill_normal, mix
@@ -107,6 +108,13 @@ def noise_of(optimizer: IVON) -> list[Tensor]:
     noise = [torch.empty(p.shape) for p in parameters]
     fill_normal(mix(now["seed"], TRAIN, now["draws"] - 1), [(x, i, 0) for i, x in enumerate(noise)])
     return [x.to(optimizer.state[p]["mean"].dtype) for x, p in zip(noise, parameters)]
+
+
+def assert_kernels_in_use(optimizer: IVON) -> None:
+    """Those that there are for where the parameters lie, which are for a state in float32."""
+    for made in optimizer._buckets:
+        kind = bucket.kernels_for(made.mean.device) if made.mean.dtype == torch.float32 else None
+        assert (made.kernels is not None, made.gpu is not None) == (kind == "native", kind == "triton")
 
 
 def snapshot(parameters: Sequence[Tensor], optimizer: IVON) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,8 +40,12 @@ class Weights(nn.Module):
 
 
 def run(case: str, rank: int, world: int) -> dict[str, torch.Tensor]:
-    """A case is estimator, noise (`shared` or `own`), way of use and number of draws, such as price-own-train-1."""
-    approx, noise, way, samples = case.split("-")
+    """A case is estimator, noise (`shared` or `own`), way of use and number of draws, such as price-own-train-1.
+
+    A fifth part is the number of micro-batches of each draw.
+    """
+    approx, noise, way, samples, *micro = case.split("-")
+    batches = int(micro[0]) if micro else 1
     torch.manual_seed(rank)  # as users seldom seed all alike
     model = nn.parallel.DistributedDataParallel(Weights())
     optimizer = IVON(
@@ -52,20 +57,28 @@ def run(case: str, rank: int, world: int) -> dict[str, torch.Tensor]:
         clip_radius=1.0,
         mc_samples=int(samples),
         hess_approx=approx,
-        batch_size=world * ROWS * (1 if way == "context" else int(samples)),
+        batch_size=world * ROWS * batches * (1 if way == "context" else int(samples)),
         noise_per_rank=noise == "own",
     )
     source = torch.Generator().manual_seed(rank)
+
+    def backward(batch: int, of: int) -> None:
+        """Of a micro-batch, the last of which alone is averaged over ranks with those before it."""
+        x = SPREAD[approx] * torch.randn(ROWS, 4000, generator=source)
+        with nullcontext() if batch == batches - 1 else model.no_sync():
+            (model(x, CURVATURE[approx]) / of).backward()
+
     for step in range(100):
         optimizer.zero_grad()
         for _ in range(int(samples)):
-            x = SPREAD[approx] * torch.randn(ROWS, 4000, generator=source)
             if way == "context":
                 with optimizer.sampled_params(train=True):
-                    model(x, CURVATURE[approx]).backward()
+                    for batch in range(batches):
+                        backward(batch, batches)
             else:
-                optimizer.train()
-                (model(x, CURVATURE[approx]) / int(samples)).backward()
+                for batch in range(batches):
+                    optimizer.train()
+                    backward(batch, batches * int(samples))
         nn.utils.clip_grad_norm_(model.parameters(), 1e3 if step else 20.0)
         optimizer.step()
     return {

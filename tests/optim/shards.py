@@ -1,7 +1,7 @@
-"""One rank of a run with sharded parameters, started by test_ivon_shards.py: python shards.py RANK WORLD FOLDER WHAT.
+"""One rank of a run with sharded parameters, started by test_ivon_shards.py: python shards.py RANK WORLD FOLDER WHAT...
 
 WHAT is how the parameters are sharded, `fsdp` or `tensor`, with `save` (6 steps, then a checkpoint, then 3 more) or
-`load` (3 steps from the checkpoint in FOLDER). Rank 0 writes what all ranks hold together to
+`load-N` (3 steps from the checkpoint of N ranks in FOLDER). Rank 0 writes what all ranks hold together to
 FOLDER/WHAT-WORLD.safetensors.
 """
 
@@ -92,11 +92,8 @@ def check_left_out(model: nn.Module, optimizer: IVON, rank: int) -> None:
     assert all(torch.equal(p.to_local(), value) for p, value in zip(model.parameters(), before))
 
 
-def main() -> None:
-    rank, world, folder, what = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    how, do = what.split("-")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{what}-{world}", rank=rank, world_size=world)
+def run(what: str, rank: int, world: int, folder: Path) -> None:
+    how, do, *saved_by = what.split("-")
     mesh, model = init_device_mesh("cpu", (world,)), make_model()
     if how == "fsdp":
         fully_shard(model[0], mesh=mesh)
@@ -109,10 +106,10 @@ def main() -> None:
     if do == "save":
         steps(model, optimizer, range(6), mine)
         weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / how)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / f"{how}-{world}")
     else:
         weights, state = get_state_dict(model, optimizer)  # to be filled: nothing is drawn yet
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / how)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / f"{how}-{saved_by[0]}")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     for p in model.parameters():
         assert p.to_local().numel() < p.numel()
@@ -125,6 +122,16 @@ def main() -> None:
     if rank == 0:
         save_file(found, folder / f"{what}-{world}.safetensors")
     check_left_out(model, optimizer, rank)
+
+
+def main() -> None:
+    rank, world, folder, *cases = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{cases[0]}-{world}", rank=rank, world_size=world
+    )
+    for what in cases:
+        run(what, rank, world, folder)
     dist.barrier()
     os._exit(0)  # as in ranks.py
 

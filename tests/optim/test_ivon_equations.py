@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from optim.ivon_helpers import SETTINGS, make, make_parameters, noise_of, run, same, snapshot, values
+from optim.ivon_helpers import (
+    SETTINGS,
+    assert_kernels_in_use,
+    make,
+    make_parameters,
+    noise_of,
+    run,
+    same,
+    snapshot,
+    values,
+)
 from reference.ivon_slow import SlowIVON
 from torch import Tensor, nn
 
@@ -100,7 +111,7 @@ def test_chunks_do_not_change_a_bit(samples: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("batch", [None, 8], ids=["full batch", "mini-batches"])
-def test_linear_regression_reaches_the_mean_field_posterior(batch: int | None) -> None:
+def test_linear_regression_reaches_the_mean_field_posterior(batch: int | None, device: str) -> None:
     """256 runs side by side, the rows of one parameter: the average shows a bias of a fraction of a per cent."""
     runs, n, d, precision, steps = 256, 64, 4, 5.0, 3000
     source = torch.Generator().manual_seed(0)
@@ -110,7 +121,7 @@ def test_linear_regression_reaches_the_mean_field_posterior(batch: int | None) -
     exact = x.T @ x + precision * torch.eye(d)  # the posterior's precision, unit noise
     want_mean, want_var = torch.linalg.solve(exact, x.T @ y), 1 / exact.diagonal()
 
-    w = nn.Parameter(torch.zeros(runs, d))
+    w = nn.Parameter(torch.zeros(runs, d, device=device))
     settings = {"ess": n, "weight_decay": precision / n, "hess_init": 3.0, "clip_radius": math.inf}
     optimizer = IVON([("w", w)], lr=0.05, seed=0, **settings)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -118,12 +129,13 @@ def test_linear_regression_reaches_the_mean_field_posterior(batch: int | None) -
         optimizer.param_groups[0]["beta2"] = 1 - 1 / (100 + t / 3)  # forgets where it came from
         rows = torch.arange(n) if batch is None else torch.randint(n, (runs, batch), generator=source)
         optimizer.train()
-        error = y[rows] - (x[rows] * w[:, None]).sum(-1)  # (R, B)
-        w.grad = -(error[..., None] * x[rows]).mean(1).detach()  # of ½ mean error², for each run
+        error = y[rows] - (x[rows] * w.detach().cpu()[:, None]).sum(-1)  # (R, B)
+        w.grad = -(error[..., None] * x[rows]).mean(1).to(device)  # of ½ mean error², for each run
         optimizer.step()
         schedule.step()
+    assert_kernels_in_use(optimizer)
     posterior = optimizer.posterior()
-    mean, var = posterior.mean["w"], posterior.std["w"].square()
+    mean, var = posterior.mean["w"].cpu(), posterior.std["w"].cpu().square()
     torch.testing.assert_close(mean.mean(0), want_mean, rtol=0.02, atol=0)
     torch.testing.assert_close(var.mean(0), want_var, rtol=0.02, atol=0)
     assert ((mean - want_mean) / want_var.sqrt()).square().mean() < 0.02  # each run, in units of the posterior
@@ -132,20 +144,31 @@ def test_linear_regression_reaches_the_mean_field_posterior(batch: int | None) -
 
 # --- the curvature estimators ---
 
+BETA2 = 0.999
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])  # kernels are for f32
 
-def curvature(theta: Tensor, gradient: object, ess: float = 100.0, **settings: object) -> Iterator[Tensor]:
-    """Yield ĥ of single steps that start from the same mean, solved from the new Hessian (R, d)."""
-    beta2, h = 1 - 1e-7, 1.0
-    p = nn.Parameter(theta.double().clone())
-    optimizer = IVON([p], lr=0.0, ess=ess, hess_init=h, beta2=beta2, seed=0, **settings)
-    while True:
-        optimizer.state[p].get("hess", torch.zeros(1)).fill_(h)
-        optimizer.train()
-        p.grad = gradient(p.detach())  # type: ignore[operator]
-        optimizer.step()
-        # h' = h (1 + u + ½u²) with u = (1 − β₂)(ĥ − h)/h
-        u = (2 * optimizer.state[p]["hess"] / h - 1).sqrt() - 1
-        yield h + h * u / (1 - beta2)
+
+def curvature(
+    theta: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    device: str,
+    ess: float = 4.0,
+    **settings: Any,
+) -> Tensor:
+    """Return ĥ of a step from h = 1, solved from the new Hessian: (R, d), float64 and on the CPU, as `gradient` is.
+
+    `ess` is so small that ĥ > −h/(1 − β₂) for sure, where the root is the right one.
+    """
+    p = nn.Parameter(theta.to(device, dtype, copy=True))
+    optimizer = IVON([p], lr=0.0, ess=ess, hess_init=1.0, beta2=BETA2, seed=0, **settings)
+    optimizer.train()
+    p.grad = gradient(p.detach().cpu().double()).to(device, dtype)
+    optimizer.step()
+    assert_kernels_in_use(optimizer)
+    # h' = h (1 + u + ½u²) with u = (1 − β₂)(ĥ − h)/h
+    u = (2 * optimizer.state[p]["hess"].cpu().double() - 1).sqrt() - 1
+    return 1 + u / (1 - BETA2)
 
 
 def assert_unbiased(estimates: Tensor, want: Tensor, precision: float) -> None:
@@ -155,8 +178,9 @@ def assert_unbiased(estimates: Tensor, want: Tensor, precision: float) -> None:
     assert ((estimates.mean(0) - want) / error).abs().max() < 4
 
 
+@dtypes
 @pytest.mark.parametrize("batch", [1, 4])
-def test_price_is_unbiased_on_any_quadratic(batch: int) -> None:
+def test_price_is_unbiased_on_any_quadratic(batch: int, dtype: torch.dtype, device: str) -> None:
     """Far from the optimum, with examples that have nothing to do with each other, in mini-batches."""
     n, d, runs = 50, 3, 100_000
     source = torch.Generator().manual_seed(0)
@@ -167,13 +191,16 @@ def test_price_is_unbiased_on_any_quadratic(batch: int) -> None:
         rows = torch.randint(n, (runs, batch), generator=source)
         return (torch.einsum("rbij,rj->rbi", a[rows], theta) - b[rows]).mean(1)
 
-    estimates = next(curvature(torch.tensor([1.0, -2.0, 0.5]).expand(runs, d), gradient))
-    assert_unbiased(estimates, a.mean(0).diagonal(), precision=0.1)
+    estimates = curvature(torch.tensor([1.0, -2.0, 0.5]).expand(runs, d), gradient, dtype, device)
+    assert_unbiased(estimates, a.mean(0).diagonal(), precision=0.02)
 
 
+@dtypes
 @pytest.mark.parametrize("likelihood", ["logistic", "gaussian"])
 @pytest.mark.parametrize("batch", [4, 32])
-def test_gradsq_is_unbiased_on_a_well_specified_model_whatever_the_batch(likelihood: str, batch: int) -> None:
+def test_gradsq_is_unbiased_on_a_well_specified_model_whatever_the_batch(
+    likelihood: str, batch: int, dtype: torch.dtype, device: str
+) -> None:
     n, d, runs = 200, 3, 30_000
     source = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=source, dtype=torch.float64)
@@ -193,26 +220,28 @@ def test_gradsq_is_unbiased_on_a_well_specified_model_whatever_the_batch(likelih
     weight = p * (1 - p) if likelihood == "logistic" else torch.ones(n)
     hessian = (weight[:, None] * x.square()).mean(0)
     # at the optimum: the posterior is made so narrow that draws stay there
-    settings = {"hess_approx": "gradsq", "batch_size": batch, "ess": 1e12}
-    assert_unbiased(next(curvature(w.expand(runs, d), gradient, **settings)), hessian, precision=0.02)
+    settings: dict[str, Any] = {"hess_approx": "gradsq", "batch_size": batch, "ess": 1e12}
+    assert_unbiased(curvature(w.expand(runs, d), gradient, dtype, device, **settings), hessian, precision=0.02)
 
 
-def test_gradsq_is_scaled_by_the_batch_size_and_not_by_ess() -> None:
+@dtypes
+def test_gradsq_is_scaled_by_the_batch_size_and_not_by_ess(dtype: torch.dtype, device: str) -> None:
     """ivon-opt multiplies by λ, which is too much by about λ over the batch size."""
 
-    def estimate(**settings: object) -> Tensor:
-        settings = {"hess_approx": "gradsq"} | settings
-        return next(curvature(torch.zeros(5, 1), lambda theta: torch.full_like(theta, 0.3), **settings))
+    def estimate(batch_size: int, ess: float) -> Tensor:
+        settings: dict[str, Any] = {"hess_approx": "gradsq", "batch_size": batch_size, "ess": ess}
+        return curvature(torch.zeros(5, 1), lambda theta: torch.full_like(theta, 0.3), dtype, device, **settings)
 
-    torch.testing.assert_close(
-        estimate(batch_size=4, ess=10.0), torch.full((5, 1), 4 * 0.09).double(), rtol=1e-6, atol=0
-    )
-    assert torch.equal(estimate(batch_size=4, ess=10.0), estimate(batch_size=4, ess=1e6))
-    torch.testing.assert_close(estimate(batch_size=8), 2 * estimate(batch_size=4), rtol=1e-6, atol=0)
+    rounding = torch.finfo(dtype).eps / (1 - BETA2)  # half of ε for each of two sums that make h', which is about 1
+    for batch_size in (4, 8):
+        want = torch.full((5, 1), batch_size * 0.09).double()
+        torch.testing.assert_close(estimate(batch_size, 10.0), want, rtol=1e-6, atol=rounding)
+    assert torch.equal(estimate(4, 10.0), estimate(4, 1e6))
 
 
-def test_price_does_not_depend_on_how_the_loss_is_batched() -> None:
+@dtypes
+def test_price_does_not_depend_on_how_the_loss_is_batched(dtype: torch.dtype, device: str) -> None:
     """On an exact quadratic the estimate is that of the mean loss: there is no batch size in it."""
     h = torch.tensor([[0.5, 3.0]], dtype=torch.float64)
-    estimates = next(curvature(torch.zeros(100_000, 2), lambda theta: h * theta))
+    estimates = curvature(torch.zeros(100_000, 2), lambda theta: h * theta, dtype, device)
     assert_unbiased(estimates, h[0], precision=0.01)

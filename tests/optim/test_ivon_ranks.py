@@ -16,6 +16,7 @@ from varlora.optim.ivon import IVON
 
 WAYS = itertools.product(("price", "gradsq"), ("shared", "own"), ("train", "context"))
 CASES = [f"{'-'.join(way)}-1" for way in WAYS] + ["price-shared-train-3", "gradsq-own-train-3", "price-own-context-3"]
+CASES += ["price-own-train-1-3", "gradsq-own-train-1-3", "gradsq-own-context-1-3"]  # three micro-batches on one draw
 ON_FOUR = [case for case in CASES if case.endswith("-train-1")] + ["price-shared-context-1", "price-own-context-1"]
 
 

@@ -9,12 +9,26 @@ import weakref
 
 import pytest
 import torch
-from optim.ivon_helpers import SETTINGS, WAYS, make, make_loss, make_parameters, noise_of, run, same, snapshot, values
+from optim.ivon_helpers import (
+    SETTINGS,
+    STATE,
+    WAYS,
+    make,
+    make_loss,
+    make_parameters,
+    noise_of,
+    run,
+    same,
+    snapshot,
+    values,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from varlora.optim import noise
 from varlora.optim.ivon import IVON
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # --- three ways ---
 
@@ -595,3 +609,52 @@ def test_grad_scaler(samples: int, way: str, unscale: bool) -> None:
         torch.testing.assert_close(snapshot(parameters, optimizer), snapshot(expected, reference))
     assert optimizer.skipped_steps == reference.skipped_steps == 1
     assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_float16_autocast_leaves_out_a_step_that_overflows(device: str) -> None:
+    x = torch.randn(64, 8, device=device)
+    model = nn.Linear(8, 1).to(device)
+    parameters, scaler = list(model.parameters()), torch.amp.GradScaler(device, init_scale=2.0**10)
+    optimizer, losses = IVON(parameters, lr=0.2, ess=1e4, hess_init=1.0, clip_radius=math.inf, seed=0), []
+    for step in range(10):
+        if step in (4, 5):
+            scaler.update(2.0**40 if step == 4 else 2.0**10)
+        optimizer.zero_grad()
+        optimizer.train()
+        before = [state[name].clone() for state in optimizer.state.values() for name in STATE]
+        with torch.autocast(device, torch.float16):
+            out = model(x)
+        assert out.dtype == torch.float16
+        loss = (out.float() - x.sum(-1, keepdim=True)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = [state[name].clone() for state in optimizer.state.values() for name in STATE]
+        assert same(after, before) == (step == 4)
+        assert same(values(parameters), [optimizer.state[p]["mean"] for p in parameters])
+        assert optimizer.skipped_steps == (step >= 4)
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("_arithmetic", ["kernels", pytest.param("torch", marks=pytest.mark.slow)], indirect=True)
+def test_compiled_it_gives_the_bits_of_eager() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend  # which takes seconds to import
+
+    results, backend = [], CompileCounterWithBackend("aot_eager")
+    for compiled in (False, True):
+        parameters = make_parameters(shapes=[(50,)])
+        optimizer = IVON(parameters, **SETTINGS)
+        train, step = optimizer.train, optimizer.step
+        if compiled:
+            train, step = (torch.compile(what, backend=backend) for what in (train, step))
+        for key in range(4):
+            train()
+            make_loss(parameters, key)().backward()
+            step()
+            optimizer.zero_grad()
+        results.append(snapshot(parameters, optimizer))
+    torch._dynamo.reset()
+    assert backend.frame_count > 0  # else nothing was compiled
+    assert same(*results)
