@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, nll_loss
 from torch.utils.data import DataLoader
 
 import varlora.demo
+from varlora import IVON
 from varlora.data import collate, encode_all
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -33,7 +34,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self):
         """Return the optimizer, and a learning rate that decays to 0."""
-        optimizer = varlora.IVON(self.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
+        optimizer = IVON(self.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 import varlora.demo
+from varlora import IVON
 from varlora.data import collate, encode_all
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -39,7 +40,7 @@ with tempfile.TemporaryDirectory() as folder:
         folder, max_steps=steps, per_device_train_batch_size=8, use_cpu=True, bf16=False, gradient_checkpointing=False,
         save_strategy="no", report_to="none",
     )  # fmt: skip
-    optimizer = varlora.IVON(model.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
+    optimizer = IVON(model.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
     trainer = SFTTrainer(
         model=model,
         args=arguments,

@@ -8,6 +8,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import varlora.demo
+from varlora import IVON
 from varlora.data import collate, encode_all
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -42,7 +43,7 @@ with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=8, use_cpu=True, save_strategy="no", report_to="none"
     )
-    optimizer = varlora.IVON(model.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
+    optimizer = IVON(model.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
     trainer = Trainer(
         model=model,
         args=arguments,

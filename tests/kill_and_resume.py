@@ -23,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import helpers
 import torch
@@ -32,11 +32,13 @@ import varlora.files
 from varlora import checkpoint, trainer
 from varlora.errors import Interrupted
 from varlora.methods import AdamW, Ivon
+from varlora.optim.bucket import Bucket
 from varlora.predictions import save_predictions
 
 STEPS, ACCUMULATION, EVERY = 8, 2, 2
 STOPPED = 3  # exit status of a run that was interrupted after a checkpoint
-LONG, MOMENTS = 60, (200, 25)  # of the first rank, which writes, and of another
+LONG, MOMENTS = 40, (200, 25)  # of the first rank, which writes, and of another
+RARE, OF_A_KIND = ("in a backward pass", "in a step"), 8  # few among all, so that some deaths are aimed at them
 METHODS = {"adamw": AdamW(lr=2e-2), "ivon": Ivon(lr=1.0, clip_radius=2e-2)}
 DEATHS = ("in a forward pass", "while a checkpoint is written", "while the adapter is written")
 
@@ -66,14 +68,22 @@ def prepare(death: str, source: random.Random) -> None:
         die_in(checkpoint, "write_json", lambda path, value: path.name == "posterior_config.json")
 
 
-def die_at(moment: int, number: int = signal.SIGKILL) -> None:
-    """Get a signal at one of the moments that are numbered from now on: forward passes, and what is done with files."""
-    left = iter(range(moment, -1, -1))
+class Death(NamedTuple):
+    """A signal at one of the moments that are numbered from now on: all of them, or those of a kind."""
+
+    moment: int
+    kind: str = ""
+    number: int = signal.SIGKILL
+
+
+def die_at(death: Death) -> None:
+    """Get the signal in a forward or a backward pass, when a step has moved some weights, or at what files are for."""
+    left = iter(range(death.moment, -1, -1))
 
     def count(what: str) -> None:
-        if next(left, None) == 0:
+        if death.kind in what and next(left, None) == 0:
             print(f"died {what}", flush=True)
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), death.number)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.mkdir"):
@@ -81,13 +91,20 @@ def die_at(moment: int, number: int = signal.SIGKILL) -> None:
             if any("killed" in name for name in names):
                 count("while writing" if any(".checkpoint.tmp" in name for name in names) else "at a file")
 
-    class_logits = trainer.class_logits
+    class_logits, update = trainer.class_logits, Bucket.update
 
     def forward(*arguments: Any) -> Any:
         count("in a forward pass")
-        return class_logits(*arguments)
+        logits = class_logits(*arguments)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: count("in a backward pass"))
+        return logits
 
-    trainer.class_logits = forward
+    def step(bucket: Bucket, draws: int) -> None:
+        update(bucket, draws)
+        count("in a step")
+
+    trainer.class_logits, Bucket.update = forward, step
     sys.addaudithook(audit)
 
 
@@ -128,10 +145,8 @@ def in_a_child(run_dir: Path, method: str, resume: bool = False, death: str | No
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def start(
-    rank: int, ranks: int, port: int, run_dir: Path, steps: int, moment: int | None, number: int, spoiled: bool
-) -> int:
-    """Go on with a run in a child, which gets a signal at a moment, as one of several ranks; return its process."""
+def start(rank: int, ranks: int, port: int, run_dir: Path, steps: int, death: Death | None, spoiled: bool) -> int:
+    """Go on with a run in a child, which may be to die, as one of several ranks; return its process."""
     child = os.fork()
     if child == 0:
         try:
@@ -139,8 +154,8 @@ def start(
             if ranks > 1:
                 of_all = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in of_all.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            if moment is not None:
-                die_at(moment, number)
+            if death:
+                die_at(death)
             if spoiled:
                 spoil(step=4)
             run(run_dir, "ivon", resume=True, steps=steps)
@@ -157,8 +172,7 @@ def go_on(
     run_dir: Path,
     ranks: int,
     victim: int = 0,
-    moment: int | None = None,
-    number: int = signal.SIGKILL,
+    death: Death | None = None,
     steps: int = LONG,
     spoiled: Sequence[int] = (),
 ) -> list[int]:
@@ -167,13 +181,13 @@ def go_on(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        start(rank, ranks, port, run_dir, steps, moment if rank == victim else None, number, rank in spoiled)
+        start(rank, ranks, port, run_dir, steps, death if rank == victim else None, rank in spoiled)
         for rank in range(ranks)
     ]
     ended = {victim: os.waitpid(children[victim], 0)[1]}
     for rank, child in enumerate(children):
         if rank != victim:
-            if moment is not None and number == signal.SIGKILL:
+            if death and death.number == signal.SIGKILL:
                 os.kill(child, signal.SIGKILL)
             ended[rank] = os.waitpid(child, 0)[1]
     return [os.waitstatus_to_exitcode(ended[rank]) for rank in range(ranks)]
@@ -184,9 +198,12 @@ def kill_at_random(folder: Path, seed: int, ranks: int) -> None:
     for name in ("whole", "killed"):
         (folder / name).mkdir()
     assert go_on(folder / "whole", ranks) == [0] * ranks
-    for number in range(20):
+    kinds = [*RARE * 2, *[""] * 16]
+    source.shuffle(kinds)
+    for number, kind in enumerate(kinds):
         victim = number % ranks
-        assert go_on(folder / "killed", ranks, victim, source.randrange(MOMENTS[victim]))[victim] == -signal.SIGKILL
+        death = Death(source.randrange(OF_A_KIND if kind else MOMENTS[victim]), kind)
+        assert go_on(folder / "killed", ranks, victim, death)[victim] == -signal.SIGKILL
     assert go_on(folder / "killed", ranks) == [0] * ranks
 
 
@@ -194,7 +211,8 @@ def stop_one_of_two(folder: Path, victim: int) -> None:
     for name in ("whole", "killed"):
         (folder / name).mkdir()
     assert go_on(folder / "whole", 2, steps=STEPS) == [0, 0]
-    assert go_on(folder / "killed", 2, victim, MOMENTS[victim] // 4, signal.SIGTERM, STEPS) == [STOPPED, STOPPED]
+    death = Death(MOMENTS[victim] // 4, number=signal.SIGTERM)
+    assert go_on(folder / "killed", 2, victim, death, STEPS) == [STOPPED, STOPPED]
     assert go_on(folder / "killed", 2, steps=STEPS) == [0, 0]
 
 

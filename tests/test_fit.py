@@ -24,6 +24,7 @@ import pytest
 import torch
 from accelerate.utils import is_lomo_available
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import varlora.files
@@ -246,7 +247,8 @@ def test_killed_at_20_random_moments_ends_in_the_bits_of_one_left_alone(ranks, t
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stdout}\n{done.stderr}"
     assert helpers.outcome(tmp_path / "killed") == helpers.outcome(tmp_path / "whole"), f"seed {seed}"
-    assert done.stdout.count("while writing") >= 2, f"seed {seed}: {done.stdout}"
+    for kind in ("while writing", *kill_and_resume.RARE):
+        assert done.stdout.count(f"died {kind}") >= 2, f"seed {seed}: {done.stdout}"
     assert done.stdout.count("died") == 20
 
 
@@ -520,6 +522,44 @@ def test_training_arguments_pass_through(tmp_path):
     lines = helpers.logged(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[0]["learning_rate"] == pytest.approx(0.5)  # the first half of two steps of warmup
+
+
+@pytest.mark.parametrize(
+    ("cuda", "arguments", "pins"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"dataloader_pin_memory": False}, False),
+        (False, {"dataloader_pin_memory": True}, True),
+    ],
+)
+def test_batches_are_to_be_pinned_where_there_is_a_gpu_and_a_user_does_not_say_otherwise(
+    tmp_path, monkeypatch, cuda, arguments, pins
+):
+    given = {}
+
+    def look(**values):
+        given.update(values)
+        raise ConnectionAbortedError  # before the Trainer looks for the GPU
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(sys.modules["varlora.fit"], "_arguments", look)
+    with pytest.raises(ConnectionAbortedError):
+        helpers.run_fit(helpers.tiny_model(), METHODS[0], tmp_path, training_arguments=arguments)
+    assert given["dataloader_pin_memory"] is pins
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_pinned(tmp_path):
+    batches = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+            batches.extend(DataLoader.__iter__(train_dataloader))  # before they are brought to the GPU
+
+    helpers.run_fit(helpers.tiny_model(device="cuda"), METHODS[0], tmp_path, callbacks=[Look()])
+    assert {tensor.is_pinned() for batch in batches for tensor in batch.values()} == {True}
 
 
 def test_clipping_acts(tmp_path):

@@ -5,9 +5,12 @@ Damage of two kinds: a disk's, which checksums find, and a stranger's, who wrote
 
 from __future__ import annotations
 
+import copy
+import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,8 @@ import torch
 
 from varlora.checkpoint import latest_checkpoint, load_adapter, load_posterior, restore
 from varlora.errors import DamagedFileError, VarloraError
-from varlora.files import load_tensors, save_tensors, write_manifest
+from varlora.files import load_tensors, read_json, save_tensors, write_manifest
+from varlora.fit import TUNED
 from varlora.methods import METHODS
 from varlora.params import trainable
 from varlora.posterior import POSTERIORS
@@ -87,7 +91,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_a_damaged_posterior_is_refused_or_whole(model: Any, run_dir: Path, fitting: bool) -> None:
     folder, source = run_dir / "adapter", random.Random(0)
     manifest = (folder / "manifest.json").read_bytes()
-    names = ["posterior.safetensors", "posterior_config.json"]
+    names = ["posterior.safetensors", "posterior_config.json", "adapter_config.json"]
     refused = 0
     for _ in range(TIMES):
         mend = damaged(folder, names if fitting else [*names, "manifest.json"], source)
@@ -152,25 +156,85 @@ def test_a_checkpoint_that_a_disk_damaged_is_never_chosen(run_dir: Path) -> None
         told.clear()
 
 
-def test_a_stranger_s_state_is_refused_by_name(run_dir: Path) -> None:
+def test_a_stranger_s_state_is_refused_by_name_and_nothing_of_it_put_back(model: Any, run_dir: Path) -> None:
     source = random.Random(3)
     checkpoint = latest_checkpoint(run_dir, print)
     assert checkpoint is not None
+    method: Any = METHODS[run_dir.name](**SETTINGS.get(run_dir.name, {}))
+    if (run_dir / TUNED).is_file():  # what the method found, which the groups of its optimizer hang on
+        method = replaced(method, **read_json(run_dir / TUNED)["settings"])
     names = [f"{name}.{kind}" for name in ("optimizer", "method") for kind in ("json", "safetensors")]
     refused = 0
-    for _ in range(TIMES):
-        fresh = helpers.tiny_model()
-        optimizer = METHODS[run_dir.name]().optimizer(trainable(fresh), 12, 4, 0)
-        mend = damaged(checkpoint, names, source)
-        _, said = attempt(restore, fresh, optimizer, {}, checkpoint)
+    for number in range(TIMES):
+        optimizer, state = method.optimizer(trainable(model), 12, 4, 0), {}
+        for p in trainable(model).values():
+            p.data += 1  # other weights than the checkpoint's
+        before, fresh = helpers.bits(model), copy.deepcopy(optimizer.state_dict())
+        mend = damaged(checkpoint, names, source) if number else lambda: None
+        _, said = attempt(restore, model, optimizer, state, checkpoint)
+        assert number or said is None  # whole, it is put back
         if said is not None:
             refused += 1
             assert str(checkpoint) in said
+            assert helpers.same(helpers.bits(model), before)
+            assert optimizer.state_dict() == fresh  # which has no tensors yet
+            assert state == {}
         mend()
     assert refused > TIMES / 4
 
 
-@pytest.mark.parametrize("names", [["trainer_state.json"], ["scheduler.json", "rng_state_0.json", "method.json"]])
+class Planted:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+PICKLES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin")
+PICKLES += ("pytorch_model.bin", "adapter_model.bin")
+
+
+def plant(run_dir: Path, folder: Path) -> tuple[Path, Path]:
+    """Copy a run, and plant in its newest checkpoint what the Trainer would unpickle; return that, and the marker."""
+    checkpoint, marker = latest_checkpoint(shutil.copytree(run_dir, folder / "planted"), print), folder / "unpickled"
+    assert checkpoint is not None
+    for name in PICKLES:
+        torch.save(Planted(marker), checkpoint / name)
+    write_manifest(checkpoint)
+    return checkpoint, marker
+
+
+def test_pickles_in_a_checkpoint_are_not_read(run_dir: Path, tmp_path: Path) -> None:
+    _, marker = plant(run_dir, tmp_path)
+    shutil.copytree(run_dir, tmp_path / "plain")
+    for name in ("plain", "planted"):
+        method = METHODS[run_dir.name](**SETTINGS.get(run_dir.name, {}))
+        helpers.run_fit(helpers.tiny_model(), method, tmp_path / name, steps=7, resume=True)
+    assert helpers.outcome(tmp_path / "planted") == helpers.outcome(tmp_path / "plain")
+    assert not marker.exists()
+    torch.load(plant(run_dir, tmp_path / "again")[0] / PICKLES[0], weights_only=False)
+    assert (tmp_path / "again" / "unpickled").is_dir()  # as the other would be
+
+
+@pytest.mark.parametrize("name", ["adapter_model", "optimizer", "scheduler"])
+def test_a_pickle_in_the_place_of_a_file_of_ours_is_refused_by_name(run_dir: Path, name: str, tmp_path: Path) -> None:
+    checkpoint, marker = plant(run_dir, tmp_path)
+    for kind in ("json", "safetensors"):
+        (checkpoint / f"{name}.{kind}").unlink(missing_ok=True)
+    write_manifest(checkpoint)
+    method = METHODS[run_dir.name](**SETTINGS.get(run_dir.name, {}))
+    with pytest.raises(DamagedFileError, match=str(checkpoint / name)):
+        helpers.run_fit(helpers.tiny_model(), method, tmp_path / "planted", steps=7, resume=True)
+    assert not marker.exists()
+
+
+RESUMED = ["scheduler.json", "rng_state_0.json", "method.json", "adapter_config.json"]
+
+
+@pytest.mark.parametrize("names", [["trainer_state.json"], RESUMED])
 def test_a_run_goes_on_from_a_stranger_s_checkpoint_or_refuses_it_by_name(
     run_dir: Path, names: list[str], tmp_path: Path
 ) -> None:

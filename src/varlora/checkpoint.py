@@ -34,7 +34,7 @@ from varlora.files import (
     verify_manifest,
     write_json,
 )
-from varlora.params import check_same_parameters, not_finite, trainable
+from varlora.params import check_same_parameters, copied, not_finite, trainable
 from varlora.posterior import POSTERIORS, Posterior, posterior_from_tensors
 
 __all__ = [
@@ -360,10 +360,21 @@ def step_of(checkpoint: Path) -> int:
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], checkpoint: Path) -> None:
-    """Put a checkpoint's adapter, optimizer state and method's state back, for a run that has no step left to make."""
+    """Put a checkpoint's adapter, optimizer state and method's state back, for a run that has no step left to make.
+
+    Raises:
+        DamagedFileError: a file is absent or damaged, or of another model; nothing is put back then.
+    """
+    found: dict[str, Any] = {}
+    _put_back(checkpoint, "method", found.update)
+    before = copied(model)
     load_adapter(model, checkpoint)
-    _put_back(checkpoint, "optimizer", optimizer.load_state_dict)
-    _put_back(checkpoint, "method", state.update)
+    try:
+        _put_back(checkpoint, "optimizer", optimizer.load_state_dict)
+    except DamagedFileError:
+        _restore_values(trainable(model), before)
+        raise
+    state.update(found)
 
 
 def _put_back(checkpoint: Path, name: str, load: Callable[[Any], Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,16 +31,15 @@ ON_A_GPU = (
 )
 
 
-def column(name: str, instead: Mapping[str, Any] | None = None, gpu: str | None = None) -> Callable[[Any], Any]:
+def column(name: str, gpu: str | None = None) -> Callable[[Any], Any]:
     """Make a test, which takes a `row`, one of a column: a cell is ticked if all of the column's tests pass on its row.
 
     Args:
         name: one of COLUMNS.
-        instead: by the row's name, the mark of a cell that cannot apply.
         gpu: the test needs a GPU; the note of the cell where there is none.
     """
     assert name in COLUMNS
-    rows = [pytest.param(row, id=row.name.replace("`", ""), marks=(instead or {}).get(row.name, ())) for row in ROWS]
+    rows = [pytest.param(row, id=row.name.replace("`", "")) for row in ROWS]
 
     def decorate(test: Any) -> Any:
         test = pytest.mark.column(name, gpu)(pytest.mark.parametrize("row", rows)(test))

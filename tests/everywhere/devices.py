@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from everywhere.checks import check_draws, check_twin
 from everywhere.rows import ROWS, Lightning, Outcome, Row, Task, make_model
 from everywhere.twin import expected
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 __all__ = ["ROWS", "apart", "moved", "two_devices"]
@@ -17,11 +19,29 @@ __all__ = ["ROWS", "apart", "moved", "two_devices"]
 TASK = Task()
 
 
+class _Apart(Callback):
+    """Moves the layers after Lightning, which moves the whole module."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        apart(module.model, self.device)
+
+
 def two_devices(row: Row, folder: Path, device: str) -> None:
     """Check a row on a model whose layers are on one device, and all else on another."""
-    home = "cuda" if device == "cuda" else "cpu"  # where the Trainer has its own
-    outcome = row.run(TASK, folder, apart(make_model().to(home), "cpu" if device == "cuda" else device))
-    assert {mean.device.type for mean in outcome.state("mean").values()} == {"cpu", device}
+    home, other = ("cuda", "cpu") if device == "cuda" else ("cpu", device)  # the Trainer has its own on the GPU
+    model = make_model().to(home)
+    if isinstance(row, Lightning):
+        row = copy.copy(row)
+        row.callbacks = [_Apart(other)]
+    else:
+        apart(model, other)
+    outcome = row.run(TASK, folder, model)
+    assert devices_of_steps(outcome) == {"cpu", device}
+    if not isinstance(row, Lightning):  # which brings all back to the CPU at its end
+        assert {mean.device.type for mean in outcome.state("mean").values()} == {"cpu", device}
     check_draws(outcome, TASK)
     check_twin(outcome, expected((TASK, torch.float32)))
 

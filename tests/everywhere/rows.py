@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -542,6 +542,7 @@ def _where(kind: str) -> dict[str, Any]:
 
 class Lightning(Row):
     name = "Lightning, automatic"
+    callbacks: Sequence[Callback] = ()
 
     def module(self, model: Any, optimizer: IVON, task: Task) -> Module:
         needed = task.micro > 1 or task.precision == "fp16"
@@ -553,7 +554,7 @@ class Lightning(Row):
             model.gradient_checkpointing_enable()
         module, kind = self.module(model, optimizer, task), _device(model).type
         automatic = module.automatic_optimization
-        callbacks: list[Callback] = [_LightningWatch(task, watch, folder)]
+        callbacks: list[Callback] = [_LightningWatch(task, watch, folder), *self.callbacks]
         if task.average:
             callbacks.append(EMAWeightAveraging(decay=DECAY))
         precision: dict[str, Any] = {"precision": "bf16-mixed"} if task.precision == "bf16" else {}

@@ -100,8 +100,7 @@ class TableWriter:
     def pytest_deselected(self, items: Iterable[pytest.Item]) -> None:
         for item in items:
             if (cell := cell_of(item)) and (note := item.get_closest_marker("column").args[1]):  # type: ignore[union-attr]
-                own = [mark.args or mark.kwargs["reason"] for mark in item.iter_markers("skip")]
-                self.cells[cell].add("open", own[0] if own else note)
+                self.cells[cell].add("open", note)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:

@@ -209,17 +209,14 @@ def test_moved_to_a_gpu(row: Row, tmp_path: Path) -> None:
     moved(row, tmp_path, "cuda")
 
 
-MOVES_ALL = pytest.mark.skip(reason="does not apply: Lightning moves the whole module to one device")
-ONE_DEVICE = dict.fromkeys(("Lightning, automatic", "Lightning, manual"), MOVES_ALL)
-
-
-@column("two devices", ONE_DEVICE)
+@column("two devices")
 def test_two_devices(row: Row, other_device: Elsewhere) -> None:
-    """The layers on another device than what is before and after them come to what all on one comes to."""
+    """The layers on another device than what is before and after them come to what all on one comes to. In Lightning,
+    which moves the whole module at the start, they are moved in `on_fit_start`."""
     other_device("everywhere.devices", "two_devices", row.name)
 
 
-@column("two devices", ONE_DEVICE, gpu=ON_A_GPU)
+@column("two devices", gpu=ON_A_GPU)
 def test_a_gpu_and_the_cpu(row: Row, tmp_path: Path) -> None:
     """One of the two may be a GPU."""
     two_devices(row, tmp_path, "cuda")
