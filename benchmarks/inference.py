@@ -309,6 +309,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--draws", nargs="+", type=count, default=[10, 1, 4, 32], help="S (default: 10 1 4 32)")
     made.add_argument("--budget-minutes", type=float, help="no S and B but the first is begun after these minutes")
     args = made.parse_args(argv)
+    if args.tiny and not args.llama2_7b:
+        made.error("--tiny is for the shape of Llama-2-7B: pass --llama2-7b as well")
+    if args.document and args.budget_minutes is not None:
+        made.error("--document takes a whole measurement: leave out --budget-minutes")
     if args.tiny and args.out == made.get_default("out"):
         made.error("--tiny measures nothing worth keeping: pass --out, so that the result file is not overwritten")
     if args.llama2_7b and not args.tiny and args.device == "cpu":

@@ -2,7 +2,6 @@
 
 import argparse
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +9,6 @@ from torch.nn.functional import cross_entropy, nll_loss
 from torch.utils.data import DataLoader
 
 import varlora.demo
-from varlora import IVON
 from varlora.data import collate, encode_all
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -20,7 +18,11 @@ steps = parser.parse_args().steps
 demo = varlora.demo.load()  # a Llama of 0.9 million parameters with a LoRA adapter, its tokenizer and tasks
 model, tokenizer, task = demo.model, demo.tokenizer, demo.tasks["two_choices"]
 train, held_out = (encode_all(tokenizer, varlora.load_rows(task, split).examples).rows for split in ("train", "dev"))
-batch_of = partial(collate, pad_token_id=tokenizer.pad_token_id)
+
+
+def batch_of(rows):
+    """Return a batch, padded on the left."""
+    return collate(rows, tokenizer.pad_token_id)
 
 
 def evaluate(model, optimizer, draws):
@@ -37,21 +39,16 @@ def evaluate(model, optimizer, draws):
 
 torch.manual_seed(0)
 accelerator = Accelerator(cpu=True)
-optimizer = IVON(model.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
+optimizer = varlora.IVON(model.named_parameters(), lr=0.5, ess=1e6, hess_init=2e-4, seed=0)
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
 loader = DataLoader(train, batch_size=8, shuffle=True, collate_fn=batch_of)
 model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
 model.train()
 for _, batch in zip(range(steps), (batch for _ in range(steps) for batch in loader)):
-
-    def closure(batch=batch):
-        """Take the clipped gradient and return the loss."""
-        loss = cross_entropy(varlora.class_logits(model, batch), batch["labels"])
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        return loss
-
-    optimizer.step(closure)
+    optimizer.train()
+    accelerator.backward(cross_entropy(varlora.class_logits(model, batch), batch["labels"]))
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
     schedule.step()
     optimizer.zero_grad()
 model.eval()

@@ -162,7 +162,11 @@ def test_training_arguments_that_are_right_are_taken(arguments):
 def test_the_trainers_schedule_is_for_learning_rates_that_are_given():
     values = {**BASE, "training_arguments": {"lr_scheduler_type": "cosine"}}
     (problem,) = problems_of({"training_arguments": values["training_arguments"]})
-    assert "has its own schedule. Leave it out, or give `method.lr`" in problem
+    assert problem.endswith("has its own schedule. Leave it out, or give `lr` and leave out `lr_decay`.")
+    for name in ("temperature", "pruned"):
+        method = {"name": name, "of": "ivon"}
+        (problem,) = problems_of({"method": method, "training_arguments": values["training_arguments"]})
+        assert problem.endswith("or give `lr` and leave out `lr_decay`.")
     for method in ({"lr": 0.1}, {"lr_like_adamw": 1e-4}):
         assert settings_from({**values, "method": method}).training_arguments == values["training_arguments"]
     assert problems_of({**values, "method": {"name": "blob"}})[0].endswith("own schedule. Leave it out.")

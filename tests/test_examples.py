@@ -63,8 +63,9 @@ def test_an_example_is_short_and_its_change_is_shown(path):
     assert len(text.splitlines()) < 60
     diff = DIFFS[str(path.relative_to(ROOT))]
     added = re.findall(r"^\+ *(.*)", diff, re.MULTILINE)
-    assert added[0] == "from varlora import IVON"  # which the AdamW version does without
     assert len(added) == 2
+    # The AdamW versions do without it; a loop of one's own has to draw by itself as well.
+    assert added[0] == "from varlora import IVON" or added[1] == "optimizer.train()"
     for _, ivon in hunks(path):
         assert text.count(ivon) == 1
 

@@ -720,6 +720,19 @@ def test_one_draw_that_has_no_room_after_what_rows_begin_with_is_tried_once(mode
     assert [rows for rows, _ in seen] == [S, 20]
 
 
+def test_where_there_is_no_room_for_all_that_would_be_kept_nothing_is(model, monkeypatch):
+    def joined(caches: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prefix, "_joined", joined)
+    drawn = gaussian(model).drawn(S, seeded(), Drawing(tokens=10**6))
+    with torch.no_grad():
+        for _ in range(2):
+            found = drawn.logits(model, BATCH, class_logits)
+            torch.testing.assert_close(found, looped(model, drawn, BATCH), rtol=2e-5, atol=2e-5)
+            monkeypatch.setattr(prefix, "_joined", pytest.fail)  # it is not tried again
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_where_memory_runs_out_for_what_follows_half_as_many_draws_go_on(model, kept, monkeypatch):
     """And what the failed pass went on from is freed before more is made."""

@@ -363,7 +363,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str,
     """Put a checkpoint's adapter, optimizer state and method's state back, for a run that has no step left to make.
 
     Raises:
-        DamagedFileError: a file is absent or damaged, or of another model; nothing is put back then.
+        DamagedFileError: a file is absent or damaged, or of another model; adapter and method's state are as they were.
     """
     found: dict[str, Any] = {}
     _put_back(checkpoint, "method", found.update)

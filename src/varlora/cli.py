@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not out_of_memory(error):
             raise
-        cure = "Lower batch_size (and raise accumulation), token_budget, max_length or samples, or set quantization."
+        cure = "Lower max_length or samples, in training batch_size (and raise accumulation), or set quantization."
         return _complain(f"error: The device has too little memory. {cure}")
     return 0
 

@@ -433,10 +433,9 @@ def check_method(method: Method, plan: Plan, training_arguments: Mapping[str, An
     optimizer = method.optimizer({"weight": nn.Parameter(torch.zeros(1))}, 1, 1, 0)
     if plan.finished or method.schedule(optimizer, plan.steps) is None:
         return []
-    given = ", or give `method.lr`, which it goes with" if getattr(method, "lr", None) == "auto" else ""
     return [
-        f"`training_arguments.{name}` is set by the method {method.name}, which has its own schedule. Leave it out"
-        f"{given}."
+        f"`training_arguments.{name}` is set by the method {method.name}, which has its own schedule. "
+        f"{method.schedule_remedy()}"
         for name in SCHEDULE
         if name in training_arguments
     ]

@@ -134,13 +134,15 @@ class Beginning:
         self._tokens: Tensor | None = None  # (1, P), what rows began with; or those of one row that began otherwise
         self._cache: Any = None
         self._made_as: Any = None
+        self._too_large = False
         self.keeps = False
         """Whether the keys and values of the batch that was divided last are kept."""
 
     def divided(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
         """Divide a batch as the function of that name does, where earlier ones were divided if it begins alike."""
         room = 0
-        if architecture(model) in FAMILIES and not torch.is_grad_enabled():  # they would hold on to the first batch
+        fits = architecture(model) in FAMILIES and not self._too_large
+        if fits and not torch.is_grad_enabled():  # they would hold on to the first batch
             room = KEPT_BYTES // (self.draws * _bytes_of_token(model))
         if not room:
             self.keeps = False
@@ -156,6 +158,10 @@ class Beginning:
             self._tokens, self._cache, self._made_as = first, None, made_as
         self.keeps = first.shape[1] <= room
         return parts
+
+    def keep_none(self) -> None:
+        """Keep no keys and values from now on, as there is no memory for those of all draws."""
+        self.keeps, self._cache, self._too_large = False, None, True
 
     def cache(self, start: int, stop: int, make: Callable[[int, int], Any], at_once: int) -> Any:
         """Return the keys and values of what the batch begins with, for draws `start` to `stop`.

@@ -208,9 +208,15 @@ class Stack:
                         within.enter_context(stacked(layers, weights, rows, batch))
                         found = forward(model, repeated(batch, count))
                 except Exception as error:
-                    if draws == 1 or not out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
-                    self._tokens = draws * each // 2
+                    if draws > 1:
+                        self._tokens = draws * each // 2
+                    elif prefix is not None and cache is None and self._beginning.keeps:
+                        self._beginning.keep_none()  # made draw by draw, all together were still too much
+                        tokens = own + before
+                    else:
+                        raise
                 else:
                     logits.append(found.view(count, rows, -1))
                     start += count

@@ -228,6 +228,13 @@ def rates(method: Ivon, steps: int = 10) -> list[float] | None:
     return [rate / seen[0] for rate in seen]
 
 
+@pytest.mark.parametrize(("given", "told"), [({}, 1), ({"lr_like_adamw": 1e-4}, 0), ({"lr": 0.02}, 0)])
+def test_it_says_that_the_learning_rate_stays_where_it_does(given: dict[str, float], told: int) -> None:
+    said: list[str] = []
+    found(Ivon(**given), say=said.append)
+    assert len(helpers.about(said, "at the most, and stays until the last 30% of training)")) == told
+
+
 def test_a_learning_rate_that_is_found_stays_until_the_last_part_of_training() -> None:
     settings, _ = found(Ivon())
     expected = [1.0] * 8 + [2 / 3, 1 / 3]

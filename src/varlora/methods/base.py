@@ -226,6 +226,10 @@ class Method(Protocol):
         """Make the learning rate's schedule; None: the Trainer's, linear decay by default."""
         return None
 
+    def schedule_remedy(self) -> str:
+        """Return what to do where fields of the Trainer's schedule are given, and the method has its own."""
+        return "Leave it out."
+
     def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Within the context the model's training passes are the method's own; after it as before."""
         return nullcontext()
@@ -366,6 +370,10 @@ class Wrapping(Method):
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler | None:
         """Return the other method's schedule."""
         return self.inner().schedule(optimizer, total_steps)
+
+    def schedule_remedy(self) -> str:
+        """Return the other method's."""
+        return self.inner().schedule_remedy()
 
     def training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Train as the other method does."""

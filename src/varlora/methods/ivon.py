@@ -91,10 +91,12 @@ class Ivon(Method):
     lr: float | Auto = "auto"
     """Learning rate α at the first step; a weight moves by at most `lr * clip_radius` a step."""
     lr_like_adamw: float | None = None
-    """In place of `lr`: the AdamW learning rate with which weights that follow noise move as far."""
+    """In place of `lr`: the AdamW learning rate with which weights that follow noise move as far, on the same schedule.
+    """
     lr_decay: float | Auto = "auto"
     """Share of training, at its end, over which the learning rate falls to 0, linearly; before it is constant. auto:
-    0.3 where `lr` is found, else as `training_arguments` say (by default 1: it falls from the start)."""
+    0.3 where `lr` is found; else, with `lr_like_adamw` too, the Trainer's schedule, which by default falls from the
+    start."""
     ess: float | Auto = "auto"
     """Effective sample size λ; the number of training rows approximates Bayes' posterior, more is colder."""
     hess_init: float | Auto = "auto"
@@ -232,11 +234,12 @@ class Ivon(Method):
             given["lr"] = step / self.clip_radius / self._rescaled(given["hess_init"], delta)
         step = given["lr"] * self.clip_radius * self._rescaled(given["hess_init"], delta)
         found |= {"sigma": sigma, "step": step}
+        course = "" if self._own_decay is None else f", and stays until the last {self._own_decay:.0%} of training"
         shares = by_layer.values()
         apart = f" (from {min(shares):.2g} to {max(shares):.2g} times that in a layer)" if shares else ""
         start.say(
             f"Found by a look at the training rows (worth {cost:.0f} steps): sigma {sigma:.3g}{apart}, learning rate "
-            f"{given['lr']:.3g} (a weight moves by {step:.2g} a step at the most), "
+            f"{given['lr']:.3g} (a weight moves by {step:.2g} a step at the most{course}), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
         rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
@@ -288,6 +291,10 @@ class Ivon(Method):
         """Constant, and at the end linearly down to 0, where the learning rate is found; else the Trainer's."""
         decay, steps = self._own_decay, max(total_steps, 1)
         return None if decay is None else LambdaLR(optimizer, lambda step: scale.fall(step / steps, decay))
+
+    def schedule_remedy(self) -> str:
+        """Return how to have the Trainer's schedule."""
+        return "Leave it out, or give `lr` and leave out `lr_decay`."
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int, state: dict[str, Any]) -> None:
         """Let the noise grow, as far as it was not cooled; and what else changes while training."""
