@@ -84,6 +84,23 @@ def test_differences_are_of_the_same_setting_and_seed() -> None:
     assert line.endswith("| x10 | 1 | 2 | -100.0 ± 50.0 | -100.0 ± 50.0 | -1.000 ± 0.500 |")
 
 
+def test_what_changes_one_thing_of_falling_is_held_against_that(settings: Any) -> None:
+    auto, scale = importlib.import_module("auto"), importlib.import_module("scale")
+    for group in scale.OF_FALLING:
+        own = auto.GROUPS[group]["methods"]["ivon"]
+        assert auto.FALLING.items() < own.items()
+
+    def group(nll: float) -> dict[str, Any]:
+        metrics = {metric: [nll, nll + 1] for metric, *_ in scale.METRICS}
+        return {"seeds": [0, 1], "rows": [{"label": "ivon x10", **metrics}]}
+
+    both = {"auto": group(1.0), "falling": group(2.0), "prior": group(5.0)}
+    text = scale.paired_table({"a": both})
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if " x10 " in line}
+    assert lines["auto, learning rate that falls from the start"].endswith("| -1.000 ± 0.000 |")
+    assert lines["falling, prior by evidence"].endswith("| -3.000 ± 0.000 |")
+
+
 def test_the_seeds_of_a_setting_are_not_counted_as_if_each_were_a_setting() -> None:
     """As many numbers, all of them alike within their setting, say no more than one of each."""
     scale = importlib.import_module("scale")

@@ -1,8 +1,9 @@
 """Whether training has to be stopped early: the NLL along the way of ten times the demo's steps, and where it ends.
 
-Each run of IVON left to itself, and of AdamW at the learning rates that its searches for as many steps and for a tenth
-of them found, is asked at every tenth of its training, on the rows that are reported. What the end has above the lowest
-of these ten is what stopping early could have gained at the most, as nobody knows when that was.
+Each run of IVON left to itself, also with a learning rate that falls from the start, and of AdamW at the learning rates
+that its searches for as many steps and for a tenth of them found, is asked at every tenth of its training, on the rows
+that are reported. What the end has above the lowest of these ten is what stopping early could have gained at the most,
+as nobody knows when that was.
 
     python benchmarks/evidence/along.py
 
@@ -45,12 +46,13 @@ from varlora.training import train
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 STEPS, PARTS = DEMO_SHORT * TENFOLD, 10
-LINES = {
-    "IVON, left to itself": ("ivon", None),
-    "AdamW, its best for as many steps": ("adamw", f"demo-{STEPS}"),
-    "AdamW, its best for a tenth of them": ("adamw", f"demo-{DEMO_SHORT}"),
+LINES: dict[str, tuple[str, dict[str, float], str | None]] = {
+    "IVON, left to itself": ("ivon", {}, None),
+    "IVON, a learning rate that falls from the start": ("ivon", {"lr_decay": 1.0}, None),
+    "AdamW, its best for as many steps": ("adamw", {}, f"demo-{STEPS}"),
+    "AdamW, its best for a tenth of them": ("adamw", {}, f"demo-{DEMO_SHORT}"),
 }
-"""Name -> method, and the setting of auto.json whose search found its learning rate."""
+"""Name -> method, its settings, and the setting of auto.json whose search found its learning rate."""
 
 
 class Along(TrainerCallback):
@@ -77,14 +79,14 @@ def curve(task: str, line: str, seed: int, steps: int, rates: Mapping[str, float
     """Return the NLL at each tenth of a run's training."""
     os.chdir(ROOT)
     quiet_libraries()
-    method, searched = LINES[line]
+    method, own_settings, searched = LINES[line]
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         settings = settings_from(
             {
                 "task": task,
                 "model": "src/varlora/demo/bundled/base",
                 "method": method,
-                "method_settings": {"lr": rates[searched]} if searched else {},
+                "method_settings": {"lr": rates[searched]} if searched else own_settings,
                 "run_dir": str(Path(folder) / "run"),
                 "steps": steps,
                 "batch_size": 4,
@@ -108,7 +110,7 @@ def _nothing(words: str) -> None:
 
 def rates_of(settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return for each task the learning rates of AdamW that the searches of auto.json found, by setting."""
-    searched = [setting for _, setting in LINES.values() if setting]
+    searched = [setting for *_, setting in LINES.values() if setting]
     return {
         task: {
             setting: float(settings[setting]["peers"]["chosen"][Path(task).stem]["adamw"].removeprefix("lr="))

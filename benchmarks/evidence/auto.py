@@ -51,23 +51,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 GRID = {"ess": [1e5, 1e6, 3e6, 1e7], "hess_init": [2e-4, 1e-3], "lr": [0.3, 1.0, 3.0]}
+FALLING = {"lr_decay": 1.0}
 GROUPS: dict[str, dict[str, Any]] = {
     "auto": {"methods": {"ivon": {}}},
     "grid": {"methods": {"ivon": {}}, "search": {"ivon": GRID}},
     "paper": {"methods": {"ivon": PAPER}},
     "peers": {"methods": {"adamw": {}, "swag": {}}, "search": {"adamw": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}}},
     "longer": {"methods": {"ivon": {}}, "longer": 1.5},
-    "falling": {"methods": {"ivon": {"lr_decay": 1.0}}},
-    "recheck": {"methods": {"ivon": {"recheck": 0.25}}},
-    "one-sigma": {"methods": {"ivon": {"sigma_by_layer": {}}}},
-    "no-warmup": {"methods": {"ivon": {"noise_warmup": 0.0, "cooling": True}}},
-    "no-cooling": {"methods": {"ivon": {"cooling": False}}},
-    "prior": {"methods": {"ivon": {"weight_decay": "auto"}}},
-    "learned": {"methods": {"ivon": {"hess_approx": "gradsq", "hess_average": "run"}}},
-    "root": {"methods": {"ivon": {"ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True}}},
+    "falling": {"methods": {"ivon": FALLING}},
+    "recheck": {"methods": {"ivon": {**FALLING, "recheck": 0.25}}},
+    "one-sigma": {"methods": {"ivon": {**FALLING, "sigma_by_layer": {}}}},
+    "no-warmup": {"methods": {"ivon": {**FALLING, "noise_warmup": 0.0, "cooling": True}}},
+    "no-cooling": {"methods": {"ivon": {**FALLING, "cooling": False}}},
+    "prior": {"methods": {"ivon": {**FALLING, "weight_decay": "auto"}}},
+    "learned": {"methods": {"ivon": {**FALLING, "hess_approx": "gradsq", "hess_average": "run"}}},
+    "root": {"methods": {"ivon": {**FALLING, "ess_per_root_row": 5000.0, "noise_warmup": 0.25, "cooling": True}}},
 }
-"""`longer` is `auto` with as many steps as SWAG takes, AdamW's before it included; the rest are the ablations, each of
-which changes one thing of `auto`."""
+"""`longer` is `auto` with as many steps as SWAG takes, AdamW's before it included; the rest are the ablations:
+`falling` changes one thing of `auto`, and each of the others one thing of `falling`."""
 METRICS = ("accuracy", "nll", "ece", "ece_if_calibrated")
 
 

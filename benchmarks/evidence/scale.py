@@ -37,14 +37,17 @@ NAMES = {
     ("peers", "adamw"): "AdamW, the best of its search",
     ("peers", "swag"): "SWAG, on the best AdamW",
     ("longer", "ivon"): "auto, as many steps as SWAG",
-    ("recheck", "ivon"): "auto, σ tried again after a quarter",
-    ("one-sigma", "ivon"): "auto, one σ for all layers",
-    ("no-warmup", "ivon"): "auto, noise of full size at once",
-    ("no-cooling", "ivon"): "auto, never held back",
-    ("prior", "ivon"): "auto, prior by evidence",
-    ("learned", "ivon"): "auto, Hessian of the run's squared gradients",
-    ("root", "ivon"): "auto, λ = 5000 √N",
+    ("falling", "ivon"): "auto, learning rate that falls from the start",
+    ("recheck", "ivon"): "falling, σ tried again after a quarter",
+    ("one-sigma", "ivon"): "falling, one σ for all layers",
+    ("no-warmup", "ivon"): "falling, noise of full size at once",
+    ("no-cooling", "ivon"): "falling, never held back",
+    ("prior", "ivon"): "falling, prior by evidence",
+    ("learned", "ivon"): "falling, Hessian of the run's squared gradients",
+    ("root", "ivon"): "falling, λ = 5000 √N",
 }
+OF_FALLING = ("recheck", "one-sigma", "no-warmup", "no-cooling", "prior", "learned", "root")
+"""Groups that change one thing of `falling`."""
 OWN_MEAN = ("auto", "auto", "ivon@mean", "its own mean, with a temperature where calibrated")
 AS_LONG = ("longer", "peers", "swag", "SWAG, IVON with as many steps")
 METRICS = (
@@ -109,20 +112,27 @@ def table(setting: Mapping[str, Any]) -> str:
 
 
 def paired_table(settings: Mapping[str, Any]) -> str:
-    """Return in Markdown what IVON left to itself differs by from each other line, over what both have been run on."""
+    """Return in Markdown what IVON left to itself differs by from each other line, over what both have been run on.
+
+    `falling` is in its place where one thing of that was changed.
+    """
     metrics = [metric for metric in METRICS if metric[0] != "ece_if_calibrated"]
     out = [f"| IVON left to itself, minus | | settings | pairs | {' | '.join(head for _, head, *_ in metrics)} |"]
     out.append(f"| --- | --- |{' ---: |' * (2 + len(metrics))}")
-    others_of_auto = [("auto", *key, name) for key, name in NAMES.items() if key[0] != "auto"]
-    for own, group, method, name in [OWN_MEAN, AS_LONG, *others_of_auto]:
-        for how, mine, others in (
+    others = [
+        ("falling" if group in OF_FALLING else "auto", group, method, name)
+        for (group, method), name in NAMES.items()
+        if group != "auto"
+    ]
+    for own, group, method, name in [OWN_MEAN, AS_LONG, *others]:
+        for how, mine, labels in (
             ("x10", "ivon x10", (method, f"{method} x10")),
             ("calibrated", "ivon calibrated", (f"{method} +T" if group == "auto" else f"{method} calibrated",)),
         ):
             pairs = [
                 [(one, other) for seed, one in _by_seed(setting, own, mine).items() if (other := theirs.get(seed))]
                 for setting in settings.values()
-                if (theirs := _by_seed(setting, group, *others))
+                if (theirs := _by_seed(setting, group, *labels))
             ]
             both = [pair for of_setting in pairs for pair in of_setting]
             if len(both) < 2:
@@ -132,8 +142,11 @@ def paired_table(settings: Mapping[str, Any]) -> str:
                 values = [[factor * (one[metric] - other[metric]) for one, other in of] for of in pairs if of]
                 cells.append(f"{mean(itertools.chain(*values)):+.{decimals}f} ± {error_of(values):.{decimals}f}")
             out.append(f"| {name} | {how} | {' | '.join(cells)} |")
-    error = "± is the standard error over settings, in which seeds are alike; of a single setting, over seeds."
-    return "\n".join([*out, "", error])
+    notes = (
+        "± is the standard error over settings, in which seeds are alike; of a single setting, over seeds. Where a "
+        "line begins with *falling*, the learning rate falls from the start on both sides."
+    )
+    return "\n".join([*out, "", notes])
 
 
 def error_of(groups: Sequence[Sequence[float]]) -> float:
@@ -176,7 +189,7 @@ def documented(text: str, settings: Mapping[str, Any]) -> str:
 def picture(settings: Mapping[str, Any]) -> Figure:
     """Draw the NLL of each line, a panel for each setting."""
     with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(8.4, 2.0 * len(settings) + 0.6), layout="constrained")
+        figure = Figure(figsize=(8.4, 2.3 * len(settings) + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(len(settings), 1, squeeze=False)[:, 0]
         for panel, (name, setting) in zip(panels, settings.items(), strict=True):
@@ -185,7 +198,7 @@ def picture(settings: Mapping[str, Any]) -> Figure:
 
 
 def _panel(panel: Any, name: str, lines: Sequence[Line]) -> None:
-    shown = [line for line in lines if line.group in ("auto", "grid", "paper", "peers")]
+    shown = [line for line in lines if line.group in ("auto", "falling", "grid", "paper", "peers")]
     for at, line in enumerate(reversed(shown)):
         values = line.values["nll"]
         color = ORANGE if line.group == "auto" else BLUE if line.method == "ivon" else GREY
