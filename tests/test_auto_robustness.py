@@ -107,7 +107,8 @@ def train(
 def check(lines: list[dict[str, Any]], rows: list[Encoded]) -> None:
     """Nothing diverges: in the second half the loss under noise is about that of chance at the most."""
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
-    assert sum(line["loss"] for line in lines[-3:]) / 3 < 1.3 * _chance(rows)
+    late = lines[len(lines) // 2 :]
+    assert sum(line["loss"] for line in late) / len(late) < 1.3 * _chance(rows)
     assert 0.8 < lines[-1]["hessian_over_first"] < 1.25
 
 
@@ -134,7 +135,8 @@ def test_ranks(rank: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_batches(batch_size: int, tmp_path: Path) -> None:
-    check(train(tmp_path, batch_size=batch_size), learnable())
+    steps = STEPS if batch_size > 1 else 2 * STEPS  # the loss of fewer single rows says little
+    check(train(tmp_path, batch_size=batch_size, steps=steps), learnable())
 
 
 @pytest.mark.parametrize("rows", [imbalanced, mislabelled], ids=lambda rows: rows.__name__)
