@@ -232,7 +232,7 @@ def rates(method: Ivon, steps: int = 10) -> list[float] | None:
 def test_it_says_that_the_learning_rate_stays_where_it_does(given: dict[str, float], told: int) -> None:
     said: list[str] = []
     found(Ivon(**given), say=said.append)
-    assert len(helpers.about(said, "at the most, and stays until the last 30% of training)")) == told
+    assert len(helpers.about(said, " until the last 30% of training (a weight moves by")) == told
 
 
 def test_a_learning_rate_that_is_found_stays_until_the_last_part_of_training() -> None:

@@ -234,12 +234,12 @@ class Ivon(Method):
             given["lr"] = step / self.clip_radius / self._rescaled(given["hess_init"], delta)
         step = given["lr"] * self.clip_radius * self._rescaled(given["hess_init"], delta)
         found |= {"sigma": sigma, "step": step}
-        course = "" if self._own_decay is None else f", and stays until the last {self._own_decay:.0%} of training"
+        course = "" if self._own_decay is None else f" until the last {self._own_decay:.0%} of training"
         shares = by_layer.values()
         apart = f" (from {min(shares):.2g} to {max(shares):.2g} times that in a layer)" if shares else ""
         start.say(
             f"Found by a look at the training rows (worth {cost:.0f} steps): sigma {sigma:.3g}{apart}, learning rate "
-            f"{given['lr']:.3g} (a weight moves by {step:.2g} a step at the most{course}), "
+            f"{given['lr']:.3g}{course} (a weight moves by {step:.2g} a step at the most), "
             f"ess {given['ess']:.3g}, hess_init {given['hess_init']:.3g}."
         )
         rest = {"noise_warmup": growth, "cooling": cooling, "lr_like_adamw": None, "ess_per_root_row": None}
