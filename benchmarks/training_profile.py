@@ -36,6 +36,7 @@ from transformers import TrainerCallback
 from varlora import fit
 from varlora.methods import METHODS
 from varlora.optim.ivon import IVON
+from varlora.params import copied, trainable
 from varlora.trainer import MethodTrainer
 
 FREEING = "freeing the graph"
@@ -117,6 +118,8 @@ def _train(
     steps: int,
     clock: Clock,
 ) -> None:
+    """Train, and leave the adapter as it was: one that has learned the rows is no start to look for a scale at."""
+    before = copied(model)
     with tempfile.TemporaryDirectory() as folder:
         fit.fit(
             model,
@@ -131,6 +134,9 @@ def _train(
             callbacks=[clock],
             warn=lambda words: None,
         )
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(before[name])
 
 
 def _parser() -> argparse.ArgumentParser:
