@@ -255,6 +255,11 @@ def fall(part: float, decay: float) -> float:
     return min(max((1 - part) / decay, 0.0), 1.0)
 
 
+def _course(steps: int, decay: float) -> list[float]:
+    """Return the share of the learning rate at each step."""
+    return [fall(step / steps, decay) for step in range(steps)]
+
+
 def walk(steps: int, beta1: float, decay: float) -> float:
     """Return how far a weight wanders whose gradient is noise, in units of αξ at the first step.
 
@@ -266,7 +271,7 @@ def walk(steps: int, beta1: float, decay: float) -> float:
     """
     lags = torch.arange(1, 10_000, dtype=torch.float64)
     together = 1 + 2 * (2 / math.pi * (beta1**lags).asin()).sum().item()
-    shares = [fall(step / steps, decay) for step in range(steps)]
+    shares = _course(steps, decay)
     return min(math.sqrt(together * sum(share**2 for share in shares)), sum(shares))  # which is the straight path
 
 
@@ -291,8 +296,7 @@ def step_size(sigma: float, epochs: float, steps: int, beta1: float, decay: floa
         0.00045
     """
     wandered = sigma * math.sqrt(WANDER / min(BOUND * epochs**1.5, MOST_BORNE * epochs))
-    straight = sum(fall(step / steps, decay) for step in range(steps))
-    return max(wandered / walk(steps, beta1, decay), STRAIGHT * sigma / straight)
+    return max(wandered / walk(steps, beta1, decay), STRAIGHT * sigma / sum(_course(steps, decay)))
 
 
 def like_adamw(lr: float, beta1: float) -> float:
