@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from _common import RESULTS, ROOT, Titled, count, in_document, machine, parser, print_table
-from auto import DEMO, DEMO_SHORT, TENFOLD
+from auto import DEMO, DEMO_SHORT, FALLING, TENFOLD
 from transformers import TrainerCallback
 
 from varlora import metrics
@@ -48,7 +48,7 @@ DOCUMENT = ROOT / "docs" / "scale.md"
 STEPS, PARTS = DEMO_SHORT * TENFOLD, 10
 LINES: dict[str, tuple[str, dict[str, float], str | None]] = {
     "IVON, left to itself": ("ivon", {}, None),
-    "IVON, a learning rate that falls from the start": ("ivon", {"lr_decay": 1.0}, None),
+    "IVON, a learning rate that falls from the start": ("ivon", FALLING, None),
     "AdamW, its best for as many steps": ("adamw", {}, f"demo-{STEPS}"),
     "AdamW, its best for a tenth of them": ("adamw", {}, f"demo-{DEMO_SHORT}"),
 }
