@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from varlora import fit
 from varlora.methods import METHODS
 from varlora.optim.ivon import IVON
-from varlora.params import copied, trainable
+from varlora.params import copied, swapped
 from varlora.trainer import MethodTrainer
 
 FREEING = "freeing the graph"
@@ -119,8 +119,7 @@ def _train(
     clock: Clock,
 ) -> None:
     """Train, and leave the adapter as it was: one that has learned the rows is no start to look for a scale at."""
-    before = copied(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, swapped(model, copied(model)):
         fit.fit(
             model,
             METHODS[method](),
@@ -134,9 +133,6 @@ def _train(
             callbacks=[clock],
             warn=lambda words: None,
         )
-    with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            parameter.copy_(before[name])
 
 
 def _parser() -> argparse.ArgumentParser:
