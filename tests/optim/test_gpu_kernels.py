@@ -215,19 +215,26 @@ def each_way(optimizer: IVON, parameters: Sequence[Any]) -> None:
     optimizer.step(closure)
 
 
-def test_neither_draws_nor_steps_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters, optimizer = two_groups()
-    run(optimizer, parameters, [0])
+@pytest.mark.parametrize("kind", ["triton", None], ids=["kernels", "torch"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mc_samples": 2}, {"noise_per_rank": True}, {"mc_samples": 2, "hess_approx": "gradsq", "batch_size": 4}],
+    ids=str,
+)
+def test_neither_draws_nor_steps_wait_for_the_device(
+    settings: dict[str, Any], kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "kernels_for", lambda device: kind)
+    parameters, optimizer = two_groups(lr=torch.tensor(0.1), **settings)
+    run(optimizer, parameters, [0], samples=settings.get("mc_samples", 1))
+    with optimizer.sampled_params():  # where noise comes from is noted once
+        pass
     with NoReading():
         each_way(optimizer, parameters)
     assert optimizer.skipped_steps == 1
-    with NoReading(), pytest.raises(AssertionError, match="tolist waits"):
-        optimizer.state_dict()
-    monkeypatch.setattr(bucket, "kernels_for", lambda device: None)
-    parameters, optimizer = two_groups()
-    run(optimizer, parameters, [0])
-    with NoReading(), pytest.raises(AssertionError, match="waits"):  # or the test could not fail
-        each_way(optimizer, parameters)
+    for ask in (optimizer.state_dict, lambda: optimizer.skipped_steps):
+        with NoReading(), pytest.raises(AssertionError, match="waits"):  # or the test could not fail
+            ask()
 
 
 def test_a_gradient_that_is_not_finite_stops_all_groups_and_counts_once() -> None:
@@ -454,6 +461,31 @@ def test_on_a_gpu_kernels_and_torch_agree(approx: str, dtype: torch.dtype) -> No
         found.append([*snapshot(parameters, optimizer)])
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("settings", [{"mc_samples": 2}, {"noise_per_rank": True}, {"fused": False}], ids=str)
+def test_on_a_gpu_nothing_waits_where_torch_makes_the_step(settings: dict[str, Any]) -> None:
+    parameters = [nn.Parameter(p.detach().cuda()) for p in make_parameters()]
+    optimizer = IVON(parameters, **SETTINGS, **settings)
+
+    def step(factor: float = 1.0) -> None:
+        optimizer.zero_grad()
+        for _ in range(settings.get("mc_samples", 1)):
+            optimizer.train()
+            (factor * sum(p.square().sum() for p in parameters)).backward()
+        optimizer.step()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        step(math.nan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.skipped_steps == 1
 
 
 @pytest.mark.gpu

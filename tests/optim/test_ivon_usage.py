@@ -267,16 +267,18 @@ def test_bfloat16_parameters_have_a_float32_state_that_moves() -> None:
     assert torch.equal(p, torch.full_like(p, 0.996))
 
 
+@pytest.mark.parametrize("fused", [None, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("way", ["context", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_a_step_allocates_nothing_that_grows_with_the_parameters(
-    samples: int, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    samples: int, way: str, dtype: torch.dtype, fused: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(noise, "_AT_ONCE", 24)  # torch's operations make noise in pieces of a fixed size
     p = nn.Parameter(torch.ones(8_000, dtype=dtype))
     q = nn.Parameter(torch.ones(1_000, dtype=dtype))
-    optimizer = IVON([p, q], lr=0.1, ess=100, hess_init=1.0, weight_decay=0.1, mc_samples=samples, seed=0)
+    settings: dict[str, Any] = {"weight_decay": 0.1, "mc_samples": samples, "fused": fused}
+    optimizer = IVON([p, q], lr=0.1, ess=100, hess_init=1.0, seed=0, **settings)
     gradients = [torch.full_like(p, 0.1), torch.full_like(q, 0.1)]
 
     def backward() -> None:  # as autograd does, but allocating nothing itself

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import native
-from .noise import fill_normal, mix
+from .noise import Layout, mix
 from .shards import as_sharded, is_sharded, local, pieces, ranks, shard_as
 
 if TYPE_CHECKING:
@@ -131,13 +132,12 @@ def make_buckets(
 
 
 class _Run(NamedTuple):
-    """Neighbouring parameters of a chunk that have a gradient and have made as many steps."""
+    """Neighbouring parameters of a chunk that have a gradient and have made the same steps."""
 
     chunk: int  # where the chunk starts in the flat buffers
     lo: int
     hi: int
     indices: list[int]
-    t: int  # the number of the step that they are about to make
 
 
 class Bucket:
@@ -205,6 +205,8 @@ class Bucket:
             pieces(p, position, lo) if partitions is None else partitions.pieces(p, lo)
             for p, position, (lo, _) in zip(parameters, positions, self.spans)
         ]
+        self.layouts: dict[int, Layout] = {}  # of each chunk's noise, by its first parameter
+        steps = [int(state_p["step"]) for state_p in self.states]
         self.kernels: native.Kernels | None = None
         self.gpu: gpu.Kernels | None = None
         contiguous = all(p.is_contiguous() and not native.lazy(p) for p in shards)
@@ -216,13 +218,23 @@ class Bucket:
         elif kind == "triton" and contiguous:
             from . import gpu  # which needs triton
 
-            steps = [int(state_p["step"]) for state_p in self.states]
             self.gpu = gpu.Kernels(flat, shards, steps, group["draws"], group["skipped"])
             self.gpu.set_key(self.train_key)
-        # On a GPU, the step too, where gradients are not watched. All that it depends on is then known on the device.
+        # Which kernels make the step too: none where gradients are watched.
+        self.cpu_step = None if self.watches else self.kernels
         self.gpu_step = None if self.watches else self.gpu
+        # Whether a step is left out, and so how many were made, is known on the device alone: to read it is to wait.
+        # `bad` is 1 where a gradient of this step is not finite, its own or another's.
+        if self.gpu_step is not None:
+            self.bad, self.steps, self.skipped = self.gpu_step.bad, self.gpu_step.steps, self.gpu_step.counters[1:]
+        else:
+            device = self.mean.device
+            self.bad = torch.zeros(1, dtype=torch.int32, device=device)
+            self.steps = torch.tensor(steps, dtype=torch.int32, device=device)
+            self.skipped = torch.tensor([group["skipped"]], device=device)
         for i, state_p in enumerate(self.states):
-            state_p["step"] = int(state_p["step"]) if self.gpu_step is None else self.gpu_step.steps[i]
+            state_p["step"] = self.steps[i]
+        self.alike = steps  # the same number for parameters that have made the same steps
         # Whether a CPU's kernels write to the parameters themselves.
         self.direct = self.kernels is not None and contiguous and parameters[0].dtype == dtype
         self.chunks = self._make_chunks()
@@ -297,7 +309,8 @@ class Bucket:
             if self.gpu is not None:
                 self.gpu.normal(key, out)
             else:
-                self._fill(key, range(len(self.parameters)), out)
+                for chunk in self.chunks:
+                    self._fill(key, chunk, [out[i] for i in chunk])
             self.noise_key = key
         return self.noise
 
@@ -315,16 +328,18 @@ class Bucket:
         elif self.gpu is not None:
             self.gpu.set_key(self.train_key)
 
-    def _fill(self, key: int, indices: Sequence[int], out: Sequence[Tensor]) -> None:
+    def _fill(self, key: int, chunk: Sequence[int], out: Sequence[Tensor]) -> None:
         if self.kernels is not None:
-            self.kernels.normal(key, indices, out)
-        else:
-            jobs = [
-                (x.view(-1)[at - self.spans[i][0] :][:count], position, first)
-                for x, i in zip(out, indices)
-                for at, count, position, first in self.pieces[i]
-            ]
-            fill_normal(key, jobs)
+            self.kernels.normal(key, chunk, out)
+            return
+        parts, pieces = [], []
+        for x, i in zip(out, chunk):
+            for at, count, position, first in self.pieces[i]:
+                parts.append(x.view(-1)[at - self.spans[i][0] :][:count])
+                pieces.append((count, position, first))
+        if chunk[0] not in self.layouts:
+            self.layouts[chunk[0]] = Layout(pieces, self.mean.device)
+        self.layouts[chunk[0]].fill(key, parts)
 
     # --- parameters ---
 
@@ -431,11 +446,10 @@ class Bucket:
                 yield self._run(chunk, indices)
 
     def _follows(self, i: int, before: int) -> bool:
-        return self.spans[before][1] == self.spans[i][0] and self.states[before]["step"] == self.states[i]["step"]
+        return self.spans[before][1] == self.spans[i][0] and self.alike[before] == self.alike[i]
 
     def _run(self, chunk: Sequence[int], indices: list[int]) -> _Run:
-        lo, hi = self.spans[indices[0]][0], self.spans[indices[-1]][1]
-        return _Run(self.spans[chunk[0]][0], lo, hi, indices, self.states[indices[0]]["step"] + 1)
+        return _Run(self.spans[chunk[0]][0], self.spans[indices[0]][0], self.spans[indices[-1]][1], indices)
 
     def _gather(self, run: _Run) -> Tensor:
         """Return ĝ of a run, in the third scratch buffer."""
@@ -446,20 +460,6 @@ class Bucket:
     def has_gradients(self) -> bool:
         """Whether a parameter has a gradient."""
         return any(p.grad is not None for p in self.parameters)
-
-    @plain
-    def gradients_are_finite(self) -> bool:
-        """Return whether all gradients are finite; true if there is none."""
-        there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        gradients = self.gradients(there)
-        if not gradients:
-            return True
-        if self.kernels is not None and all(native.readable(gradient) for gradient in gradients):
-            return self.kernels.finite(there, gradients)
-        _check_dense(gradients)
-        narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if narrow else None)
-        return bool(torch.stack(norms).isfinite().all().item())
 
     def check_capturable(self) -> None:
         """Raise if a step could not be captured in a CUDA graph."""
@@ -475,21 +475,31 @@ class Bucket:
     @plain
     def look_at_gradients(self) -> Tensor:
         """Return, on the device, whether a gradient is not finite: what `update` will ask."""
-        assert self.gpu_step is not None
-        _check_dense([p.grad for p in self.parameters if p.grad is not None])
-        # Of a gradient that kernels cannot read, a copy that they can; in use until the step.
-        self.looked_at = [
-            None if x is None else (x.clone() if native.lazy(x) else x).to(p.dtype).contiguous()
-            for x, p in zip(self.gradients(range(len(self.parameters))), self.parameters)
-        ]
-        self.gpu_step.look(self.looked_at)
-        return self.gpu_step.bad
+        there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        gradients = self.gradients(there)
+        if self.kernels is not None and all(native.readable(gradient) for gradient in gradients):
+            return self.bad.fill_(not self.kernels.finite(there, gradients))
+        _check_dense(gradients)
+        if self.gpu_step is not None:
+            # Of a gradient that kernels cannot read, a copy that they can; in use until the step.
+            self.looked_at = [None] * len(self.parameters)
+            for i, x in zip(there, gradients):
+                self.looked_at[i] = (x.clone() if native.lazy(x) else x).to(self.parameters[i].dtype).contiguous()
+            self.gpu_step.look(self.looked_at)
+        elif gradients:
+            narrow = any(gradient.dtype == torch.float16 for gradient in gradients)  # finite, but their norm may not be
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if narrow else None)
+            self.bad.copy_(torch.stack(norms).isfinite().all().logical_not_())
+        else:
+            self.bad.zero_()
+        return self.bad
 
     @plain
     def read_back(self) -> None:
         """Wait for the device, and note here how many draws it has made and how many steps it has left out."""
         if self.gpu_step is not None:
-            self.group["draws"], self.group["skipped"] = self.gpu_step.counters.tolist()
+            self.group["draws"] = self.gpu_step.counters[0].item()
+        self.group["skipped"] = self.skipped.item()
 
     @plain
     def begin_step(self) -> None:
@@ -618,23 +628,33 @@ class Bucket:
             torch.autograd.graph.increment_version(shards)
             self._written(range(len(shards)))
             return
-        still = set(range(len(self.parameters)))
-        for run in self.runs():
-            if self.kernels is not None and not self.watches:
-                self._update_by_kernel(run)
-            else:
-                self._update_by_torch(run, draws)
-                self.to_mean(run.indices)
-            still.difference_update(run.indices)
-            for i in run.indices:
-                self.states[i]["step"] = run.t
-        self.to_mean(still)
+        moved: set[int] = set()
+        if self.cpu_step is None or not self.bad.item():
+            for run in self.runs():
+                if self.cpu_step is not None:
+                    self._update_by_kernel(self.cpu_step, run)
+                else:
+                    self._update_by_torch(run, draws)
+                    self.to_mean(run.indices)
+                moved.update(run.indices)
+        self.to_mean(set(range(len(self.parameters))) - moved)
+        self._count(moved)
+
+    def _count(self, moved: set[int]) -> None:
+        """Count the step for each parameter that has made it, or that it was left out."""
+        steps = [self.steps] if len(moved) == len(self.steps) else [self.steps[i : i + 1] for i in sorted(moved)]
+        if steps:
+            torch._foreach_add_(steps, [1 - self.bad] * len(steps))
+        self.skipped += self.bad
+        numbers: dict[tuple[int, bool], int] = {}
+        self.alike = [numbers.setdefault((n, i in moved), len(numbers)) for i, n in enumerate(self.alike)]
 
     def _settings(self, t: int = 1) -> native.Settings:
         """Return what the kernels need to know, of step t."""
         group = self.group
         beta1, beta2, delta = group["beta1"], group["beta2"], group["weight_decay"]
-        bias, lr = self._bias_and_lr(t)
+        bias = 1 - beta1**t if group["debias"] else 1.0
+        lr = float(group["lr"]) * self._rescaling
         return native.Settings(
             ess=group["ess"],
             delta=delta,
@@ -647,13 +667,12 @@ class Bucket:
             batch_size=group["batch_size"] if group["hess_approx"] == "gradsq" else 0,
         )
 
-    def _bias_and_lr(self, t: int) -> tuple[float, float]:
-        """Return 1 − β₁ᵗ, or 1 without debiasing, and the learning rate α."""
-        group = self.group
-        lr = float(group["lr"]) * (group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0)
-        return 1 - group["beta1"] ** t if group["debias"] else 1.0, lr
+    @property
+    def _rescaling(self) -> float:
+        """By what the learning rate is multiplied."""
+        return self.group["hess_init"] + self.group["weight_decay"] if self.group["rescale_lr"] else 1.0
 
-    def _update_by_kernel(self, run: _Run) -> None:
+    def _update_by_kernel(self, kernels: native.Kernels, run: _Run) -> None:
         shards = self.shards
         targets = [shards[i] for i in run.indices]
         out = targets if self.direct else [self.work_views[0][i] for i in run.indices]
@@ -661,8 +680,8 @@ class Bucket:
         if not all(native.readable(gradient) for gradient in gradients):
             self._gather(run)
             gradients = [self.work_views[2][i] for i in run.indices]
-        assert self.kernels is not None
-        self.kernels.update(self.train_key, run.indices, gradients, out, self._settings(run.t))
+        t = int(self.steps[run.indices[0]]) + 1
+        kernels.update(self.train_key, run.indices, gradients, out, self._settings(t))
         if self.direct:
             torch.autograd.graph.increment_version(targets)
         else:
@@ -670,11 +689,15 @@ class Bucket:
         self._written(run.indices)
 
     def _update_by_torch(self, run: _Run, draws: int) -> None:
+        """Make a step, or where a gradient is not finite one of nothing: with ĝ = ĥ = 0, at rates of 0."""
         group, at = self.group, slice(run.lo, run.hi)
-        beta1, beta2, delta, clip_radius = group["beta1"], group["beta2"], group["weight_decay"], group["clip_radius"]
+        beta1, beta2, delta = group["beta1"], group["beta2"], group["weight_decay"]
         m, g, h, ghat = self.mean[at], self.momentum[at], self.hess[at], self._gather(run)
         a, b = self.scratch[:2, : len(m)]
         price = group["hess_approx"] == "price"
+        bad = self.bad.bool()
+        moves = bad.logical_not().to(m.dtype)  # 1 or 0
+        ghat.masked_fill_(bad, 0.0)
 
         # ĥ = ĝ(θ − m)/σ² = ĝε/σ, or B ĝ²
         if not self.watches:
@@ -683,22 +706,38 @@ class Bucket:
             # The gradients of each draw and rank are gone; what clipping or unscaling did to their sum, it did to each.
             change = self._change(ghat, torch.div(self.grad_sum[at], draws, out=b), run)
             hhat = torch.div(self.hess_sum[at], draws, out=a).mul_(change if price else change.square_())
+            hhat.masked_fill_(bad, 0.0)
         hhat.mul_(self._precision(run.lo, run.hi, b).sqrt_() if price else group["batch_size"])
 
         # g ← β₁g + (1 − β₁)ĝ
-        g.lerp_(ghat, 1 - beta1)
+        g.lerp_(ghat, moves * (1 - beta1))
 
         # h ← β₂h + (1 − β₂)ĥ + ½(1 − β₂)²(h − ĥ)²/(h + δ)
         correction = torch.sub(h, hhat, out=b).square_().div_(torch.add(h, delta, out=ghat) if delta else h)
-        h.lerp_(hhat, 1 - beta2).add_(correction, alpha=(1 - beta2) ** 2 / 2)
+        h.lerp_(hhat, moves * (1 - beta2)).add_(correction.mul_(moves), alpha=(1 - beta2) ** 2 / 2)
 
         # m ← m − α clip((g/(1 − β₁ᵗ) + δm)/(h + δ), ±ξ), with 1 − β₁ᵗ taken out of the bracket
-        bias, lr = self._bias_and_lr(run.t)
+        bias = self._bias(run)
         if delta:
-            direction = torch.add(g, m, alpha=bias * delta, out=a).div_(torch.add(h, delta, out=b))
+            direction = torch.addcmul(g, m, bias, value=delta, out=a).div_(torch.add(h, delta, out=b))
         else:
             direction = torch.div(g, h, out=a)
-        m.sub_(direction.clamp_(-clip_radius * bias, clip_radius * bias), alpha=lr / bias)
+        bound, rate = group["clip_radius"] * bias, self._rate() * moves / bias
+        m.sub_(direction.clamp_(-bound, bound).mul_(rate))
+
+    def _bias(self, run: _Run) -> Tensor:
+        """Return 1 − β₁ᵗ on the device, for the step that a run is about to make; or 1 without debiasing."""
+        t = self.steps[run.indices[0], None] + 1
+        if not self.group["debias"] or not self.group["beta1"]:
+            return torch.ones_like(t, dtype=self.mean.dtype)
+        return torch.expm1(t.to(self.mean.dtype) * math.log(self.group["beta1"])).neg_()
+
+    def _rate(self) -> Any:
+        """Return the learning rate α: a tensor on the device if it was given as a tensor, else a number."""
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(**self.like, non_blocking=True).view(1)
+        return lr * self._rescaling
 
 
 def _weakly(method: Callable[..., None], i: int) -> Callable[..., None]:

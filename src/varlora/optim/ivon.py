@@ -494,12 +494,11 @@ class IVON(torch.optim.Optimizer):
                     "Expected `train` and `step` both in CUDA graphs or both outside, but one of them is captured "
                     "and the other is not. Capture both, or leave both out."
                 )
-            finite = self._gradients_are_finite(buckets)
+            self._look_at_gradients(buckets)
             for bucket in buckets:
-                if finite or bucket.gpu_step is not None:
-                    bucket.reduce()
-                    bucket.update(draws=now["drawn"] if now["averages"] else 1)
-            self._set(perturbed=now["perturbed"] and not finite, skipped=now["skipped"] + (not finite))
+                bucket.reduce()
+                bucket.update(draws=now["drawn"] if now["averages"] else 1)
+            self._set(perturbed=False)
         self.eval()
         self._set(drawn=0, strayed=False)
         return sum(losses) / len(losses) if losses and losses[0] is not None else None
@@ -514,25 +513,17 @@ class IVON(torch.optim.Optimizer):
         )
 
     @plain
-    def _gradients_are_finite(self, buckets: Sequence[Bucket]) -> bool:
-        """Return whether all gradients are finite, those of other ranks' shards included.
-
-        Where kernels of a GPU make all of the step, they know it, and the answer is yes without waiting for theirs.
-        """
-        notes = [bucket.look_at_gradients() for bucket in buckets if bucket.gpu_step is not None]
-        others = [bucket for bucket in buckets if bucket.gpu_step is None]
-        if others:
-            finite = all(bucket.gradients_are_finite() for bucket in others)
-            notes.append(torch.tensor([int(not finite)], dtype=torch.int32, device=others[0].mean.device))
+    def _look_at_gradients(self, buckets: Sequence[Bucket]) -> None:
+        """Note in all buckets whether a gradient is not finite, of other ranks' shards too, without reading it back."""
+        notes = [bucket.look_at_gradients() for bucket in buckets]
         for note in notes[1:]:
-            torch.maximum(notes[0], note.to(notes[0].device, non_blocking=True), out=notes[0])
+            torch.maximum(notes[0], _on(notes[0].device, note), out=notes[0])
         if any(bucket.sharded for bucket in buckets):
-            told = notes[0].to(self._told_on(notes[0].device))
+            told = _on(self._told_on(notes[0].device), notes[0])
             dist.all_reduce(told, dist.ReduceOp.MAX, group=self._process_group)
-            notes[0].copy_(told, non_blocking=True)
+            notes[0].copy_(_on(notes[0].device, told))
         for note in notes[1:]:
-            note.copy_(notes[0], non_blocking=True)
-        return not others or not notes[0].item()
+            note.copy_(_on(note.device, notes[0]))
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
@@ -740,6 +731,11 @@ class IVON(torch.optim.Optimizer):
                 bucket.adopt_outside_changes()
             bucket.release()
         self._buckets.clear()
+
+
+def _on(device: torch.device, note: Tensor) -> Tensor:
+    """Return a note as it is on a device, without waiting where that can be."""
+    return note.to(device, non_blocking=device.type != "cpu")
 
 
 def _check_names(groups: Sequence[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,12 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "TILE", "Piece", "fill_normal", "mix", "normal", "philox"]
+__all__ = ["LANES", "TILE", "Layout", "Piece", "fill_normal", "mix", "normal", "philox"]
 
 LANES = 16
 TILE = 4 * LANES
-# Tiles that are worked off at once on a CPU, so that what is in between fits the cache.
-_AT_ONCE = 1 << 10
+# Tiles that are worked off at once: on a CPU so that what is in between fits the cache, elsewhere more, as launches are
+# what takes long there.
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 1 << 10, 1 << 14
 _WORD = (1 << 32) - 1
 
 
@@ -105,6 +107,70 @@ def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return r * first, r * second
 
 
+class Layout:
+    """Where the noise of some tensors comes from: made once, as it does not depend on the key.
+
+    Tiles are worked off in batches, so that what is in between takes no more memory for more elements.
+
+    Args:
+        pieces: of each tensor the number of elements, its parameter's position and the index, within that, of its first
+            element.
+        device: of all.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+        room = TILE * (_AT_ONCE if device.type == "cpu" else _AT_ONCE_ELSEWHERE)
+        self.batches: list[_Batch] = []
+        parts: list[_Part] = []
+        held = 0
+        for which, (numel, position, first) in enumerate(pieces):
+            for lo in range(0, numel, room):
+                parts.append(_Part(which, lo, min(room, numel - lo), position, *divmod(first + lo, TILE)))
+                held += parts[-1].numel
+                if held >= room:
+                    self.batches.append(_batch(parts, device))
+                    parts, held = [], 0
+        if parts:
+            self.batches.append(_batch(parts, device))
+
+    def fill(self, key: int, out: Sequence[Tensor]) -> None:
+        """Fill contiguous tensors, one for each piece, with the noise of a key."""
+        for parts, starts, positions, tiles in self.batches:
+            found = normal(key, positions, tiles).view(-1)
+            for part, start in zip(parts, starts):
+                target = out[part.which].view(-1)[part.lo : part.lo + part.numel]
+                target.copy_(found[start : start + part.numel])
+
+
+class _Part(NamedTuple):
+    which: int  # of the tensors
+    lo: int  # where in the tensor it starts
+    numel: int
+    position: int
+    tile: int
+    within: int  # where in the tile it starts
+
+
+class _Batch(NamedTuple):
+    parts: list[_Part]
+    starts: list[int]  # where in the batch's noise each part starts
+    positions: Tensor  # (T,) int64, as `normal` takes them
+    tiles: Tensor  # (T,) int64
+
+
+def _batch(parts: list[_Part], device: torch.device) -> _Batch:
+    counts = [-(-(part.within + part.numel) // TILE) for part in parts]
+    starts = [0, *itertools.accumulate(counts)]
+    numbers = [torch.arange(part.tile, part.tile + count, device="cpu") for part, count in zip(parts, counts)]
+    positions = torch.tensor([part.position for part in parts], device="cpu")
+    return _Batch(
+        parts,
+        [start * TILE + part.within for part, start in zip(parts, starts)],
+        positions.repeat_interleave(torch.tensor(counts, device="cpu")).to(device),
+        torch.cat(numbers).to(device),
+    )
+
+
 def fill_normal(key: int, jobs: Sequence[tuple[Tensor, int, int]]) -> None:
     """Fill tensors with noise.
 
@@ -113,32 +179,6 @@ def fill_normal(key: int, jobs: Sequence[tuple[Tensor, int, int]]) -> None:
         jobs: contiguous tensors of one device, each with the position of its parameter and the index, within that, of
             its first element.
     """
-    batch: list[tuple[Tensor, int, int, int]] = []  # a tensor's part, its position, its first tile, and where in that
-    held = 0
-    on_cpu = all(out.device.type == "cpu" for out, _, _ in jobs)
-    room = _AT_ONCE * TILE if on_cpu else max(sum(out.numel() for out, _, _ in jobs), 1)  # launches are what takes long
-    for out, position, first in jobs:
-        flat = out.view(-1)
-        for lo in range(0, flat.numel(), room):
-            part, (tile, within) = flat[lo : lo + room], divmod(first + lo, TILE)
-            batch.append((part, position, tile, within))
-            held += part.numel()
-            if held >= room:
-                _fill(key, batch)
-                batch, held = [], 0
-    _fill(key, batch)
-
-
-def _fill(key: int, batch: Sequence[tuple[Tensor, int, int, int]]) -> None:
-    if not batch:
-        return
-    device = batch[0][0].device
-    counts = torch.tensor([-(-(within + part.numel()) // TILE) for part, _, _, within in batch], device="cpu")
-    starts = counts.cumsum(0) - counts
-    of_each = torch.tensor([[position, tile] for _, position, tile, _ in batch], device="cpu").repeat_interleave(
-        counts, dim=0
-    )
-    tiles = of_each[:, 1] + torch.arange(len(of_each), device="cpu") - starts.repeat_interleave(counts)
-    found = normal(key, of_each[:, 0].to(device), tiles.to(device)).view(-1)
-    for (part, _, _, within), start in zip(batch, starts.tolist()):
-        part.copy_(found[start * TILE + within :][: part.numel()])
+    if jobs:
+        pieces = [(out.numel(), position, first) for out, position, first in jobs]
+        Layout(pieces, jobs[0][0].device).fill(key, [out for out, _, _ in jobs])
