@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from everywhere.rows import SCALE, SETTINGS, Task, Weights, make_model
 from reference.ivon_slow import SlowIVON
+from reference.noise import fill_normal
 from torch import Tensor
 
 from varlora.optim.bucket import TRAIN
-from varlora.optim.noise import fill_normal, mix
+from varlora.optim.noise import mix
 
 
 @dataclass

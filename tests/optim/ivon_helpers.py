@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reference.noise import fill_normal
 from torch import Tensor, nn
 
 from varlora.optim import bucket
 from varlora.optim.bucket import TRAIN
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import fill_normal, mix
+from varlora.optim.noise import mix
 
 SHAPES = ((3, 4), (7,), (), (2, 1, 20), (100,))
 SETTINGS: dict[str, Any] = {"lr": 0.05, "ess": 50.0, "hess_init": 0.7, "beta2": 0.95, "clip_radius": 0.5, "seed": 0}

@@ -14,13 +14,14 @@ import pytest
 import torch
 from optim import test_ivon_equations as equations
 from optim.ivon_helpers import SETTINGS, make, make_loss, make_parameters, run, same, snapshot, values
+from reference.noise import fill_normal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from varlora.optim import bucket, ivon
 from varlora.optim.ivon import IVON
 from varlora.optim.native import Flat
-from varlora.optim.noise import Piece, fill_normal
+from varlora.optim.noise import Piece
 
 gpu = pytest.importorskip("varlora.optim.gpu")
 

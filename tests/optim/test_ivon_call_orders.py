@@ -11,12 +11,13 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from optim.ivon_helpers import SETTINGS, STATE, make_loss, same, values
+from reference.noise import fill_normal
 from torch import Tensor, nn
 
 from varlora.optim import bucket
 from varlora.optim.bucket import EVAL, TRAIN
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import fill_normal, mix
+from varlora.optim.noise import mix
 
 CALLS = (
     *("train", "eval", "backward", "step", "step with a closure", "zero_grad"),

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from optim.ivon_helpers import make, run
+from reference.noise import fill_normal
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlora.optim import native
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import fill_normal, mix
+from varlora.optim.noise import mix
 
 SIZES = (5, 30_000, 100_000, 70_000)
 

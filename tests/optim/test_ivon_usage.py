@@ -277,7 +277,7 @@ def test_a_step_allocates_nothing_that_grows_with_the_parameters(
     monkeypatch.setattr(noise, "_AT_ONCE", 24)  # torch's operations make noise in pieces of a fixed size
     p = nn.Parameter(torch.ones(8_000, dtype=dtype))
     q = nn.Parameter(torch.ones(1_000, dtype=dtype))
-    settings: dict[str, Any] = {"weight_decay": 0.1, "mc_samples": samples, "fused": fused}
+    settings = {"weight_decay": 0.1, "mc_samples": samples, "fused": fused}
     optimizer = IVON([p, q], lr=0.1, ess=100, hess_init=1.0, seed=0, **settings)
     gradients = [torch.full_like(p, 0.1), torch.full_like(q, 0.1)]
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from optim.ivon_helpers import make, run, same, snapshot, values
+from reference.noise import fill_normal
 from torch import Tensor, nn
 
 from varlora.optim import bucket, native
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import TILE, Piece, fill_normal, philox
+from varlora.optim.noise import TILE, Piece, philox
 
 SIZES = (1, 63, 64, 65, 5_000, 0, 70_001)
 """Of parameters: less than a tile, a tile, more; and enough for several threads."""

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "TILE", "Layout", "Piece", "fill_normal", "mix", "normal", "philox"]
+__all__ = ["LANES", "TILE", "Layout", "Piece", "mix", "normal", "philox"]
 
 LANES = 16
 TILE = 4 * LANES
@@ -169,16 +169,3 @@ def _batch(parts: list[_Part], device: torch.device) -> _Batch:
         positions.repeat_interleave(torch.tensor(counts, device="cpu")).to(device),
         torch.cat(numbers).to(device),
     )
-
-
-def fill_normal(key: int, jobs: Sequence[tuple[Tensor, int, int]]) -> None:
-    """Fill tensors with noise.
-
-    Args:
-        key: 64 bits.
-        jobs: contiguous tensors of one device, each with the position of its parameter and the index, within that, of
-            its first element.
-    """
-    if jobs:
-        pieces = [(out.numel(), position, first) for out, position, first in jobs]
-        Layout(pieces, jobs[0][0].device).fill(key, [out for out, _, _ in jobs])
