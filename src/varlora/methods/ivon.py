@@ -9,10 +9,12 @@ training, and is cooled where it costs more than it may.
 from __future__ import annotations
 
 import math
+import random
 import re
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +28,7 @@ from varlora.methods.base import Comparison, Method, Plan, Prepared, Start, Trai
 from varlora.optim.ivon import IVON
 from varlora.params import copied, flat, trainable
 from varlora.posterior import DiagonalGaussian
+from varlora.prompt import Encoded
 
 __all__ = ["PAPER", "Ivon"]
 
@@ -39,6 +42,8 @@ DRAWS_PER_ROW = 2
 """Draws over rows, between these: a draw may shift all rows alike, so few draws tell little, on however many rows."""
 BATCHES = 8
 """Batches that gradients are taken of, at the most."""
+KNOWN = 0.5
+"""Share of the loss of chance below which rows are known: their gradients say nothing of those to come."""
 BEARABLE = 0.5
 """Share of what training has gained on chance that noise may take back."""
 PROGRESS = 0.2
@@ -507,28 +512,44 @@ def _layer(name: str) -> str:
 def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], float]:
     """Return the root mean square of a mini-batch's gradient at draws, over some batches: of all and of each layer's.
 
-    Last comes the cost in steps.
+    Last comes the cost in steps. Where the rows are known already their gradients are tiny, and grow a thousandfold as
+    soon as noise has one forgotten: beside an h₀ for tiny ones, what chance adds to the Hessian would be all that there
+    is. There they are taken for answers that are drawn at random, which nobody knows.
     """
-    source, params = start.generator(), trainable(start.model)
     size = start.rows_per_step
     batches = min(max(round(PROBE * start.steps / 2 / start.ranks), 1), BATCHES, math.ceil(len(start.rows) / size))
+    rows = start.some_rows(batches * size)
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
-    squares, sizes = defaultdict[str, float](float), defaultdict[str, int](int)
-    seen = start.some_rows(batches * size)
-    for at in range(batches):
-        rows = seen[at * size : (at + 1) * size]
+    whole, by_layer, loss = _gradient_of(start, posterior, rows)
+    passes = batches * start.ranks  # one process looks, for all
+    if loss < KNOWN * statistics.fmean(math.log(len(row.label_tokens)) for row in rows):
+        source = random.Random(start.seed)
+        rows = [replace(row, label=source.randrange(len(row.label_tokens))) for row in rows]
+        whole, by_layer, _ = _gradient_of(start, posterior, rows)
+        passes *= 2
+    return whole, by_layer, float(passes)
+
+
+def _gradient_of(
+    start: Start, posterior: DiagonalGaussian, rows: Sequence[Encoded]
+) -> tuple[float, dict[str, float], float]:
+    """Return the root mean square of mini-batches' gradients, of all and of each layer's, and the mean loss."""
+    source, params, size = start.generator(), trainable(start.model), start.rows_per_step
+    squares, sizes, losses = defaultdict[str, float](float), defaultdict[str, int](int), 0.0
+    for at in range(0, len(rows), size):
+        mini_batch = rows[at : at + size]
         with posterior.sampled(start.model, source), torch.enable_grad():
             total = [torch.zeros_like(p) for p in params.values()]
-            for i in range(0, len(rows), start.batch_size):
-                batch = start.batch(rows[i : i + start.batch_size])
+            for i in range(0, len(mini_batch), start.batch_size):
+                batch = start.batch(mini_batch[i : i + start.batch_size])
                 batch = {name: value.to(total[0].device) for name, value in batch.items()}
                 logits = start.forward(start.model, batch)
                 loss = nn.functional.cross_entropy(logits, batch["labels"].to(logits.device), reduction="sum")
-                parts = torch.autograd.grad(loss / len(rows), list(params.values()), allow_unused=True)
+                parts = torch.autograd.grad(loss / len(mini_batch), list(params.values()), allow_unused=True)
                 total = [whole if part is None else whole + part for whole, part in zip(total, parts)]
+                losses += loss.item()
         for name, part in zip(params, total):
             squares[_layer(name)] += part.float().square().sum().item()
             sizes[_layer(name)] += part.numel()
     by_layer = {layer: math.sqrt(square / sizes[layer]) for layer, square in squares.items()}
-    whole = math.sqrt(sum(squares.values()) / sum(sizes.values()))
-    return whole, by_layer, float(batches * start.ranks)  # one process looks, for all
+    return math.sqrt(sum(squares.values()) / sum(sizes.values())), by_layer, losses / len(rows)
