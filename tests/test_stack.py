@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import helpers
 import pytest
@@ -228,12 +229,41 @@ def test_what_is_the_same_is_computed_once(model, monkeypatch):
     attention, mlp = model.get_submodule(block_path(model))[0].self_attn, model.get_submodule(block_path(model))[-1].mlp
     of_input = [attention.q_proj.base_layer, attention.k_proj, attention.v_proj.base_layer]
     after = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+    def weights(layers: list[Any]) -> int:
+        return sum(p.numel() for layer in layers for p in layer.parameters())
+
     monkeypatch.setattr(blocks, "SEES_INPUT", ())
     without = operations()
-    assert without - both == 2 * (S - 1) * tokens * sum(layer.weight.numel() for layer in of_input)
+    assert without - both == 2 * (S - 1) * tokens * weights(of_input)
+    monkeypatch.setattr(blocks, "ASK_A_CACHE", ())  # of other families, what comes after attention alone
+    partly = operations()
+    others, last = S * (tokens - len(ROWS)), S * len(ROWS)  # whose keys and values are made twice
+    saved = others * weights([attention.q_proj]) - last * weights([attention.k_proj, attention.v_proj])
+    assert partly - without == 2 * saved  # what attention does with them is not counted on a CPU
     monkeypatch.setattr(blocks, "AFTER_ATTENTION", ())
-    others = S * (tokens - len(ROWS))
-    assert operations() - without == 2 * others * sum(layer.weight.numel() for layer in after)
+    assert operations() - partly == 2 * others * weights(after)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_rows_of_one_length_have_no_mask_and_the_loops_logits(name, implementation):
+    model = of_architecture(name)
+    model.base_model.model.set_attn_implementation(implementation)
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    batch = collate([row for row in helpers.make_rows(30) if len(row.input_ids) == 8][:3], 0)
+    assert batch["attention_mask"].all()
+    for last_layers in (None, 1):
+        check_same(model, posterior, tolerance=2e-4, batch=batch, last_layers=last_layers)
+
+
+def test_a_block_with_a_mask_of_another_kind_runs_whole():
+    """As flexible attention's: the part of it that is for the last position cannot be taken."""
+    mask = object()
+    states, given = torch.ones(2, 5, 4), {"attention_mask": mask, "past_key_values": None, "position_embeddings": ()}
+    whole = Mock(return_value="all positions")
+    assert blocks._at_last(whole, [], 4)(states, **given) == "all positions"
+    whole.assert_called_once_with(states, **given)
 
 
 @pytest.mark.parametrize("draws_a_pass", [S, 4, 1])
@@ -690,6 +720,8 @@ def little_memory(model: nn.Module, tokens: int) -> Iterator[list[tuple[int, int
 
     def check(layer: nn.Module, args: tuple[Tensor]) -> None:
         rows, width, _ = args[0].shape
+        if width == 1:  # the last position, once keys and values of all are known
+            return
         seen.append((rows, width))
         assert len(seen) < 100  # it ends
         if rows * width > tokens:

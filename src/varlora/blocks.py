@@ -1,15 +1,15 @@
 """The repeated blocks of a transformer, and what of them need not be computed for every draw or every position.
 
 Draws differ only from the first block on that has a drawn weight. What lies below is the same for all of them, and so
-is what the block's frozen layers make of its input. In the last block, nothing after attention matters but the last
-position, where the answer is read. Both change no number but by rounding.
+is what the block's frozen layers make of its input. In the last block, nothing matters but the last position, where the
+answer is read, and the keys and values of the others. Both change no number but by rounding.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = [
     "first_output_shared",
     "last_position",
     "patched",
+    "positions_shared",
     "repeated",
     "resumable",
     "resumed",
@@ -51,14 +52,18 @@ RESUMABLE = (
     *("bloom", "falcon", "gpt_bigcode", "gptj", "mixtral", "mpt", "opt", "phi", "qwen2_moe", "starcoder2"),
 )
 """Architectures of which a later block needs nothing of the earlier ones but their hidden states; tested as well."""
-SEES_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "attn.c_attn")
+SEES_INPUT = ("input_layernorm", "ln_1", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "attn.c_attn")
 """Ends of the names of layers that see a block's input, or its norm."""
 AFTER_ATTENTION = ("o_proj", "attn.c_proj", "attention.dense", "mlp")
 """Ends of the names of layers that see one position at a time, and only add to it."""
+ASK_A_CACHE = tuple(family for family in FAMILIES if family not in ("gpt2", "gpt_neox"))
+"""Architectures whose blocks hand keys and values to the cache that they are given by name, and take all from it."""
+HEADS_APART = tuple(family for family in ASK_A_CACHE if family not in ("olmo2", "phi3", "stablelm"))
+"""Of these, the ones in which what becomes of a head's query does not depend on how many heads there are."""
 
 
 class _Reached(Exception):
-    """The block whose input is wanted."""
+    """What was wanted of a pass is known."""
 
 
 def block_of(name: str) -> tuple[str, int] | None:
@@ -126,17 +131,44 @@ def state_at(blocks: nn.ModuleList, at: int, run: Callable[[], Any]) -> tuple[Te
 
 
 @contextmanager
-def resumed(blocks: nn.ModuleList, at: int, state: Tensor, like: Any) -> Iterator[None]:
+def resumed(model: Any, blocks: nn.ModuleList, at: int, state: Tensor, like: Any) -> Iterator[None]:
     """Within the context, a model goes on at a block from given hidden states; what lies below is left out.
 
     Args:
-        blocks: the model's blocks.
+        model: an architecture of `RESUMABLE`.
+        blocks: its blocks.
         at: number of the block to go on at, >= 1.
         state: (N, T, D), what that block is to be given.
         like: what the block before it returns: hidden states, or a tuple that begins with them.
     """
     output = (state, *like[1:]) if isinstance(like, tuple) else state
-    with patched((block, lambda *args, **kwargs: output) for block in blocks[:at]):
+    embedding = model.get_input_embeddings()
+    embeddings = [embedding] if embedding.embedding_dim == state.shape[-1] else []
+    with (
+        patched((layer, lambda ids: state) for layer in embeddings),
+        patched((block, lambda *args, **kwargs: output) for block in blocks[:at]),
+    ):
+        yield
+
+
+@contextmanager
+def positions_shared(model: nn.Module, copies: int) -> Iterator[None]:
+    """Within the context, rotary angles are computed once for all copies in the batch.
+
+    Args:
+        model: an architecture of `FAMILIES`; with another one nothing is changed.
+        copies: equal parts, one after the other, of the batch.
+    """
+
+    def once(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = len(position_ids)  # 1 where all rows have the same
+            found = whole(x, position_ids[: rows // copies or rows], *args, **kwargs)
+            return tuple(y.repeat(copies, 1, 1) if rows >= copies else y for y in found)
+
+        return forward
+
+    with patched((layer, once(layer.forward)) for layer in _ends_in(model, model, ("rotary_emb",))):
         yield
 
 
@@ -169,20 +201,67 @@ def first_output_shared(model: nn.Module, block: nn.Module, copies: int, drawn: 
 
 @contextmanager
 def last_position(model: nn.Module, block: nn.Module) -> Iterator[None]:
-    """Within the context, the last block's layers after attention compute the last position alone.
+    """Within the context, the last block computes the last position alone, but for the keys and values of all.
 
-    What they give, (N, 1, D), is added to all positions, of which only the last is right.
+    It returns (N, 1, D), or all positions, of which only the last is right.
 
     Args:
         model: an architecture of `FAMILIES`; with another one nothing is changed.
         block: its last block.
     """
-
-    def alone(whole: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, *args, **kwargs: whole(x[:, -1:], *args, **kwargs)
-
-    with patched((layer, alone(layer.forward)) for layer in _ends_in(model, block, AFTER_ATTENTION)):
+    if architecture(model) in ASK_A_CACHE:
+        queries = [block.get_submodule("self_attn.q_proj")] if architecture(model) in HEADS_APART else []
+        replaced = [(block, _at_last(block.forward, queries, getattr(block.self_attn, "head_dim", 0)))]
+    else:
+        replaced = [(layer, _alone(layer.forward)) for layer in _ends_in(model, block, AFTER_ATTENTION)]
+    with patched(replaced):
         yield
+
+
+def _alone(whole: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer's forward function for the last position alone, which is added to all."""
+    return lambda x, *args, **kwargs: whole(x[:, -1:], *args, **kwargs)
+
+
+def _at_last(whole: Callable[..., Any], queries: Sequence[nn.Module], head: int) -> Callable[..., Any]:
+    """Return a block's forward function for the last position alone.
+
+    It runs twice: up to where the keys and values of all positions are known, with queries of one head that are 0, and
+    with the last position, whose query is asked of them.
+    """
+
+    def no_query(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], head)
+
+    def forward(hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(attention_mask, Tensor | None):  # a kind of its own, as flexible attention has it
+            return whole(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+        cache = _KeysAndValues(past_key_values)
+        with patched((layer, no_query) for layer in queries), suppress(_Reached):
+            whole(hidden_states, attention_mask=attention_mask, past_key_values=cache, **kwargs)
+        if attention_mask is not None and attention_mask.dim() == 4:  # (N, 1, T, T'); else (N, T'), of keys alone
+            attention_mask = attention_mask[:, :, -1:]
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"][:, -1:]
+        kwargs["position_embeddings"] = tuple(x[:, -1:] for x in kwargs["position_embeddings"])
+        return whole(hidden_states[:, -1:], attention_mask=attention_mask, past_key_values=cache, **kwargs)
+
+    return forward
+
+
+class _KeysAndValues:
+    """Stands for a cache in a block that runs twice: until it hands them over, and with them."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.found: Any = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take keys and values of all positions, and end the pass; or return them."""
+        if self.found is None:
+            self.found = (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
+            raise _Reached
+        return self.found
 
 
 def _ends_in(model: nn.Module, block: nn.Module, ends: tuple[str, ...]) -> list[nn.Module]:

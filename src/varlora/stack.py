@@ -21,6 +21,7 @@ from varlora.blocks import (
     first_output_shared,
     last_position,
     patched,
+    positions_shared,
     repeated,
     resumable,
     resumed,
@@ -202,7 +203,8 @@ class Stack:
                             within.enter_context(continued(model, cache, rows))
                         if blocks is not None:
                             if state is not None:
-                                within.enter_context(resumed(blocks, self.first, state.repeat(count, 1, 1), like))
+                                of_all = state.repeat(count, 1, 1)
+                                within.enter_context(resumed(model, blocks, self.first, of_all, like))
                             shares = state is not None or self.first == 0  # else the copies share no input
                             within.enter_context(self._once(model, blocks, count, shares))
                         within.enter_context(stacked(layers, weights, rows, batch))
@@ -226,7 +228,7 @@ class Stack:
     @contextmanager
     def _once(self, model: nn.Module, blocks: Any, count: int, shares: bool) -> Iterator[None]:
         """Within the context, what is not asked for, or is the same for copies that share their input, is left out."""
-        with last_position(model, blocks[-1]):
+        with positions_shared(model, count), last_position(model, blocks[-1]):
             if shares:
                 with first_output_shared(model, blocks[self.first], count, self._layers):
                     yield
