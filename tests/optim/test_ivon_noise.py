@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from optim.ivon_helpers import make, run
-from reference.noise import fill_normal
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlora.optim import native
 from varlora.optim.ivon import IVON
-from varlora.optim.noise import mix
+from varlora.optim.noise import Layout, Piece, mix
 
 SIZES = (5, 30_000, 100_000, 70_000)
 
@@ -121,9 +120,10 @@ def test_off_the_cpu_all_parameters_noise_is_made_at_once() -> None:
     """Of 4 parameters or of 100: so many operations, and a few for each parameter to take its own."""
     counts = []
     for parameters in (4, 100):
-        jobs = [(torch.empty(50, 70, device="meta"), position, 0) for position in range(parameters)]
+        out = [torch.empty(50, 70, device="meta") for _ in range(parameters)]
+        layout = Layout([Piece(0, 50 * 70, position, 0) for position in range(parameters)], torch.device("meta"))
         with Operations("meta") as operations:
-            fill_normal(0, jobs)
+            layout.fill(0, out)
         counts.append(operations.count)
     assert counts[1] - counts[0] <= 96 * 5
     assert counts[1] < 1_000

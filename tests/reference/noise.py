@@ -1,12 +1,13 @@
-"""IVON's noise for tensors side by side, as its definition in `varlora.optim.noise` has it."""
+"""IVON's noise, tensor by tensor, from its definition."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from varlora.optim.noise import Layout
+from varlora.optim.noise import TILE, normal
 
 
 def fill_normal(key: int, jobs: Sequence[tuple[Tensor, int, int]]) -> None:
@@ -14,8 +15,11 @@ def fill_normal(key: int, jobs: Sequence[tuple[Tensor, int, int]]) -> None:
 
     Args:
         key: 64 bits.
-        jobs: contiguous tensors of one device, each with the position of its parameter and the index, within that, of
-            its first element.
+        jobs: contiguous tensors, each with the position of its parameter and the index, within that, of its first
+            element.
     """
-    pieces = [(out.numel(), position, first) for out, position, first in jobs]
-    Layout(pieces, jobs[0][0].device).fill(key, [out for out, _, _ in jobs])
+    for out, position, first in jobs:
+        begin, end = first // TILE, -(-(first + out.numel()) // TILE)
+        tiles = torch.arange(begin, end, device=out.device)
+        whole = normal(key, torch.full_like(tiles, position), tiles).view(-1)
+        out.view(-1).copy_(whole[first - begin * TILE :][: out.numel()])

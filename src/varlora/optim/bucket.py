@@ -144,9 +144,9 @@ class Bucket:
     """Parameters of one group, device and type, with their state side by side in flat buffers.
 
     Memory for each element: mean, momentum and Hessian, 4 bytes each in float32; with several Monte Carlo samples or
-    noise of each rank three more. Where torch does the arithmetic also the noise, and three scratch buffers of a
-    chunk's size, which on a GPU is up to the whole bucket; a CPU's kernels need two of them for parameters of 16 bits,
-    and none for others.
+    noise of each rank three more. Where torch does the arithmetic also the noise, with a quarter of a byte to say where
+    it comes from, and three scratch buffers of a chunk's size, which on a GPU is up to the whole bucket; a CPU's
+    kernels need two of them for parameters of 16 bits, and none for others.
     """
 
     @plain
@@ -332,13 +332,11 @@ class Bucket:
         if self.kernels is not None:
             self.kernels.normal(key, chunk, out)
             return
-        parts, pieces = [], []
-        for x, i in zip(out, chunk):
-            for at, count, position, first in self.pieces[i]:
-                parts.append(x.view(-1)[at - self.spans[i][0] :][:count])
-                pieces.append((count, position, first))
         if chunk[0] not in self.layouts:
-            self.layouts[chunk[0]] = Layout(pieces, self.mean.device)
+            self.layouts[chunk[0]] = Layout([piece for i in chunk for piece in self.pieces[i]], self.mean.device)
+        parts = []
+        for x, i in zip(out, chunk):
+            parts += [x.view(-1)[piece.at - self.spans[i][0] :][: piece.numel] for piece in self.pieces[i]]
         self.layouts[chunk[0]].fill(key, parts)
 
     # --- parameters ---

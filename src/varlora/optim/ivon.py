@@ -539,7 +539,7 @@ class IVON(torch.optim.Optimizer):
             if in_flight and parameters[index].grad is not None:
                 kept["grad"] = parameters[index].grad
             saved["state"][index] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
-            saved["state"][index]["step"] = int(state["step"])  # of which a GPU's kernels keep count on the device
+            saved["state"][index]["step"] = int(state["step"])  # of which count is kept on the device
         for group in saved["param_groups"]:
             group["lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
         return saved

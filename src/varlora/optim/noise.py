@@ -113,17 +113,16 @@ class Layout:
     Tiles are worked off in batches, so that what is in between takes no more memory for more elements.
 
     Args:
-        pieces: of each tensor the number of elements, its parameter's position and the index, within that, of its first
-            element.
+        pieces: what each tensor holds.
         device: of all.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
         room = TILE * (_AT_ONCE if device.type == "cpu" else _AT_ONCE_ELSEWHERE)
         self.batches: list[_Batch] = []
         parts: list[_Part] = []
         held = 0
-        for which, (numel, position, first) in enumerate(pieces):
+        for which, (_, numel, position, first) in enumerate(pieces):
             for lo in range(0, numel, room):
                 parts.append(_Part(which, lo, min(room, numel - lo), position, *divmod(first + lo, TILE)))
                 held += parts[-1].numel
