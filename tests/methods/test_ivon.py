@@ -309,7 +309,7 @@ def test_the_look_costs_what_it_may(steps: int, batch_size: int, ranks: int) -> 
     ],
 )
 def test_a_gradient_that_tells_nothing_is_refused_with_what_to_do(forward: Any, saw: str) -> None:
-    """That of a base that is certain of every row, or that overflows."""
+    """That of an adapter that changes nothing, or of a base that overflows."""
 
     def substituted(model: Any, batch: Any) -> torch.Tensor:
         logits = class_logits(model, batch)
@@ -324,6 +324,28 @@ def test_a_gradient_that_tells_nothing_is_refused_with_what_to_do(forward: Any, 
         prepared = Ivon(ess=1e6).prepare(begin)
         assert prepared is not None
         assert set(prepared.settings["sigma_by_layer"].values()) == {1.0}
+
+
+@pytest.mark.parametrize("lead", [0.0, 30.0], ids=["new", "known"])
+def test_of_rows_that_are_known_already_gradients_are_those_of_other_answers(lead: float) -> None:
+    """Those of their own are as good as 0, until noise has one forgotten."""
+    said: list[str] = []
+    begin = replace(start(), say=said.append)
+    right = {row.input_ids: row.label for row in begin.rows}
+
+    def knowing(model: Any, batch: Any) -> torch.Tensor:
+        logits = class_logits(model, batch)
+        masked = zip(batch["input_ids"], batch["attention_mask"].bool())
+        labels = torch.tensor([right[tuple(ids[mask].tolist())] for ids, mask in masked])
+        return logits + lead * nn.functional.one_hot(labels, logits.shape[1])
+
+    before, after = Ivon().prepare(begin), Ivon().prepare(replace(begin, forward=knowing))
+    assert before is not None
+    assert after is not None
+    assert 1 / 3 < after.found["gradient"] / before.found["gradient"] < 3
+    assert any("known already" in words for words in said) == (lead > 0)
+    batches = round(PROBE * begin.steps / 2)  # and as many again
+    assert after.steps - before.steps == pytest.approx(batches if lead else 0)
 
 
 def test_a_trial_that_overflows_is_written_as_valid_json() -> None:

@@ -9,7 +9,6 @@ training, and is cooled where it costs more than it may.
 from __future__ import annotations
 
 import math
-import random
 import re
 import statistics
 from collections import defaultdict
@@ -207,8 +206,9 @@ class Ivon(Method):
             if not math.isfinite(gradient) or (not gradient and not {"ess", "hess_init"} & given.keys()):
                 raise VarloraError(
                     f"Expected a gradient that is finite and not 0 on the training rows, under noise of sigma "
-                    f"{sigma:.3g}, but got {gradient:g}: the base is certain of every row that was looked at, or "
-                    "overflows. Load the base in float32 (`dtype=float32`), or give `lr`, `ess` and `hess_init`."
+                    f"{sigma:.3g}, but got {gradient:g}: the adapter changes nothing of what the base says of the rows "
+                    "that were looked at, or the base overflows. Load the base in float32 (`dtype=float32`), or give "
+                    "`lr`, `ess` and `hess_init`."
                 )
             reach = seen["reach"]
             if reach > sigma:
@@ -522,12 +522,21 @@ def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], floa
     posterior = _noisy({name: p.float() for name, p in copied(start.model).items()}, sigma)
     whole, by_layer, loss = _gradient_of(start, posterior, rows)
     passes = batches * start.ranks  # one process looks, for all
-    if loss < KNOWN * statistics.fmean(math.log(len(row.label_tokens)) for row in rows):
-        source = random.Random(start.seed)
-        rows = [replace(row, label=source.randrange(len(row.label_tokens))) for row in rows]
+    chance = statistics.fmean(math.log(len(row.label_tokens)) for row in rows)
+    if loss < KNOWN * chance:
+        start.say(
+            f"The training rows are known already: their loss under noise is {loss:.2g}, and that of chance "
+            f"{chance:.2g}. So the gradients that `hess_init` goes with are those of answers drawn at random."
+        )
+        source = torch.Generator().manual_seed(start.seed)
+        rows = [replace(row, label=_one_of(len(row.label_tokens), source)) for row in rows]
         whole, by_layer, _ = _gradient_of(start, posterior, rows)
         passes *= 2
     return whole, by_layer, float(passes)
+
+
+def _one_of(count: int, source: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=source).item())
 
 
 def _gradient_of(
