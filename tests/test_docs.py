@@ -54,7 +54,8 @@ def test_every_example_is_run(name):
     written = len(re.findall(r"^\s*>>> ", Path(module.__file__).read_text(encoding="utf-8"), re.MULTILINE))
     found = {}
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={}):
-        found[test.filename, test.lineno] = len(test.examples)
+        place = test.filename, test.lineno  # of decorated functions that of the decorator, in the same file's name
+        found[place] = max(found.get(place, 0), len(test.examples))
     assert sum(found.values()) == written
     assert module.__doc__
 
