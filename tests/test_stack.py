@@ -212,6 +212,13 @@ def test_every_architecture_gives_the_loops_logits(name):
     assert bool(blocks._ends_in(model, last, blocks.SEES_INPUT)) == known
 
 
+def test_rows_are_not_divided_where_what_follows_is_seen_from_before():
+    model = of_architecture("gemma3_text")
+    assert prefix.divided(model, BEGUN) is not None
+    model.config.use_bidirectional_attention = True
+    assert prefix.divided(model, BEGUN) is None
+
+
 def block_path(model: nn.Module) -> str:
     (path,) = {place[0] for name in trainable(model) if (place := blocks.block_of(name))}
     return path
@@ -259,11 +266,14 @@ def test_rows_of_one_length_have_no_mask_and_the_loops_logits(name, implementati
 
 def test_a_block_with_a_mask_of_another_kind_runs_whole():
     """As flexible attention's: the part of it that is for the last position cannot be taken."""
-    mask = object()
-    states, given = torch.ones(2, 5, 4), {"attention_mask": mask, "past_key_values": None, "position_embeddings": ()}
-    whole = Mock(return_value="all positions")
-    assert blocks._at_last(whole, [], 4)(states, **given) == "all positions"
-    whole.assert_called_once_with(states, **given)
+    model = of_architecture("llama")
+    last = model.get_submodule(block_path(model))[-1]
+    last.forward = Mock(return_value="all positions")
+    states = torch.ones(2, 5, 4)
+    given = {"attention_mask": object(), "past_key_values": None, "position_embeddings": ()}
+    with blocks.last_position(model, last):
+        assert last(states, **given) == "all positions"
+    last.forward.assert_called_once_with(states, **given)
 
 
 @pytest.mark.parametrize("draws_a_pass", [S, 4, 1])
@@ -526,6 +536,28 @@ def test_every_setting_of_lora_gives_the_loops_logits(case):
     posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
     check_same(model, posterior, tolerance=2e-4, batch=BEGUN)
     assert stacks(model, posterior)._stackable == stackable
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "target_modules": ["q_proj", "v_proj", "gate_proj"],
+            "alora_invocation_tokens": [*START[:2]],
+            "task_type": "CAUSAL_LM",
+        },
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {**QUERY, "trainable_token_indices": [5, 6, 7]},
+    ],
+    ids=["alora", "embedding", "some tokens"],
+)
+def test_the_last_layers_of_a_model_whose_input_has_an_adapter(settings):
+    """Which is frozen here, or sees what the pass is given."""
+    model = with_adapter(**settings)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".layers." in name)
+    posterior = DiagonalGaussian(copied(model), {n: torch.full_like(p, 0.1) for n, p in copied(model).items()})
+    check_same(model, posterior, tolerance=2e-4, batch=BEGUN, last_layers=1)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

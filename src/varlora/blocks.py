@@ -8,13 +8,14 @@ answer is read, and the keys and values of the others. Both change no number but
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = [
+    "acts_from_tokens_on",
     "block_of",
     "blocks_at",
     "first_output_shared",
@@ -142,10 +143,12 @@ def resumed(model: Any, blocks: nn.ModuleList, at: int, state: Tensor, like: Any
         like: what the block before it returns: hidden states, or a tuple that begins with them.
     """
     output = (state, *like[1:]) if isinstance(like, tuple) else state
-    embedding = model.get_input_embeddings()
-    embeddings = [embedding] if embedding.embedding_dim == state.shape[-1] else []
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    unread = []  # what comes of it goes into the blocks that are left out
+    if isinstance(embedding, nn.Embedding) and embedding.embedding_dim == state.shape[-1]:
+        unread.append((embedding, lambda ids: state.to(ids.device)))
     with (
-        patched((layer, lambda ids: state) for layer in embeddings),
+        patched(unread),
         patched((block, lambda *args, **kwargs: output) for block in blocks[:at]),
     ):
         yield
@@ -209,33 +212,33 @@ def last_position(model: nn.Module, block: nn.Module) -> Iterator[None]:
         model: an architecture of `FAMILIES`; with another one nothing is changed.
         block: its last block.
     """
-    if architecture(model) in ASK_A_CACHE:
-        queries = [block.get_submodule("self_attn.q_proj")] if architecture(model) in HEADS_APART else []
-        replaced = [(block, _at_last(block.forward, queries, getattr(block.self_attn, "head_dim", 0)))]
-    else:
-        replaced = [(layer, _alone(layer.forward)) for layer in _ends_in(model, block, AFTER_ATTENTION)]
-    with patched(replaced):
+    with patched([(block, _at_last(model, block))] if architecture(model) in ASK_A_CACHE else _alone(model, block)):
         yield
 
 
-def _alone(whole: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a layer's forward function for the last position alone, which is added to all."""
-    return lambda x, *args, **kwargs: whole(x[:, -1:], *args, **kwargs)
+def _alone(model: nn.Module, block: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Yield a block's layers after attention, with forward functions for the last position, which is added to all."""
+    for layer in _ends_in(model, block, AFTER_ATTENTION):
+        whole = layer.forward
+        yield layer, lambda x, *args, whole=whole, **kwargs: whole(x[:, -1:], *args, **kwargs)
 
 
-def _at_last(whole: Callable[..., Any], queries: Sequence[nn.Module], head: int) -> Callable[..., Any]:
+def _at_last(model: nn.Module, block: Any) -> Callable[..., Any]:
     """Return a block's forward function for the last position alone.
 
     It runs twice: up to where the keys and values of all positions are known, with queries of one head that are 0, and
     with the last position, whose query is asked of them.
     """
+    whole, attention = block.forward, block.self_attn
+    queries = [attention.q_proj] if architecture(model) in HEADS_APART else []
 
-    def no_query(x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(*x.shape[:-1], head)
+    def no_query(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], attention.head_dim)
 
     def forward(hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if not isinstance(attention_mask, Tensor | None):  # a kind of its own, as flexible attention has it
-            return whole(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+        if not isinstance(attention_mask, Tensor | None):  # of a kind that has no last row, as flexible attention's
+            with patched(_alone(model, block)):
+                return whole(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
         cache = _KeysAndValues(past_key_values)
         with patched((layer, no_query) for layer in queries), suppress(_Reached):
             whole(hidden_states, attention_mask=attention_mask, past_key_values=cache, **kwargs)
@@ -275,6 +278,12 @@ def architecture(model: nn.Module) -> str | None:
     """Return what transformers calls the model's type."""
     config: Any = getattr(model, "config", None)
     return getattr(config, "model_type", None)
+
+
+def acts_from_tokens_on(model: nn.Module) -> bool:
+    """Whether an adapter acts from certain tokens on only, which it looks for in what a pass is given."""
+    adapters = getattr(model, "peft_config", None) or {}
+    return any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values())
 
 
 def resumable(model: nn.Module) -> bool:

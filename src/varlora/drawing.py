@@ -33,7 +33,7 @@ Forward = Callable[[nn.Module, Any], Tensor]
 
 A function with the attribute `last_position_alone` set calls the model once, with `input_ids` padded on the left, their
 `attention_mask`, and `position_ids` counted from the first real token, by these names, and reads the last position
-alone; then more need not be computed.
+alone, as the last of what there is (`logits[:, -1]`); then more need not be computed, nor be there.
 """
 
 Noise = Literal["independent", "antithetic", "latin"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varlora.blocks import FAMILIES, architecture, patched
+from varlora.blocks import FAMILIES, acts_from_tokens_on, architecture, patched
 
 __all__ = ["Beginning", "begun", "continued", "divided"]
 
@@ -215,9 +215,11 @@ def _goes_on(model: nn.Module, width: int) -> bool:
     """Whether a model of such width gives the same for tokens that are run in two parts, padding between them."""
     if model.training or architecture(model) not in FAMILIES:
         return False  # in training, rows have dropout of their own
-    if any(getattr(of, "alora_invocation_tokens", None) for of in (getattr(model, "peft_config", None) or {}).values()):
-        return False  # an adapter that acts from certain tokens on, which may be in the first part
+    if acts_from_tokens_on(model):
+        return False  # which may be in the first part
     config: Any = model.config
+    if getattr(config, "use_bidirectional_attention", False):
+        return False  # what follows would be seen from before
     window = getattr(config, "sliding_window", None)
     if window is not None and window < width:
         return False  # padding would count as distance

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from varlora.blocks import (
+    acts_from_tokens_on,
     architecture,
     block_of,
     blocks_at,
@@ -347,6 +348,8 @@ def can_stack(model: nn.Module, batch: Any) -> bool:
         return False
     if isinstance(model, nn.DataParallel) or architecture(model) in TIME_MAJOR:
         return False  # the one divides the batch by itself, the other turns it around
+    if acts_from_tokens_on(model):
+        return False  # peft leaves its hooks behind where a pass is given up
     # compiled code would be compiled anew for each pass
     return not any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
