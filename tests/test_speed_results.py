@@ -112,8 +112,8 @@ def test_the_bounds_of_draws_are_said_to_be_met_where_they_are() -> None:
     docs, benchmarks = words("docs/inference.md"), words("benchmarks/README.md")
     eight, _ = ways("inference", 10, 8)
     stack, alike = (eight[way]["loop_to_it"]["median_of_rounds"] for way in ("stack", "alike"))
-    assert max(stack, alike) < 3
-    assert f"| {stack:.2f} times, {alike:.2f} where rows begin alike | missed |" in docs
+    assert stack < 3 <= alike
+    assert f"| {stack:.2f} times, {alike:.2f} where rows begin alike | missed, and met where rows begin alike |" in docs
     rates = {way: eight[way]["limit_seconds"] / eight[way]["seconds"]["median"] for way in ("stack", "loop")}
     fewer, fewer_alike = (eight["loop"]["operations"] / eight[way]["operations"] for way in ("stack", "alike"))
     assert f"does {fewer:.2f} times the operations of the stack, {fewer_alike:.2f} times where rows begin alike" in docs
