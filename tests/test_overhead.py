@@ -173,7 +173,7 @@ def test_the_optimizers_state_is_counted_in_bytes():
     numel, tensors = sum(p.numel() for p in trainable(model).values()), len(trainable(model))
     assert overhead.parameters == numel
     assert overhead.costs["adamw"].state_bytes == 4 * (2 * numel + tensors)  # two moments, and a count for each tensor
-    assert overhead.costs["ivon"].state_bytes == 4 * 3 * numel  # mean, momentum, Hessian
+    assert overhead.costs["ivon"].state_bytes == 4 * (3 * numel + tensors)  # mean, momentum, Hessian, and a count
     assert overhead.costs["ivon"].peak_bytes is None
 
 
