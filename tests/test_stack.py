@@ -264,16 +264,17 @@ def test_rows_of_one_length_have_no_mask_and_the_loops_logits(name, implementati
         check_same(model, posterior, tolerance=2e-4, batch=batch, last_layers=last_layers)
 
 
-def test_a_block_with_a_mask_of_another_kind_runs_whole():
-    """As flexible attention's: the part of it that is for the last position cannot be taken."""
+@pytest.mark.parametrize("mask", [object(), None], ids=["mask", "cache"])
+def test_a_block_with_another_kind_of_mask_or_that_asks_no_cache_runs_whole(mask):
+    """As flexible attention's, whose part for the last position cannot be taken; or as later versions may have it."""
     model = of_architecture("llama")
     last = model.get_submodule(block_path(model))[-1]
     last.forward = Mock(return_value="all positions")
     states = torch.ones(2, 5, 4)
-    given = {"attention_mask": object(), "past_key_values": None, "position_embeddings": ()}
+    given = {"attention_mask": mask, "past_key_values": None, "position_embeddings": ()}
     with blocks.last_position(model, last):
         assert last(states, **given) == "all positions"
-    last.forward.assert_called_once_with(states, **given)
+    last.forward.assert_called_with(states, **given)
 
 
 @pytest.mark.parametrize("draws_a_pass", [S, 4, 1])

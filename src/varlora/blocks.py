@@ -236,12 +236,13 @@ def _at_last(model: nn.Module, block: Any) -> Callable[..., Any]:
         return x.new_zeros(()).expand(*x.shape[:-1], attention.head_dim)
 
     def forward(hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if not isinstance(attention_mask, Tensor | None):  # of a kind that has no last row, as flexible attention's
+        cache = _KeysAndValues(past_key_values)
+        if isinstance(attention_mask, Tensor | None):
+            with patched((layer, no_query) for layer in queries), suppress(_Reached):
+                whole(hidden_states, attention_mask=attention_mask, past_key_values=cache, **kwargs)
+        if cache.found is None:  # a mask that has no last row, as flexible attention's, or a block that asks no cache
             with patched(_alone(model, block)):
                 return whole(hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
-        cache = _KeysAndValues(past_key_values)
-        with patched((layer, no_query) for layer in queries), suppress(_Reached):
-            whole(hidden_states, attention_mask=attention_mask, past_key_values=cache, **kwargs)
         if attention_mask is not None and attention_mask.dim() == 4:  # (N, 1, T, T'); else (N, T'), of keys alone
             attention_mask = attention_mask[:, :, -1:]
         if kwargs.get("position_ids") is not None:
