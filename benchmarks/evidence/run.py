@@ -1,10 +1,10 @@
 """The evidence: every method on equal terms, on the demo's tasks, SST-2 and the paper's six tasks, with error bars.
 
 Two tables: `tuned`, each method with the same number of candidates on held-out rows (learning rate and number of steps,
-so that each may stop early), and `long`, all at the end of one long training as in the paper. A third, `why`, has all
-of a plan's values side by side: what the length of training and the scale of the noise do. The plans are the YAML files
-beside this one. Hours on two cores; stopped at any point, the same command goes on. `document.py` writes what came out
-into docs/evidence.md and the README.
+so that each may stop early; half as many where IVON finds its learning rate itself), and `long`, all at the end of one
+long training as in the paper. A third, `why`, has all of a plan's values side by side: what the length of training and
+the scale of the noise do. The plans are the YAML files beside this one. Hours on two cores; stopped at any point, the
+same command goes on. `document.py` writes what came out into docs/evidence.md and the README.
 """
 
 from __future__ import annotations

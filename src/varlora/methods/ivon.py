@@ -512,9 +512,9 @@ def _layer(name: str) -> str:
 def _gradient(start: Start, sigma: float) -> tuple[float, dict[str, float], float]:
     """Return the root mean square of a mini-batch's gradient at draws, over some batches: of all and of each layer's.
 
-    Last comes the cost in steps. Where the rows are known already their gradients are tiny, and grow a thousandfold as
-    soon as noise has one forgotten: beside an h₀ for tiny ones, what chance adds to the Hessian would be all that there
-    is. There they are taken for answers that are drawn at random, which nobody knows.
+    Last comes the cost in steps. Where the rows are known already their gradients are tiny, and grow as soon as noise
+    has one forgotten: beside an h₀ for tiny ones, what chance adds to the Hessian would be all that there is. There
+    they are taken for answers that are drawn at random, which nobody knows.
     """
     size = start.rows_per_step
     batches = min(max(round(PROBE * start.steps / 2 / start.ranks), 1), BATCHES, math.ceil(len(start.rows) / size))
